@@ -1,0 +1,1 @@
+//! vhost-user block device daemon over io_uring

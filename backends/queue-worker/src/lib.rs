@@ -1,0 +1,1 @@
+//! All that a vhost-user device process needs except the device

@@ -1,0 +1,1 @@
+//! Interrupts, timers and doorbells over KVM's in-kernel irqchip

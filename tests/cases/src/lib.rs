@@ -1,0 +1,1 @@
+//! Guest cases, interop cases and the demo

@@ -1,0 +1,1 @@
+//! Starts VMMs, daemons and guests for tests, and cleans up after them

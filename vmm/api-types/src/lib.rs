@@ -1,0 +1,1 @@
+//! Wire types of the berth-vmm REST API, v1

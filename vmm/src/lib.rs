@@ -1,0 +1,1 @@
+//! One KVM guest in one process; its disks and network cards are vhost-user daemons
