@@ -1,1 +1,29 @@
-//! One KVM guest in one process; its disks and network cards are vhost-user daemons
+//! `berth-vmm`: one KVM guest in one process.
+//!
+//! The VMM boots the guest, runs its vCPUs, answers configuration space and a few slow devices, and
+//! keeps the life cycle. Disks and network cards are other processes that speak vhost-user: a doorbell
+//! goes from the vCPU to the daemon by ioeventfd, an interrupt comes back by irqfd, and neither enters
+//! this process.
+//!
+//! ```text
+//!   main thread ── event loop: signals, serial input, requests; the one writer of VM state (vm::driver)
+//!   api         ── HTTP on a unix socket; turns requests into messages for the driver
+//!   vcpuN       ── KVM_RUN; exits are dispatched over bus::Bus
+//!   vu-diskN, vu-netN ── one vhost-user session each, off the main loop, with deadlines
+//! ```
+//!
+//! Map, in the order to read: [`vm`] (assembly and life of the guest), [`config`], [`memory`], [`boot`],
+//! [`cpu`], [`bus`], [`pci`], [`devices`], [`vhost_user`], [`api`].
+
+pub mod api;
+pub mod args;
+pub mod boot;
+pub mod bus;
+pub mod config;
+pub mod cpu;
+pub mod devices;
+pub mod event_loop;
+pub mod memory;
+pub mod pci;
+pub mod vhost_user;
+pub mod vm;

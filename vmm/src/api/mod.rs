@@ -1,0 +1,1 @@
+//! REST API on a unix socket.

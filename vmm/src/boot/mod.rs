@@ -1,0 +1,1 @@
+//! Kernels, initramfs, command line and ACPI tables in guest memory.

@@ -1,0 +1,135 @@
+//! What a guest is made of: the internal, validated configuration.
+//!
+//! Arguments as typed ([`crate::args`]) and the wire types of the API convert to these; nothing else in
+//! the VMM reads either. Alternatives are enums, never groups of `Option`.
+
+use std::path::PathBuf;
+
+/// A guest, whole.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct VmConfig {
+    /// Virtual CPUs.
+    pub cpus: CpusConfig,
+    /// Guest memory.
+    pub memory: MemoryConfig,
+    /// What is started.
+    pub payload: PayloadConfig,
+    /// Block devices, each a vhost-user socket, in the order given.
+    pub disks: Vec<DiskConfig>,
+    /// Network cards, each a vhost-user socket, in the order given.
+    pub nets: Vec<NetConfig>,
+    /// Where the first serial port goes.
+    pub serial: SerialConfig,
+    /// Source of the guest's entropy device.
+    pub rng: RngConfig,
+    /// What the board says it is.
+    pub platform: PlatformConfig,
+}
+
+/// `--cpus`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct CpusConfig {
+    /// vCPUs present at boot, 1 to 64.
+    pub boot: u8,
+}
+
+/// `--memory`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct MemoryConfig {
+    /// Guest RAM in bytes, a multiple of 2 MiB.
+    pub size_bytes: u64,
+    /// Whether RAM is made of 2 MiB huge pages of the host.
+    pub hugepages: bool,
+}
+
+/// What is started and how.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PayloadConfig {
+    /// ELF vmlinux or bzImage.
+    pub kernel: PathBuf,
+    /// How the kernel is entered.
+    pub entry: KernelEntry,
+    /// First root file system.
+    pub initramfs: Option<PathBuf>,
+    /// Kernel command line, without a final NUL.
+    pub cmdline: String,
+}
+
+/// How a kernel is entered. Which of them keep KASLR: docs/boot.md.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum KernelEntry {
+    /// Chosen by what the file is: PVH for a vmlinux with the note, else linux64; a bzImage is unpacked here.
+    #[default]
+    Auto,
+    /// 32-bit entry of an ELF kernel's XEN_ELFNOTE_PHYS32_ENTRY note.
+    Pvh,
+    /// 64-bit entry of an ELF kernel, with a zero page.
+    Linux64,
+    /// A bzImage's own 64-bit entry: it unpacks and randomises itself.
+    BzImage,
+}
+
+/// One `--disk`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DiskConfig {
+    /// Name in `vm.info` and `vm.counters`, `_disk0` unless given.
+    pub id: String,
+    /// The daemon behind it.
+    pub backend: VhostUserConfig,
+    /// Whether the guest is told that it must not write.
+    pub readonly: bool,
+}
+
+/// One `--net`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct NetConfig {
+    /// Name in `vm.info` and `vm.counters`, `_net0` unless given.
+    pub id: String,
+    /// The daemon behind it.
+    pub backend: VhostUserConfig,
+    /// Hardware address that the guest sees, else the backend's.
+    pub mac: Option<[u8; 6]>,
+}
+
+/// A vhost-user backend and its queues.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct VhostUserConfig {
+    /// Unix socket on which the backend listens.
+    pub socket: PathBuf,
+    /// Virtqueues: of a disk 1 to 64; of a network card receive and transmit together, so even, and
+    /// the control queue not counted.
+    pub num_queues: u16,
+    /// Descriptors of a queue, a power of two from 2 to 32768.
+    pub queue_size: u16,
+}
+
+/// `--serial`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum SerialConfig {
+    /// The VMM's own terminal.
+    Tty,
+    /// A new pseudo-terminal, its name logged and in `vm.info`.
+    Pty,
+    /// Output dropped, no input.
+    Null,
+    /// No port at all.
+    Off,
+    /// Output to a file, made or truncated.
+    File(PathBuf),
+    /// A unix socket that one client at a time may join.
+    Socket(PathBuf),
+}
+
+/// `--rng`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RngConfig {
+    /// Where the bytes come from.
+    pub src: PathBuf,
+}
+
+/// `--platform`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PlatformConfig {
+    /// PCI vendor id of the root ports above vhost-user devices.
+    pub root_port_vendor: u16,
+}

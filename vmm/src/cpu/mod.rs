@@ -1,0 +1,1 @@
+//! vCPUs: identity, registers, threads.

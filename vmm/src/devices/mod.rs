@@ -1,0 +1,3 @@
+//! Devices emulated inside the VMM: only small and slow ones.
+
+pub mod virtio;

@@ -1,0 +1,3 @@
+//! virtio 1.x devices over PCI.
+
+pub mod device;

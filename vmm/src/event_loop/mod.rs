@@ -1,0 +1,1 @@
+//! The main thread's epoll loop.

@@ -1,0 +1,1 @@
+//! PCIe: configuration space, root ports, BARs, MSI-X.

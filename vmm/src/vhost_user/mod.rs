@@ -1,0 +1,1 @@
+//! vhost-user frontend: devices that live in another process.
