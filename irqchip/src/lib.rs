@@ -1,1 +1,44 @@
-//! Interrupts, timers and doorbells over KVM's in-kernel irqchip
+//! Everything between a device and a vCPU's interrupt, and between a guest's doorbell and an eventfd.
+//!
+//! KVM holds the interrupt controllers (local APICs, IOAPIC, two 8259 PICs) and the PIT. This crate
+//! makes them, owns their routing table, and hands devices three things that are nothing but
+//! eventfds with a place in that table:
+//!
+//! ```text
+//!  device or backend process                        KVM                               vCPU
+//!
+//!  Line  event ─ irqfd ─▶ GSI 0..24 ─ route ─▶ IOAPIC pin, PIC pin ─▶ LAPIC ─▶ interrupt
+//!        resample ◀───────────────────────────── end of interrupt ◀───────────── EOI
+//!  Msi   event ─ irqfd ─▶ GSI 24..  ─ route ─▶ MSI address and data ─▶ LAPIC ─▶ interrupt
+//!
+//!  Doorbell event ◀─ ioeventfd ─ write to a guest address or port ◀───────────── mov, out
+//! ```
+//!
+//! Once they are set up no interrupt and no doorbell passes through this process: whoever holds a
+//! copy of the eventfd, a backend in another process most of all, talks to KVM directly.
+//!
+//! **Threads.** Everything takes `&self` and may be called from any thread. One mutex in [`Chip`]
+//! protects the routing table and what each vector wants of it; a [`Doorbell`] has one of its own.
+//! No lock is held while another is taken, and none is taken on the way of an interrupt.
+//!
+//! **Invariants.** The table that KVM has is the one in [`Chip`], but for the routes of vectors that
+//! were dropped, which nothing refers to. A vector's irqfd is attached exactly if it has a message
+//! and is not masked. A failed call leaves the routes as they were.
+//!
+//! Reference: KVM api.rst, `KVM_CREATE_IRQCHIP`, `KVM_CREATE_PIT2`, `KVM_SET_GSI_ROUTING`,
+//! `KVM_IRQFD`, `KVM_IOEVENTFD`. PCI 3.0, 6.8.2 (MSI-X mask and pending bits).
+
+mod chip;
+mod doorbell;
+mod error;
+mod line;
+mod msi;
+mod routing;
+mod sys;
+
+pub use chip::{Chip, Counters};
+pub use doorbell::{Doorbell, DoorbellAddress};
+pub use error::Error;
+pub use line::{Line, Trigger};
+pub use msi::{Batch, Msi};
+pub use routing::{IOAPIC_PINS, MsiMessage};

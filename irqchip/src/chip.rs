@@ -1,0 +1,279 @@
+//! The interrupt controllers of one VM, and the only writer of KVM's routing table.
+
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use kvm_bindings::{KVM_PIT_SPEAKER_DUMMY, KvmIrqRouting, kvm_pit_config};
+use kvm_ioctls::{Cap, VmFd};
+use vmm_sys_util::eventfd::EventFd;
+
+use crate::msi::Change;
+use crate::routing::{Table, Vector};
+use crate::{Batch, Doorbell, Error, Line, Msi, Trigger};
+
+/// What this process has set up in KVM; interrupts themselves do not pass by here to be counted.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Counters {
+    /// Times the routing table was given to KVM, the first one included.
+    pub routing_updates: u64,
+    /// Lines that exist.
+    pub lines: u64,
+    /// Interrupts raised by [`Line::raise`]; those that somebody else wrote are not in it.
+    pub line_raises: u64,
+    /// MSI vectors that exist.
+    pub msis: u64,
+    /// MSI vectors whose eventfd KVM listens to.
+    pub msis_attached: u64,
+    /// Doorbells that are at an address.
+    pub doorbells: u64,
+    /// Times a doorbell was put at an address, moves included.
+    pub doorbells_placed: u64,
+}
+
+/// The interrupt controllers and the PIT of one VM. Shared by all that hold an interrupt.
+#[derive(Debug)]
+pub struct Chip {
+    vm: Arc<VmFd>,
+    /// The routing table and the state of each vector; held while KVM is told of a change, so that
+    /// what KVM has and what is here do not part.
+    table: Mutex<Table>,
+    counts: Counts,
+}
+
+#[derive(Debug, Default)]
+struct Counts {
+    routing_updates: AtomicU64,
+    lines: AtomicU64,
+    line_raises: AtomicU64,
+    doorbells: AtomicU64,
+    doorbells_placed: AtomicU64,
+}
+
+impl Chip {
+    /// Creates local APICs, IOAPIC, PICs and the PIT (its speaker port a dummy) in KVM, and routes
+    /// every pin. To be called before the VM's first vCPU; the VMM sets the TSS address itself,
+    /// before this.
+    pub fn new(vm: Arc<VmFd>) -> Result<Arc<Self>, Error> {
+        vm.create_irq_chip().map_err(Error::CreateIrqchip)?;
+        let pit = kvm_pit_config {
+            flags: KVM_PIT_SPEAKER_DUMMY,
+            ..Default::default()
+        };
+        vm.create_pit2(pit).map_err(Error::CreatePit)?;
+        let max_routes = u32::try_from(vm.check_extension_int(Cap::IrqRouting)).unwrap_or(0);
+        let chip = Self {
+            vm,
+            table: Mutex::new(Table::new(max_routes)),
+            counts: Counts::default(),
+        };
+        chip.write_routes(&chip.table(), &[])?;
+        Ok(Arc::new(chip))
+    }
+
+    /// A source on an IOAPIC pin, attached at once.
+    pub fn line(self: &Arc<Self>, pin: u32, trigger: Trigger) -> Result<Line, Error> {
+        Line::new(self, pin, trigger)
+    }
+
+    /// An MSI vector. It raises nothing before it has a message; until then, and while it is
+    /// masked, what is written to its eventfd stays pending.
+    pub fn msi(self: &Arc<Self>) -> Result<Msi, Error> {
+        Msi::new(self)
+    }
+
+    /// A doorbell that is nowhere yet.
+    pub fn doorbell(self: &Arc<Self>) -> Result<Doorbell, Error> {
+        Doorbell::new(self)
+    }
+
+    /// Changes several vectors with one update of KVM's table (none if no message changes).
+    ///
+    /// # Errors
+    /// If KVM refuses the new table, all messages stay as they were and nothing is unmasked; what
+    /// was to be masked is.
+    pub fn batch<'a>(&self, fill: impl FnOnce(&mut Batch<'a>)) -> Result<(), Error> {
+        let mut batch = Batch::default();
+        fill(&mut batch);
+        self.apply(&batch)
+    }
+
+    /// What is set up now, and how often it changed.
+    pub fn counters(&self) -> Counters {
+        let table = self.table();
+        let read = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        Counters {
+            routing_updates: read(&self.counts.routing_updates),
+            lines: read(&self.counts.lines),
+            line_raises: read(&self.counts.line_raises),
+            msis: table.vectors().len() as u64,
+            msis_attached: table.vectors().filter(|vector| vector.attached).count() as u64,
+            doorbells: read(&self.counts.doorbells),
+            doorbells_placed: read(&self.counts.doorbells_placed),
+        }
+    }
+
+    pub(crate) fn vm(&self) -> &VmFd {
+        &self.vm
+    }
+
+    pub(crate) fn allocate_vector(&self) -> Result<u32, Error> {
+        let mut table = self.table();
+        let vectors = table.vectors().len();
+        table.allocate().ok_or(Error::NoGsi { vectors })
+    }
+
+    /// Detaches and forgets a vector. Its route stays in KVM's table until the next update: no
+    /// irqfd leads there, and whoever gets the GSI next is attached after an update only.
+    pub(crate) fn release_vector(&self, gsi: u32, event: &EventFd) {
+        let mut table = self.table();
+        if let Err(error) = self.set_attached(&mut table, gsi, event, false) {
+            tracing::warn!(gsi, %error, "cannot detach an MSI vector");
+        }
+        table.release(gsi);
+    }
+
+    pub(crate) fn is_attached(&self, gsi: u32) -> bool {
+        self.table()
+            .vector(gsi)
+            .is_some_and(|vector| vector.attached)
+    }
+
+    fn table(&self) -> MutexGuard<'_, Table> {
+        // Every change is complete or undone before anything here could panic.
+        self.table.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn apply(&self, batch: &Batch<'_>) -> Result<(), Error> {
+        let mut table = self.table();
+        let mut touched = BTreeMap::new();
+        for (msi, change) in batch.changes() {
+            debug_assert!(msi.belongs_to(self), "a vector of another VM");
+            let Some(now) = table.vector(msi.gsi()).copied() else {
+                continue;
+            };
+            let (_, wanted) = touched.entry(msi.gsi()).or_insert((*msi, now));
+            match *change {
+                Change::Message(message) => wanted.message = Some(message),
+                Change::Masked(masked) => wanted.masked = masked,
+            }
+        }
+        self.detach_masked(&mut table, &touched)?;
+        self.change_messages(&mut table, &touched)?;
+        for (gsi, (msi, wanted)) in &touched {
+            if let Some(vector) = table.vector_mut(*gsi) {
+                vector.masked = wanted.masked;
+            }
+            if wanted.wants_irqfd() {
+                self.set_attached(&mut table, *gsi, msi.event(), true)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn detach_masked(&self, table: &mut Table, touched: &Touched<'_>) -> Result<(), Error> {
+        for (gsi, (msi, _)) in touched.iter().filter(|(_, (_, wanted))| wanted.masked) {
+            if let Some(vector) = table.vector_mut(*gsi) {
+                vector.masked = true;
+            }
+            self.set_attached(table, *gsi, msi.event(), false)?;
+        }
+        Ok(())
+    }
+
+    /// Replaces KVM's table if any message differs, and takes the messages back if KVM refuses.
+    fn change_messages(&self, table: &mut Table, touched: &Touched<'_>) -> Result<(), Error> {
+        let mut before = Vec::new();
+        for (gsi, (_, wanted)) in touched {
+            if let Some(vector) = table.vector_mut(*gsi)
+                && vector.message != wanted.message
+            {
+                before.push((*gsi, vector.message));
+                vector.message = wanted.message;
+            }
+        }
+        if before.is_empty() {
+            return Ok(());
+        }
+        let changed: Vec<u32> = before.iter().map(|(gsi, _)| *gsi).collect();
+        self.write_routes(table, &changed).inspect_err(|_| {
+            for (gsi, message) in before {
+                if let Some(vector) = table.vector_mut(gsi) {
+                    vector.message = message;
+                }
+            }
+        })
+    }
+
+    fn write_routes(&self, table: &Table, changed: &[u32]) -> Result<(), Error> {
+        let entries = table.entries();
+        let refused = |source| Error::SetRoutes {
+            routes: entries.len(),
+            changed: changed.to_vec(),
+            source,
+        };
+        let routing = KvmIrqRouting::from_entries(&entries)
+            .map_err(|_| refused(kvm_ioctls::Error::new(libc::E2BIG)))?;
+        self.vm.set_gsi_routing(&routing).map_err(refused)?;
+        self.counts.routing_updates.fetch_add(1, Ordering::Relaxed);
+        Ok(())
+    }
+
+    fn set_attached(
+        &self,
+        table: &mut Table,
+        gsi: u32,
+        event: &EventFd,
+        attached: bool,
+    ) -> Result<(), Error> {
+        let Some(vector) = table.vector_mut(gsi) else {
+            return Ok(());
+        };
+        if vector.attached == attached {
+            return Ok(());
+        }
+        if attached {
+            self.vm
+                .register_irqfd(event, gsi)
+                .map_err(|source| Error::Attach { gsi, source })?;
+        } else {
+            self.vm
+                .unregister_irqfd(event, gsi)
+                .map_err(|source| Error::Detach { gsi, source })?;
+        }
+        vector.attached = attached;
+        Ok(())
+    }
+}
+
+/// Vectors that a batch changes, by GSI, each with the state it is to have.
+type Touched<'a> = BTreeMap<u32, (&'a Msi, Vector)>;
+
+/// Bookkeeping for [`Counters`].
+impl Chip {
+    pub(crate) fn count_line_added(&self) {
+        self.counts.lines.fetch_add(1, Ordering::Relaxed);
+    }
+
+    pub(crate) fn count_line_removed(&self) {
+        self.counts.lines.fetch_sub(1, Ordering::Relaxed);
+    }
+
+    pub(crate) fn count_line_raised(&self) {
+        self.counts.line_raises.fetch_add(1, Ordering::Relaxed);
+    }
+
+    pub(crate) fn count_doorbell_placed(&self) {
+        self.counts.doorbells_placed.fetch_add(1, Ordering::Relaxed);
+        self.counts.doorbells.fetch_add(1, Ordering::Relaxed);
+    }
+
+    pub(crate) fn count_doorbell_removed(&self) {
+        self.counts.doorbells.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+/// An eventfd for an interrupt or a doorbell: nobody may block on either side of it.
+pub(crate) fn new_event() -> Result<EventFd, Error> {
+    EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map_err(Error::EventFd)
+}

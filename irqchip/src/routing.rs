@@ -1,0 +1,163 @@
+//! The GSI table, as data: which GSI leads to which pin or message. No ioctl is made here.
+//!
+//! A GSI (global system interrupt) is KVM's name for an interrupt before it is routed. We number
+//! them as a guest's ACPI tables do: GSI `n` below 24 is pin `n` of the IOAPIC, and of the PIC pair
+//! for the first 16. The PIT thus arrives at IOAPIC pin 0, and a MADT must not redirect ISA
+//! interrupt 0 to pin 2. GSIs from 24 up are MSI vectors, lowest free number first, so that KVM's
+//! table, an array as long as the largest GSI, stays short.
+//!
+//! KVM takes the table as a whole and a pin of both controllers costs two entries, so 16 of the
+//! routes KVM allows (`KVM_CAP_IRQ_ROUTING`, 4096) do not become vectors.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use kvm_bindings::{
+    KVM_IRQ_ROUTING_IRQCHIP, KVM_IRQ_ROUTING_MSI, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER,
+    KVM_IRQCHIP_PIC_SLAVE, kvm_irq_routing_entry, kvm_irq_routing_entry__bindgen_ty_1,
+    kvm_irq_routing_irqchip, kvm_irq_routing_msi,
+};
+
+/// Pins of KVM's IOAPIC; also the first GSI that is an MSI vector.
+pub const IOAPIC_PINS: u32 = 24;
+/// Pins of the two 8259 PICs together.
+const PIC_PINS: u32 = 16;
+/// Pins of one 8259.
+const PINS_PER_PIC: u32 = 8;
+
+/// What an MSI-capable function writes, and where: the content of one MSI-X table entry.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct MsiMessage {
+    /// Address of the write, usually `0xfee` and the target APIC.
+    pub address: u64,
+    /// Data of the write: vector, delivery mode, trigger mode.
+    pub data: u32,
+}
+
+/// One MSI vector as the table knows it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Vector {
+    /// Where its route leads; `None` until the guest has said so.
+    pub(crate) message: Option<MsiMessage>,
+    /// Whether the holder has masked it.
+    pub(crate) masked: bool,
+    /// Whether its irqfd is attached right now.
+    pub(crate) attached: bool,
+}
+
+impl Vector {
+    /// Whether its irqfd should be attached.
+    pub(crate) fn wants_irqfd(&self) -> bool {
+        self.message.is_some() && !self.masked
+    }
+}
+
+/// The pins, which never change, and the MSI vectors, which come and go.
+#[derive(Debug)]
+pub(crate) struct Table {
+    vectors: BTreeMap<u32, Vector>,
+    /// GSIs below `next` that are free again.
+    free: BTreeSet<u32>,
+    /// Lowest GSI that was never used.
+    next: u32,
+    /// First GSI that does not exist.
+    end: u32,
+}
+
+impl Table {
+    /// A table without vectors, for a KVM that takes `max_routes` entries.
+    pub(crate) fn new(max_routes: u32) -> Self {
+        Self {
+            vectors: BTreeMap::new(),
+            free: BTreeSet::new(),
+            next: IOAPIC_PINS,
+            end: max_routes.saturating_sub(PIC_PINS).max(IOAPIC_PINS),
+        }
+    }
+
+    /// Adds a vector without a message; `None` if every GSI is taken.
+    pub(crate) fn allocate(&mut self) -> Option<u32> {
+        let gsi = match self.free.pop_first() {
+            Some(gsi) => gsi,
+            None if self.next < self.end => {
+                self.next += 1;
+                self.next - 1
+            }
+            None => return None,
+        };
+        self.vectors.insert(gsi, Vector::default());
+        Some(gsi)
+    }
+
+    /// Forgets a vector; its GSI may be given to the next one.
+    pub(crate) fn release(&mut self, gsi: u32) {
+        if self.vectors.remove(&gsi).is_some() {
+            self.free.insert(gsi);
+        }
+    }
+
+    pub(crate) fn vector(&self, gsi: u32) -> Option<&Vector> {
+        self.vectors.get(&gsi)
+    }
+
+    pub(crate) fn vector_mut(&mut self, gsi: u32) -> Option<&mut Vector> {
+        self.vectors.get_mut(&gsi)
+    }
+
+    pub(crate) fn vectors(&self) -> impl ExactSizeIterator<Item = &Vector> {
+        self.vectors.values()
+    }
+
+    /// The table as KVM takes it: both controllers' pins, then every vector that has a message.
+    pub(crate) fn entries(&self) -> Vec<kvm_irq_routing_entry> {
+        let pins = (0..IOAPIC_PINS).flat_map(|gsi| {
+            let pic = (gsi < PIC_PINS).then(|| pic_entry(gsi));
+            pic.into_iter()
+                .chain([pin_entry(gsi, KVM_IRQCHIP_IOAPIC, gsi)])
+        });
+        let vectors = self
+            .vectors
+            .iter()
+            .filter_map(|(gsi, vector)| Some(msi_entry(*gsi, vector.message?)));
+        pins.chain(vectors).collect()
+    }
+}
+
+fn pic_entry(gsi: u32) -> kvm_irq_routing_entry {
+    let chip = if gsi < PINS_PER_PIC {
+        KVM_IRQCHIP_PIC_MASTER
+    } else {
+        KVM_IRQCHIP_PIC_SLAVE
+    };
+    pin_entry(gsi, chip, gsi % PINS_PER_PIC)
+}
+
+fn pin_entry(gsi: u32, irqchip: u32, pin: u32) -> kvm_irq_routing_entry {
+    kvm_irq_routing_entry {
+        gsi,
+        type_: KVM_IRQ_ROUTING_IRQCHIP,
+        u: kvm_irq_routing_entry__bindgen_ty_1 {
+            irqchip: kvm_irq_routing_irqchip { irqchip, pin },
+        },
+        ..Default::default()
+    }
+}
+
+fn msi_entry(gsi: u32, message: MsiMessage) -> kvm_irq_routing_entry {
+    kvm_irq_routing_entry {
+        gsi,
+        type_: KVM_IRQ_ROUTING_MSI,
+        u: kvm_irq_routing_entry__bindgen_ty_1 {
+            msi: kvm_irq_routing_msi {
+                address_lo: message.address as u32,
+                address_hi: (message.address >> 32) as u32,
+                data: message.data,
+                ..Default::default()
+            },
+        },
+        ..Default::default()
+    }
+}
+
+#[cfg(test)]
+#[path = "routing_tests.rs"]
+mod tests;

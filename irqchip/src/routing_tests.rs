@@ -1,0 +1,140 @@
+#![allow(unsafe_code, reason = "entries of the routing table are unions")]
+
+use super::*;
+
+/// `KVM_CAP_IRQ_ROUTING` of every x86 kernel since 2018.
+const KVM_MAX: u32 = 4096;
+
+fn message(data: u32) -> MsiMessage {
+    MsiMessage {
+        address: 0x1_fee0_1000,
+        data,
+    }
+}
+
+fn set(table: &mut Table, gsi: u32, data: u32) {
+    table.vector_mut(gsi).unwrap().message = Some(message(data));
+}
+
+#[test]
+fn vectors_are_numbered_from_the_last_pin_up() {
+    let mut table = Table::new(KVM_MAX);
+    let gsis: Vec<_> = (0..3).map(|_| table.allocate().unwrap()).collect();
+    assert_eq!(gsis, [24, 25, 26]);
+}
+
+#[test]
+fn a_freed_number_is_used_again_lowest_first() {
+    let mut table = Table::new(KVM_MAX);
+    for _ in 0..5 {
+        table.allocate().unwrap();
+    }
+    table.release(27);
+    table.release(25);
+    assert_eq!(table.allocate(), Some(25));
+    assert_eq!(table.allocate(), Some(27));
+    assert_eq!(table.allocate(), Some(29));
+}
+
+#[test]
+fn a_number_freed_twice_is_given_once() {
+    let mut table = Table::new(KVM_MAX);
+    table.allocate().unwrap();
+    table.release(24);
+    table.release(24);
+    table.release(4000);
+    assert_eq!(table.allocate(), Some(24));
+    assert_eq!(table.allocate(), Some(25));
+}
+
+#[test]
+fn a_full_table_is_exactly_what_kvm_takes() {
+    let mut table = Table::new(KVM_MAX);
+    while let Some(gsi) = table.allocate() {
+        set(&mut table, gsi, gsi);
+    }
+    assert_eq!(table.entries().len(), KVM_MAX as usize);
+    assert!(table.entries().iter().all(|entry| entry.gsi < KVM_MAX));
+    table.release(1000);
+    assert_eq!(table.allocate(), Some(1000));
+    assert_eq!(table.allocate(), None);
+}
+
+#[test]
+fn a_kvm_that_cannot_route_has_no_vectors() {
+    for max_routes in [0, 1, 40] {
+        assert_eq!(
+            Table::new(max_routes).allocate(),
+            None,
+            "{max_routes} routes"
+        );
+    }
+    assert_eq!(Table::new(41).allocate(), Some(24));
+}
+
+#[test]
+fn a_reused_number_does_not_keep_its_message() {
+    let mut table = Table::new(KVM_MAX);
+    let gsi = table.allocate().unwrap();
+    set(&mut table, gsi, 0x41);
+    table.release(gsi);
+    assert_eq!(table.allocate(), Some(gsi));
+    assert_eq!(table.vector(gsi), Some(&Vector::default()));
+}
+
+#[test]
+fn pins_lead_to_both_controllers_unchanged() {
+    let entries = Table::new(KVM_MAX).entries();
+    let mut routes: Vec<_> = entries
+        .iter()
+        .map(|entry| {
+            assert_eq!(entry.type_, KVM_IRQ_ROUTING_IRQCHIP);
+            // SAFETY: the type says which member is in use; all bits are initialised.
+            let to = unsafe { entry.u.irqchip };
+            (to.irqchip, to.pin, entry.gsi)
+        })
+        .collect();
+    routes.sort_unstable();
+    let master = (0..8).map(|pin| (KVM_IRQCHIP_PIC_MASTER, pin, pin));
+    let slave = (0..8).map(|pin| (KVM_IRQCHIP_PIC_SLAVE, pin, pin + 8));
+    let ioapic = (0..24).map(|pin| (KVM_IRQCHIP_IOAPIC, pin, pin));
+    assert!(routes.iter().copied().eq(master.chain(slave).chain(ioapic)));
+}
+
+#[test]
+fn only_vectors_with_a_message_have_a_route() {
+    let mut table = Table::new(KVM_MAX);
+    let [_, with, _] = [(); 3].map(|()| table.allocate().unwrap());
+    set(&mut table, with, 0x4051);
+    let entries = table.entries();
+    let [msi] = entries
+        .iter()
+        .filter(|e| e.gsi >= IOAPIC_PINS)
+        .collect::<Vec<_>>()[..]
+    else {
+        panic!("one MSI route expected, got {entries:?}");
+    };
+    assert_eq!((msi.gsi, msi.type_), (with, KVM_IRQ_ROUTING_MSI));
+    // SAFETY: the type says which member is in use; all bits are initialised.
+    let to = unsafe { msi.u.msi };
+    assert_eq!(
+        (to.address_lo, to.address_hi, to.data),
+        (0xfee0_1000, 1, 0x4051)
+    );
+}
+
+#[test]
+fn a_vector_wants_its_irqfd_with_a_message_and_unmasked() {
+    let case = |message, masked| {
+        Vector {
+            message,
+            masked,
+            attached: false,
+        }
+        .wants_irqfd()
+    };
+    assert!(case(Some(message(1)), false));
+    assert!(!case(Some(message(1)), true));
+    assert!(!case(None, false));
+    assert!(!case(None, true));
+}
