@@ -1,0 +1,116 @@
+//! Counters of every queue, and the socket that shows them.
+//!
+//! Each counter has one writer, the queue's worker thread, which does a relaxed load and store (no
+//! locked instruction); readers see a value that is at most a moment old. One queue's counters
+//! fill cache lines of their own. They count from the start of the process, across frontends.
+//!
+//! [`MetricsServer`] runs on a thread of its own, `metrics`, and answers every connection on
+//! `--metrics-socket=PATH` with the Prometheus text format: as an HTTP/1.0 response where the peer
+//! sent a request line, plain where it sent nothing.
+#![forbid(unsafe_code)]
+
+use std::fmt::Write as _;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+/// A number with one writer and many readers.
+#[derive(Debug, Default)]
+pub struct Counter(AtomicU64);
+
+impl Counter {
+    /// Adds `n`. To be called by the counter's one writer only.
+    pub fn add(&self, n: u64) {
+        let value = self.0.load(Ordering::Relaxed).wrapping_add(n);
+        self.0.store(value, Ordering::Relaxed);
+    }
+
+    /// The value now.
+    pub fn get(&self) -> u64 {
+        self.0.load(Ordering::Relaxed)
+    }
+}
+
+/// What is counted for each queue.
+#[derive(Debug, Default)]
+#[repr(align(128))]
+pub struct QueueCounters {
+    /// Doorbells: the sum of all values read from the kick eventfd.
+    pub kicks: Counter,
+    /// Writes to the call eventfd.
+    pub calls: Counter,
+    /// Batches: calls of `process` that published at least one used entry.
+    pub batches: Counter,
+    /// Requests (or packets) completed. Counted by the device.
+    pub requests: Counter,
+    /// Requests completed with an error. Counted by the device.
+    pub errors: Counter,
+    /// Packets dropped. Counted by the device.
+    pub dropped: Counter,
+    /// Payload bytes that went to the guest. Counted by the device.
+    pub bytes_to_guest: Counter,
+    /// Payload bytes that came from the guest. Counted by the device.
+    pub bytes_from_guest: Counter,
+}
+
+/// The counters of all queues of a device.
+#[derive(Clone, Debug)]
+pub struct Metrics {
+    device: &'static str,
+    queues: Arc<[Arc<QueueCounters>]>,
+}
+
+impl Metrics {
+    /// Counters for `num_queues` queues of the device called `device`.
+    pub fn new(device: &'static str, num_queues: u16) -> Metrics {
+        let queues = (0..num_queues).map(|_| Arc::default()).collect();
+        Metrics { device, queues }
+    }
+
+    /// The counters of one queue.
+    pub fn queue(&self, index: u16) -> Option<&Arc<QueueCounters>> {
+        self.queues.get(usize::from(index))
+    }
+
+    /// All counters as Prometheus text.
+    pub fn render(&self) -> String {
+        let mut text = String::new();
+        self.family(&mut text, "kicks", "Doorbells of the driver.", |c| &c.kicks);
+        self.family(&mut text, "calls", "Signals to the driver.", |c| &c.calls);
+        self.family(&mut text, "batches", "Batches published.", |c| &c.batches);
+        self.family(&mut text, "requests", "Requests completed.", |c| {
+            &c.requests
+        });
+        self.family(&mut text, "errors", "Requests that failed.", |c| &c.errors);
+        self.family(&mut text, "dropped", "Packets dropped.", |c| &c.dropped);
+        self.family(&mut text, "bytes_to_guest", "Bytes to the guest.", |c| {
+            &c.bytes_to_guest
+        });
+        self.family(
+            &mut text,
+            "bytes_from_guest",
+            "Bytes from the guest.",
+            |c| &c.bytes_from_guest,
+        );
+        text
+    }
+
+    fn family(
+        &self,
+        text: &mut String,
+        name: &str,
+        help: &str,
+        value: impl Fn(&QueueCounters) -> &Counter,
+    ) {
+        // Writing to a String cannot fail.
+        let _ = writeln!(text, "# HELP berth_{name}_total {help}");
+        let _ = writeln!(text, "# TYPE berth_{name}_total counter");
+        for (index, queue) in self.queues.iter().enumerate() {
+            let device = self.device;
+            let value = value(queue).get();
+            let _ = writeln!(
+                text,
+                "berth_{name}_total{{device=\"{device}\",queue=\"{index}\"}} {value}"
+            );
+        }
+    }
+}
