@@ -1,0 +1,76 @@
+//! What the host's kernel counts about a VM: KVM's statistics and tracepoints.
+
+use std::fs::{self, File};
+use std::io::Read;
+use std::path::PathBuf;
+
+use anyhow::{Context, Result, bail};
+
+use crate::sys;
+
+/// One number of KVM's statistics of a VM, all vCPUs together: `mmio_exits`, `io_exits`, `exits`, …
+///
+/// # Errors
+/// debugfs is not mounted, or the process has no VM.
+pub fn kvm_stat(pid: u32, name: &str) -> Result<u64> {
+    let path = kvm_directory(pid)?.join(name);
+    let text = fs::read_to_string(&path).with_context(|| path.display().to_string())?;
+    text.trim()
+        .parse()
+        .with_context(|| format!("{}: {text}", path.display()))
+}
+
+/// debugfs directory of the one VM of process `pid`.
+fn kvm_directory(pid: u32) -> Result<PathBuf> {
+    let root = PathBuf::from("/sys/kernel/debug/kvm");
+    let prefix = format!("{pid}-");
+    for entry in fs::read_dir(&root).with_context(|| root.display().to_string())? {
+        let entry = entry?;
+        if entry.file_name().to_string_lossy().starts_with(&prefix) {
+            return Ok(entry.path());
+        }
+    }
+    bail!("no VM of process {pid} in {}", root.display());
+}
+
+/// Counts hits of one tracepoint by some threads; exact, as nothing is buffered.
+#[derive(Debug)]
+pub struct TracepointCount(Vec<File>);
+
+impl TracepointCount {
+    /// Counts `group:name` in threads `tids` from now on, those hits that match `filter` if it is not
+    /// empty, such as `reason == 6`.
+    ///
+    /// # Errors
+    /// The kernel has no such tracepoint, or we may not.
+    pub fn start(group: &str, name: &str, filter: &str, tids: &[i32]) -> Result<Self> {
+        let path = format!("/sys/kernel/tracing/events/{group}/{name}/id");
+        let id = fs::read_to_string(&path).with_context(|| path.clone())?;
+        let id = id.trim().parse().with_context(|| path.clone())?;
+        let mut counters = Vec::new();
+        for &tid in tids {
+            let counter = sys::count_tracepoint(id, tid)
+                .with_context(|| format!("count {group}:{name} of thread {tid}"))?;
+            if !filter.is_empty() {
+                sys::filter_tracepoint(&counter, filter)
+                    .with_context(|| format!("filter {group}:{name} by '{filter}'"))?;
+            }
+            counters.push(File::from(counter));
+        }
+        Ok(Self(counters))
+    }
+
+    /// Hits so far.
+    ///
+    /// # Errors
+    /// The counter cannot be read.
+    pub fn read(&mut self) -> Result<u64> {
+        let mut sum = 0;
+        for counter in &mut self.0 {
+            let mut value = [0u8; 8];
+            counter.read_exact(&mut value)?;
+            sum += u64::from_le_bytes(value);
+        }
+        Ok(sum)
+    }
+}

@@ -1,0 +1,288 @@
+//! Taps, a page server, a sink and a frame counter, all in the story's network namespace.
+//!
+//! Sockets are made on the story's thread, which fixes their namespace, and served by helper threads.
+
+use std::fs::File;
+use std::io::{BufRead, BufReader, Write};
+use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+
+use crate::process::run;
+use crate::sys;
+use crate::wait::Broken;
+
+/// Makes a tap of one queue, so one that a daemon attaches to without IFF_MULTI_QUEUE.
+///
+/// # Errors
+/// `ip` refuses.
+pub fn make_tap(name: &str) -> Result<()> {
+    run(
+        "ip",
+        &["tuntap", "add", "dev", name, "mode", "tap", "vnet_hdr"],
+    )
+    .map(drop)
+}
+
+/// Gives an interface an address of a /24 and brings it up.
+///
+/// # Errors
+/// `ip` refuses.
+pub fn bring_up(name: &str, address: Ipv4Addr) -> Result<()> {
+    run(
+        "ip",
+        &["addr", "add", &format!("{address}/24"), "dev", name],
+    )?;
+    run("ip", &["link", "set", name, "up"]).map(drop)
+}
+
+/// Serves one file to every client that asks for anything by HTTP.
+#[derive(Debug)]
+pub struct PageServer {
+    address: SocketAddr,
+    stop: Arc<AtomicBool>,
+    served: Arc<AtomicU64>,
+}
+
+impl PageServer {
+    /// Serves `file` on `address` and a port of its own.
+    ///
+    /// # Errors
+    /// The address is not ours.
+    pub fn start(address: Ipv4Addr, file: &Path) -> Result<Self> {
+        let listener =
+            TcpListener::bind((address, 0)).with_context(|| format!("bind {address}"))?;
+        let server = Self {
+            address: listener.local_addr()?,
+            stop: Arc::default(),
+            served: Arc::default(),
+        };
+        let (stop, served) = (Arc::clone(&server.stop), Arc::clone(&server.served));
+        let file = file.to_owned();
+        std::thread::Builder::new()
+            .name("page".to_owned())
+            .spawn(move || {
+                for client in listener.incoming() {
+                    if stop.load(Ordering::Relaxed) {
+                        return;
+                    }
+                    if let Ok(client) = client
+                        && serve_file(client, &file).is_ok()
+                    {
+                        served.fetch_add(1, Ordering::Relaxed);
+                    }
+                }
+            })?;
+        Ok(server)
+    }
+
+    /// `http://address:port/page`.
+    #[must_use]
+    pub fn url(&self) -> String {
+        format!("http://{}/page", self.address)
+    }
+
+    /// Whole answers sent.
+    #[must_use]
+    pub fn served(&self) -> u64 {
+        self.served.load(Ordering::Relaxed)
+    }
+}
+
+impl Drop for PageServer {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::Relaxed);
+        // Wakes the thread, which looks at `stop`; works from any namespace only where it was made.
+        let _ = TcpStream::connect_timeout(&self.address, Duration::from_secs(1));
+    }
+}
+
+fn serve_file(client: TcpStream, path: &Path) -> Result<()> {
+    client.set_read_timeout(Some(Duration::from_secs(30)))?;
+    client.set_write_timeout(Some(Duration::from_secs(60)))?;
+    let mut reader = BufReader::new(client.try_clone()?);
+    let mut line = String::new();
+    while reader.read_line(&mut line)? > 0 && !line.trim_end().is_empty() {
+        line.clear();
+    }
+    let mut file = File::open(path)?;
+    let length = file.metadata()?.len();
+    let mut client = client;
+    write!(
+        client,
+        "HTTP/1.0 200 OK\r\nContent-Length: {length}\r\nContent-Type: text/plain\r\n\r\n"
+    )?;
+    std::io::copy(&mut file, &mut client)?;
+    Ok(())
+}
+
+/// Takes one connection and writes all that comes into a file.
+#[derive(Debug)]
+pub struct Sink {
+    address: SocketAddr,
+    done: std::sync::mpsc::Receiver<std::io::Result<u64>>,
+}
+
+impl Sink {
+    /// Listens on `address` and a port of its own.
+    ///
+    /// # Errors
+    /// The address is not ours.
+    pub fn start(address: Ipv4Addr, file: PathBuf) -> Result<Self> {
+        let listener =
+            TcpListener::bind((address, 0)).with_context(|| format!("bind {address}"))?;
+        let address = listener.local_addr()?;
+        let (send, done) = std::sync::mpsc::channel();
+        std::thread::Builder::new()
+            .name("sink".to_owned())
+            .spawn(move || {
+                let result = listener.accept().and_then(|(mut client, _)| {
+                    std::io::copy(&mut client, &mut File::create(file)?)
+                });
+                // The story may have ended meanwhile.
+                let _ = send.send(result);
+            })?;
+        Ok(Self { address, done })
+    }
+
+    /// Port to connect to.
+    #[must_use]
+    pub fn port(&self) -> u16 {
+        self.address.port()
+    }
+
+    /// Waits for the client's end of stream; bytes received.
+    ///
+    /// # Errors
+    /// Not in time, or the file cannot be written.
+    pub fn finish(&self, limit: Duration) -> Result<u64> {
+        match self.done.recv_timeout(limit) {
+            Ok(result) => Ok(result?),
+            Err(_) => Err(Broken::deadline("end of the guest's stream", limit)),
+        }
+    }
+}
+
+/// GET of `url` path from a server in the guest.
+///
+/// # Errors
+/// No answer in time.
+pub fn fetch(address: SocketAddr, path: &str, limit: Duration) -> Result<Vec<u8>> {
+    let mut stream = TcpStream::connect_timeout(&address, limit)
+        .with_context(|| format!("connect to {address}"))?;
+    stream.set_read_timeout(Some(limit))?;
+    write!(stream, "GET {path} HTTP/1.0\r\nHost: guest\r\n\r\n")?;
+    let mut answer = Vec::new();
+    std::io::Read::read_to_end(&mut stream, &mut answer)?;
+    let split = answer
+        .windows(4)
+        .position(|window| window == b"\r\n\r\n")
+        .with_context(|| format!("no HTTP answer from {address}"))?;
+    anyhow::ensure!(
+        answer.starts_with(b"HTTP/1.") && answer[8..].starts_with(b" 200"),
+        "{address} answers: {}",
+        String::from_utf8_lossy(answer.split(|&byte| byte == b'\r').next().unwrap_or(b""))
+    );
+    Ok(answer.split_off(split + 4))
+}
+
+/// Frames seen on an interface, by direction.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Frames {
+    /// From the host to the guest.
+    pub to_guest: u64,
+    /// Longest of them, in bytes.
+    pub to_guest_longest: usize,
+    /// From the guest to the host.
+    pub from_guest: u64,
+    /// Longest of them, in bytes.
+    pub from_guest_longest: usize,
+}
+
+/// Counts the frames of an interface with a packet socket.
+#[derive(Debug)]
+pub struct FrameCounter {
+    stop: Arc<AtomicBool>,
+    thread: Option<JoinHandle<std::io::Result<Frames>>>,
+}
+
+impl FrameCounter {
+    /// Counts from now on.
+    ///
+    /// # Errors
+    /// There is no such interface.
+    pub fn start(interface: &str) -> Result<Self> {
+        let socket = sys::packet_socket(interface)
+            .with_context(|| format!("packet socket on {interface}"))?;
+        let stop = Arc::new(AtomicBool::new(false));
+        let seen = Arc::clone(&stop);
+        let thread = std::thread::Builder::new()
+            .name("frames".to_owned())
+            .spawn(move || count_frames(&socket, &seen))?;
+        Ok(Self {
+            stop,
+            thread: Some(thread),
+        })
+    }
+
+    /// Ends the count.
+    ///
+    /// # Errors
+    /// The socket failed.
+    pub fn finish(mut self) -> Result<Frames> {
+        self.stop.store(true, Ordering::Relaxed);
+        let thread = self.thread.take().context("finished already")?;
+        Ok(thread
+            .join()
+            .map_err(|_| anyhow::anyhow!("frame counter panicked"))??)
+    }
+}
+
+impl Drop for FrameCounter {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::Relaxed);
+    }
+}
+
+fn count_frames(socket: &OwnedFd, stop: &AtomicBool) -> std::io::Result<Frames> {
+    let mut frames = Frames::default();
+    // Reads the queue empty before it looks at `stop`, so that nothing seen is lost.
+    loop {
+        match sys::receive_frame(socket, Duration::from_millis(50))? {
+            Some((length, true)) => {
+                frames.to_guest += 1;
+                frames.to_guest_longest = frames.to_guest_longest.max(length);
+            }
+            Some((length, false)) => {
+                frames.from_guest += 1;
+                frames.from_guest_longest = frames.from_guest_longest.max(length);
+            }
+            None if stop.load(Ordering::Relaxed) => return Ok(frames),
+            None => {}
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_page_is_fetched_whole() {
+        let path = std::env::temp_dir().join(format!("berth-page-{}", std::process::id()));
+        std::fs::write(&path, b"a page").expect("written");
+        let server = PageServer::start(Ipv4Addr::LOCALHOST, &path).expect("a server");
+        let limit = Duration::from_secs(20);
+        assert_eq!(
+            fetch(server.address, "/page", limit).expect("a page"),
+            b"a page"
+        );
+        let _ = std::fs::remove_file(path);
+    }
+}
