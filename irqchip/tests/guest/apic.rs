@@ -1,0 +1,106 @@
+//! What a guest does to its interrupt controllers, in terms of [`Cpu`]'s commands.
+//!
+//! Intel SDM 3A, chapter 11 (local APIC, by its x2APIC MSRs); 82093AA datasheet (IOAPIC).
+
+use super::Cpu;
+
+const APIC_BASE: u32 = 0x1b;
+const APIC_BASE_X2APIC: u64 = 0xfee0_0000 | 1 << 11 | 1 << 10;
+const APIC_BASE_BSP: u64 = 1 << 8;
+const APIC_ID: u32 = 0x802;
+const EOI: u32 = 0x80b;
+const SPURIOUS: u32 = 0x80f;
+const SPURIOUS_ENABLE: u64 = 1 << 8 | 0xff;
+const ICR: u32 = 0x830;
+/// First of eight registers with 32 vectors each.
+const IN_SERVICE: u32 = 0x810;
+const LVT_LINT0: u32 = 0x835;
+const LVT_EXTINT: u64 = 7 << 8;
+pub(crate) const LVT_TIMER: u32 = 0x832;
+/// Timer mode bits of `LVT_TIMER`.
+pub(crate) const TSC_DEADLINE_MODE: u64 = 2 << 17;
+/// IA32_TSC_DEADLINE.
+pub(crate) const TSC_DEADLINE: u32 = 0x6e0;
+
+const IOAPIC_INDEX: u32 = 0xfec0_0000;
+const IOAPIC_DATA: u32 = 0xfec0_0010;
+const IOAPIC_LEVEL: u32 = 1 << 15;
+const IOAPIC_REMOTE_IRR: u32 = 1 << 14;
+
+/// What an interrupt command makes the other vCPU do.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Ipi {
+    Fixed(u8),
+    Init,
+    /// Start in real mode on this page.
+    Startup(u8),
+}
+
+impl Cpu {
+    /// Switches the local APIC on, in x2APIC mode.
+    pub(crate) fn enable_apic(&self) {
+        let bsp = self.read_msr(APIC_BASE) & APIC_BASE_BSP;
+        self.write_msr(APIC_BASE, APIC_BASE_X2APIC | bsp);
+        self.write_msr(SPURIOUS, SPURIOUS_ENABLE);
+    }
+
+    pub(crate) fn apic_id(&self) -> u32 {
+        self.read_msr(APIC_ID) as u32
+    }
+
+    /// Ends the interrupt that was taken last.
+    pub(crate) fn eoi(&self) {
+        self.write_msr(EOI, 0);
+    }
+
+    /// Whether `vector` was taken and not yet ended.
+    pub(crate) fn in_service(&self, vector: u8) -> bool {
+        let bits = self.read_msr(IN_SERVICE + u32::from(vector / 32));
+        bits >> (vector % 32) & 1 != 0
+    }
+
+    /// Sends an interrupt to the vCPU with this APIC id.
+    pub(crate) fn send_ipi(&self, apic_id: u32, ipi: Ipi) {
+        const ASSERT: u64 = 1 << 14;
+        let command = match ipi {
+            Ipi::Fixed(vector) => u64::from(vector),
+            Ipi::Init => 5 << 8,
+            Ipi::Startup(page) => 6 << 8 | u64::from(page),
+        };
+        self.write_msr(ICR, u64::from(apic_id) << 32 | ASSERT | command);
+    }
+
+    /// Masks both PICs, which KVM's reset state lets through to vCPU 0.
+    pub(super) fn mask_pic(&self) {
+        for data_port in [0x21, 0xa1] {
+            self.out8(data_port, 0xff);
+        }
+    }
+
+    /// Lets the PICs interrupt this vCPU through its LINT0 pin.
+    pub(crate) fn accept_pic(&self) {
+        self.write_msr(LVT_LINT0, LVT_EXTINT);
+    }
+
+    /// Routes an IOAPIC pin to `vector` on vCPU 0, active high.
+    pub(crate) fn set_ioapic_edge(&self, pin: u32, vector: u8) {
+        self.write_ioapic(pin, vector.into());
+    }
+
+    pub(crate) fn set_ioapic_level(&self, pin: u32, vector: u8) {
+        self.write_ioapic(pin, IOAPIC_LEVEL | u32::from(vector));
+    }
+
+    /// Whether the IOAPIC waits for the end of a level-triggered interrupt of this pin.
+    pub(crate) fn ioapic_remote_irr(&self, pin: u32) -> bool {
+        self.write32(IOAPIC_INDEX, 0x10 + 2 * pin);
+        self.read32(IOAPIC_DATA) & IOAPIC_REMOTE_IRR != 0
+    }
+
+    fn write_ioapic(&self, pin: u32, low: u32) {
+        self.write32(IOAPIC_INDEX, 0x11 + 2 * pin);
+        self.write32(IOAPIC_DATA, 0);
+        self.write32(IOAPIC_INDEX, 0x10 + 2 * pin);
+        self.write32(IOAPIC_DATA, low);
+    }
+}

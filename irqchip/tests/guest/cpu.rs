@@ -1,0 +1,309 @@
+//! A vCPU, its thread, and the commands a test gives it.
+//!
+//! The thread is in one of two places: in KVM, or waiting for the next command while the guest
+//! stands at its command port. To end it, the test side closes the command channel and sends a
+//! signal whose handler sets `immediate_exit`: it takes effect also if it comes just before
+//! KVM_RUN.
+#![allow(unsafe_code, reason = "a signal handler that reaches into kvm_run")]
+
+use std::cell::Cell;
+use std::os::unix::thread::JoinHandleExt;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::thread::JoinHandle;
+
+use kvm_bindings::KVM_MAX_CPUID_ENTRIES;
+use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+use vmm_sys_util::signal::{SIGRTMIN, register_signal_handler};
+
+use super::monitor::{
+    COMMAND_PORT, MAILBOX_PORT, Mailbox, NO_VECTOR, Operation, START, mailbox_of,
+};
+use super::{DEADLINE, Exit, Exits};
+
+/// A vCPU that does as it is told.
+pub(crate) struct Cpu {
+    id: u8,
+    commands: Option<Sender<Mailbox>>,
+    results: Receiver<Result<Mailbox, String>>,
+    stop: Arc<AtomicBool>,
+    runs: Arc<AtomicU64>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Cpu {
+    pub(super) fn new(
+        kvm: &Kvm,
+        vm: &VmFd,
+        memory: &GuestMemoryMmap,
+        id: u8,
+        exits: &Exits,
+    ) -> Self {
+        let vcpu = vm.create_vcpu(id.into()).unwrap();
+        set_cpuid(kvm, &vcpu, id);
+        if id == 0 {
+            start_in_real_mode(&vcpu);
+        }
+        let (commands, next) = channel();
+        let (done, results) = channel();
+        let stop = Arc::new(AtomicBool::new(false));
+        let runs = Arc::new(AtomicU64::new(0));
+        let mut runner = Runner {
+            vcpu,
+            mailbox: GuestAddress(mailbox_of(id)),
+            memory: memory.clone(),
+            exits: Arc::clone(exits),
+            stop: Arc::clone(&stop),
+            runs: Arc::clone(&runs),
+            next,
+            done,
+        };
+        register_signal_handler(SIGRTMIN(), leave_kvm).unwrap();
+        let thread = std::thread::Builder::new()
+            .name(format!("vcpu{id}"))
+            .spawn(move || runner.run())
+            .unwrap();
+        Self {
+            id,
+            commands: Some(commands),
+            results,
+            stop,
+            runs,
+            thread: Some(thread),
+        }
+    }
+
+    /// Writes `value` to a guest physical address.
+    pub(crate) fn write8(&self, gpa: u32, value: u8) {
+        self.execute(Operation::Write8, gpa, value.into(), 1);
+    }
+
+    pub(crate) fn write16(&self, gpa: u32, value: u16) {
+        self.execute(Operation::Write16, gpa, value.into(), 1);
+    }
+
+    pub(crate) fn write32(&self, gpa: u32, value: u32) {
+        self.execute(Operation::Write32, gpa, value.into(), 1);
+    }
+
+    /// Writes `value` so often without a command in between.
+    pub(crate) fn write32_times(&self, gpa: u32, value: u32, times: u32) {
+        self.execute(Operation::Write32, gpa, value.into(), times);
+    }
+
+    pub(crate) fn read32(&self, gpa: u32) -> u32 {
+        self.execute(Operation::Read32, gpa, 0, 1) as u32
+    }
+
+    /// Writes `value` to a port.
+    pub(crate) fn out8(&self, port: u16, value: u8) {
+        self.execute(Operation::Out8, port.into(), value.into(), 1);
+    }
+
+    pub(crate) fn out16(&self, port: u16, value: u16) {
+        self.execute(Operation::Out16, port.into(), value.into(), 1);
+    }
+
+    pub(crate) fn out32(&self, port: u16, value: u32) {
+        self.execute(Operation::Out32, port.into(), value.into(), 1);
+    }
+
+    pub(crate) fn out16_times(&self, port: u16, value: u16, times: u32) {
+        self.execute(Operation::Out16, port.into(), value.into(), times);
+    }
+
+    pub(crate) fn write_msr(&self, msr: u32, value: u64) {
+        self.execute(Operation::WriteMsr, msr, value, 1);
+    }
+
+    pub(crate) fn read_msr(&self, msr: u32) -> u64 {
+        self.execute(Operation::ReadMsr, msr, 0, 1)
+    }
+
+    pub(crate) fn read_tsc(&self) -> u64 {
+        self.execute(Operation::ReadTsc, 0, 0, 1)
+    }
+
+    /// Halts until the next interrupt, one that waits already included, and returns its vector.
+    pub(crate) fn interrupt(&self) -> u8 {
+        self.halt();
+        self.woken_by()
+    }
+
+    /// Lets the guest halt; [`woken_by`](Self::woken_by) must be next.
+    pub(crate) fn halt(&self) {
+        self.send(Operation::WaitForInterrupt, 0, 0, 1);
+    }
+
+    /// The vector that ended a [`halt`](Self::halt).
+    pub(crate) fn woken_by(&self) -> u8 {
+        let result = self.receive(Operation::WaitForInterrupt);
+        u8::try_from(result.vector).unwrap()
+    }
+
+    /// How often this vCPU has entered KVM; each command makes it once.
+    pub(crate) fn runs(&self) -> u64 {
+        self.runs.load(Ordering::SeqCst)
+    }
+
+    fn execute(&self, operation: Operation, target: u32, value: u64, count: u32) -> u64 {
+        self.send(operation, target, value, count);
+        let result = self.receive(operation);
+        let id = self.id;
+        assert_eq!(
+            result.vector, NO_VECTOR,
+            "vcpu{id} took an exception in {operation:?}"
+        );
+        u64::from(result.high) << 32 | u64::from(result.low)
+    }
+
+    fn send(&self, operation: Operation, target: u32, value: u64, count: u32) {
+        let mailbox = Mailbox {
+            operation: operation as u32,
+            target,
+            low: value as u32,
+            high: (value >> 32) as u32,
+            count,
+            vector: NO_VECTOR,
+        };
+        let commands = self.commands.as_ref().expect("taken on drop only");
+        commands
+            .send(mailbox)
+            .unwrap_or_else(|_| panic!("vcpu{} has ended", self.id));
+    }
+
+    fn receive(&self, operation: Operation) -> Mailbox {
+        match self.results.recv_timeout(DEADLINE) {
+            Ok(Ok(result)) => result,
+            Ok(Err(why)) => panic!("vcpu{}: {operation:?}: {why}", self.id),
+            Err(_) => panic!(
+                "vcpu{}: {operation:?} not done within {DEADLINE:?}",
+                self.id
+            ),
+        }
+    }
+}
+
+impl Drop for Cpu {
+    fn drop(&mut self) {
+        self.commands = None;
+        self.stop.store(true, Ordering::SeqCst);
+        let Some(thread) = self.thread.take() else {
+            return;
+        };
+        // SAFETY: the thread is not joined yet, so its id is valid, and it has a handler.
+        unsafe { libc::pthread_kill(thread.as_pthread_t(), SIGRTMIN()) };
+        let _ = thread.join();
+    }
+}
+
+/// What the vCPU's thread owns.
+struct Runner {
+    vcpu: VcpuFd,
+    mailbox: GuestAddress,
+    /// A reference to the mapping, so that it outlives the guest.
+    memory: GuestMemoryMmap,
+    exits: Exits,
+    stop: Arc<AtomicBool>,
+    /// How often KVM_RUN was called.
+    runs: Arc<AtomicU64>,
+    next: Receiver<Mailbox>,
+    done: Sender<Result<Mailbox, String>>,
+}
+
+impl Runner {
+    fn run(&mut self) {
+        let run = self.vcpu.get_kvm_run();
+        IMMEDIATE_EXIT.set(&raw mut run.immediate_exit);
+        // From here on a signal counts; one that came before has left the flag.
+        let mut busy = false;
+        while !self.stop.load(Ordering::SeqCst) {
+            self.runs.fetch_add(1, Ordering::SeqCst);
+            let exit = match self.vcpu.run() {
+                Ok(exit) => exit,
+                // EAGAIN: a vCPU that waited to be started has been, by a startup IPI.
+                Err(error) if matches!(error.errno(), libc::EINTR | libc::EAGAIN) => continue,
+                Err(error) => return self.fail(format!("KVM_RUN: {error}")),
+            };
+            match exit {
+                VcpuExit::IoIn(COMMAND_PORT, _) => {
+                    let result = self.memory.read_obj(self.mailbox).unwrap();
+                    if std::mem::replace(&mut busy, true) && self.done.send(Ok(result)).is_err() {
+                        break;
+                    }
+                    let Ok(command) = self.next.recv() else { break };
+                    self.memory.write_obj(command, self.mailbox).unwrap();
+                }
+                VcpuExit::IoIn(MAILBOX_PORT, data) => {
+                    data.copy_from_slice(&(self.mailbox.0 as u32).to_le_bytes());
+                }
+                VcpuExit::IoOut(port, data) => {
+                    let exit = Exit::Pio {
+                        port,
+                        data: data.to_vec(),
+                    };
+                    self.exits.lock().unwrap().push(exit);
+                }
+                VcpuExit::MmioWrite(gpa, data) => {
+                    let exit = Exit::Mmio {
+                        gpa,
+                        data: data.to_vec(),
+                    };
+                    self.exits.lock().unwrap().push(exit);
+                }
+                other => {
+                    let what = format!("unexpected exit {other:?}");
+                    return self.fail(what);
+                }
+            }
+        }
+        IMMEDIATE_EXIT.set(std::ptr::null_mut());
+    }
+
+    fn fail(&self, why: String) {
+        IMMEDIATE_EXIT.set(std::ptr::null_mut());
+        let _ = self.done.send(Err(why));
+    }
+}
+
+thread_local! {
+    /// `immediate_exit` of the vCPU that this thread runs.
+    static IMMEDIATE_EXIT: Cell<*mut u8> = const { Cell::new(std::ptr::null_mut()) };
+}
+
+extern "C" fn leave_kvm(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {
+    let flag = IMMEDIATE_EXIT.get();
+    if !flag.is_null() {
+        // SAFETY: not null only while the vCPU of this very thread is alive and its kvm_run mapped;
+        // a byte that the kernel reads, written without a torn state.
+        unsafe { flag.write_volatile(1) };
+    }
+}
+
+fn set_cpuid(kvm: &Kvm, vcpu: &VcpuFd, id: u8) {
+    const X2APIC: u32 = 1 << 21;
+    const TSC_DEADLINE: u32 = 1 << 24;
+    let mut cpuid = kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).unwrap();
+    for entry in cpuid
+        .as_mut_slice()
+        .iter_mut()
+        .filter(|entry| entry.function == 1)
+    {
+        entry.ecx |= X2APIC | TSC_DEADLINE;
+        entry.ebx = entry.ebx & 0x00ff_ffff | u32::from(id) << 24;
+    }
+    vcpu.set_cpuid2(&cpuid).unwrap();
+}
+
+fn start_in_real_mode(vcpu: &VcpuFd) {
+    let mut sregs = vcpu.get_sregs().unwrap();
+    sregs.cs.base = START;
+    sregs.cs.selector = (START >> 4) as u16;
+    vcpu.set_sregs(&sregs).unwrap();
+    let mut regs = vcpu.get_regs().unwrap();
+    regs.rip = 0;
+    regs.rflags = 2;
+    vcpu.set_regs(&regs).unwrap();
+}

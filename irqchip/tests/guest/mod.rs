@@ -1,0 +1,180 @@
+//! A machine for tests: a megabyte of memory, the chip under test, and vCPUs that do as they are
+//! told, one command at a time ([`Cpu`]). A test thus reads as a story in one language; the guest
+//! side of each command is in [`monitor`].
+
+mod apic;
+mod cpu;
+mod monitor;
+
+use std::io::Write;
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use berth_irqchip::{Chip, Msi, MsiMessage};
+use kvm_bindings::{
+    KVM_CAP_X2APIC_API, KVM_X2APIC_API_USE_32BIT_IDS, kvm_enable_cap, kvm_userspace_memory_region,
+};
+use kvm_ioctls::{Kvm, VmFd};
+use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
+use vmm_sys_util::eventfd::EventFd;
+
+pub(crate) use apic::{Ipi, LVT_TIMER, TSC_DEADLINE, TSC_DEADLINE_MODE};
+pub(crate) use cpu::Cpu;
+
+/// How long a test waits for anything; generous, as some machines emulate the guest.
+pub(crate) const DEADLINE: Duration = Duration::from_secs(30);
+
+/// The page on which a startup IPI makes a vCPU begin.
+pub(crate) const START_PAGE: u8 = (monitor::START >> 12) as u8;
+
+/// A guest access that KVM handed to user space.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Exit {
+    Mmio { gpa: u64, data: Vec<u8> },
+    Pio { port: u16, data: Vec<u8> },
+}
+
+/// Accesses that left the kernel, commands apart.
+pub(crate) type Exits = Arc<Mutex<Vec<Exit>>>;
+
+/// One VM. vCPUs end and everything is taken down when it is dropped, also by a failed assertion.
+pub(crate) struct Machine {
+    /// Before the VM: threads end first.
+    cpus: Vec<Cpu>,
+    pub(crate) chip: Arc<Chip>,
+    exits: Exits,
+    vm: Arc<VmFd>,
+    _memory: GuestMemoryMmap,
+}
+
+impl Machine {
+    /// A machine whose vCPU 0 runs, with its local APIC on, the PICs masked and interrupts held back. The others, if
+    /// any, wait to be started as in a real machine. `None`, and a note, without `/dev/kvm`.
+    pub(crate) fn new(vcpus: u8) -> Option<Self> {
+        let Ok(kvm) = Kvm::new() else {
+            note("skipped: no /dev/kvm");
+            return None;
+        };
+        let vm = Arc::new(kvm.create_vm().unwrap());
+        vm.set_tss_address(0xfffb_d000).unwrap();
+        let memory = memory_at_zero(&vm);
+        monitor::load(&memory);
+        let chip = Chip::new(Arc::clone(&vm)).unwrap();
+        let exits = Exits::default();
+        let cpus = (0..vcpus)
+            .map(|id| Cpu::new(&kvm, &vm, &memory, id, &exits))
+            .collect();
+        let machine = Self {
+            cpus,
+            chip,
+            exits,
+            vm,
+            _memory: memory,
+        };
+        machine.cpu(0).enable_apic();
+        machine.cpu(0).mask_pic();
+        Some(machine)
+    }
+
+    pub(crate) fn cpu(&self, id: usize) -> &Cpu {
+        &self.cpus[id]
+    }
+
+    /// Guest accesses that left the kernel since the last call.
+    pub(crate) fn take_exits(&self) -> Vec<Exit> {
+        std::mem::take(&mut *self.exits.lock().unwrap())
+    }
+
+    /// A vector that raises `vector` on vCPU 0.
+    pub(crate) fn msi(&self, vector: u8) -> Msi {
+        let msi = self.chip.msi().unwrap();
+        msi.set_message(to_cpu0(vector)).unwrap();
+        msi
+    }
+
+    /// Makes KVM take the high half of an MSI address as destination bits, and check it.
+    pub(crate) fn use_x2apic_ids(&self) {
+        let args = [KVM_X2APIC_API_USE_32BIT_IDS.into(), 0, 0, 0];
+        let cap = kvm_enable_cap {
+            cap: KVM_CAP_X2APIC_API,
+            args,
+            ..Default::default()
+        };
+        self.vm.enable_cap(&cap).unwrap();
+    }
+
+    /// Asserts that vCPU 0 has no interrupt waiting: one of the lowest priority, raised now, must
+    /// be the next it takes.
+    pub(crate) fn assert_no_interrupt(&self) {
+        const LOWEST: u8 = 0x20;
+        let probe = self.msi(LOWEST);
+        probe.event().write(1).unwrap();
+        assert_eq!(
+            self.cpu(0).interrupt(),
+            LOWEST,
+            "an interrupt that nobody raised"
+        );
+        self.cpu(0).eoi();
+    }
+}
+
+/// The message that raises `vector`, edge-triggered, on vCPU 0.
+pub(crate) fn to_cpu0(vector: u8) -> MsiMessage {
+    MsiMessage {
+        address: 0xfee0_0000,
+        data: vector.into(),
+    }
+}
+
+/// Tells whoever reads the output; unlike `eprintln!` also if the test passes.
+pub(crate) fn note(what: &str) {
+    let _ = writeln!(std::io::stderr(), "{what}");
+}
+
+/// Waits for an eventfd and takes its count.
+pub(crate) fn wait_for(event: &EventFd) -> u64 {
+    let deadline = Instant::now() + DEADLINE;
+    loop {
+        match event.read() {
+            Ok(count) => return count,
+            Err(_) if Instant::now() < deadline => poll_until(event, deadline),
+            Err(error) => panic!("eventfd not signalled within {DEADLINE:?}: {error}"),
+        }
+    }
+}
+
+/// Whether an eventfd is signalled now; takes its count.
+pub(crate) fn is_signalled(event: &EventFd) -> bool {
+    event.read().is_ok()
+}
+
+#[allow(unsafe_code, reason = "poll of one descriptor")]
+fn poll_until(event: &EventFd, deadline: Instant) {
+    use std::os::fd::AsRawFd;
+    let mut poll = libc::pollfd {
+        fd: event.as_raw_fd(),
+        events: libc::POLLIN,
+        revents: 0,
+    };
+    let left = deadline
+        .saturating_duration_since(Instant::now())
+        .as_millis() as i32;
+    // SAFETY: `poll` is one valid pollfd and 1 is its count.
+    unsafe { libc::poll(&raw mut poll, 1, left) };
+}
+
+#[allow(unsafe_code, reason = "a memory slot is a promise about a mapping")]
+fn memory_at_zero(vm: &VmFd) -> GuestMemoryMmap {
+    let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), monitor::MEMORY_BYTES)]).unwrap();
+    let slot = kvm_userspace_memory_region {
+        slot: 0,
+        guest_phys_addr: 0,
+        memory_size: monitor::MEMORY_BYTES as u64,
+        userspace_addr: memory.get_host_address(GuestAddress(0)).unwrap() as u64,
+        flags: 0,
+    };
+    // SAFETY: the range is one whole mapping, which `Machine` and each vCPU thread keep until the
+    // last vCPU has ended; the host side accesses it by copies only.
+    unsafe { vm.set_user_memory_region(slot) }.unwrap();
+    memory
+}

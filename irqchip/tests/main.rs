@@ -1,0 +1,15 @@
+//! Micro-guests: a few hundred bytes of guest code on the machine's own `/dev/kvm`, one file a
+//! feature. They need neither a kernel image nor root beyond the right to open the device; where it
+//! does not open, each says `skipped: no /dev/kvm` and passes. No test waits longer than
+//! [`guest::DEADLINE`] for its guest.
+
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+
+mod doorbell;
+mod edge_msi;
+mod guest;
+mod ipi;
+mod level_line;
+mod msi_mask;
+mod pit;
+mod tsc_deadline;
