@@ -35,6 +35,23 @@ pub const MMIO64_MIN_START: u64 = 16 << 30;
 /// Length of the 64-bit MMIO window.
 pub const MMIO64_LEN: u64 = 16 << 30;
 
+/// Global descriptor table of the boot processor's first instructions.
+pub const BOOT_GDT: u64 = 0x500;
+/// PVH start info; its module list and memory map follow in the same page.
+pub const PVH_START_INFO: u64 = 0x6000;
+/// Linux zero page (struct boot_params), 4 KiB.
+pub const ZERO_PAGE: u64 = 0x7000;
+/// Initial stack pointer, growing down.
+pub const BOOT_STACK: u64 = 0x8ff0;
+/// Page tables of the 64-bit entry: PML4, page directory pointers, then four page directories.
+pub const BOOT_PAGE_TABLES: u64 = 0x9000;
+/// Kernel command line, at most 64 KiB.
+pub const CMDLINE_START: u64 = 0x2_0000;
+/// Extended BIOS data area: where conventional memory ends.
+pub const EBDA_START: u64 = 0x9_fc00;
+/// First address of a kernel: below it is what the kernel is told with.
+pub const KERNEL_MIN_START: u64 = 0x10_0000;
+
 /// Where the ACPI tables start: in the BIOS read-only area, where any kernel looks.
 pub const ACPI_START: u64 = 0x000e_0000;
 /// End of the area for ACPI tables.

@@ -21,6 +21,7 @@ use vm_memory::{
     Address, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion,
     GuestRegionMmap,
 };
+use vmm_sys_util::fallocate::{FallocateMode, fallocate};
 
 use super::layout;
 use crate::config::MemoryConfig;
@@ -71,6 +72,16 @@ pub enum Error {
     /// The pieces do not make a guest memory; cannot happen with the layout of this crate.
     #[error("guest memory pieces do not fit together")]
     Regions(#[source] vm_memory::GuestRegionCollectionError),
+    /// A range to be zeroed is not RAM, or the host could not drop its pages.
+    #[error("cannot zero guest memory at {gpa:#x}, {len:#x} bytes")]
+    Zero {
+        /// Guest physical start.
+        gpa: u64,
+        /// Length in bytes.
+        len: u64,
+        /// The system's answer, where it was asked.
+        source: io::Error,
+    },
     /// KVM refused a memory slot.
     #[error("KVM refused memory slot {slot} at {gpa:#x}, {len:#x} bytes")]
     Register {
@@ -128,6 +139,44 @@ impl GuestRam {
     /// Bytes of RAM from 4 GiB on; may be 0.
     pub fn high_len(&self) -> u64 {
         layout::ram_split(self.size_bytes).1
+    }
+
+    /// Whether `[gpa, gpa + len)` is RAM, whole and in one piece.
+    pub fn contains(&self, gpa: u64, len: u64) -> bool {
+        gpa.checked_add(len).is_some_and(|end| {
+            end <= self.low_len()
+                || (gpa >= layout::HIGH_RAM_START
+                    && end - layout::HIGH_RAM_START <= self.high_len())
+        })
+    }
+
+    /// Makes `[gpa, gpa + len)` read as zeros by giving its pages back to the host: memory that was
+    /// never touched stays untouched.
+    pub fn zero(&self, gpa: u64, len: u64) -> Result<(), Error> {
+        let error = |source| Error::Zero { gpa, len, source };
+        if len == 0 {
+            return Ok(());
+        }
+        let region = self
+            .memory
+            .find_region(GuestAddress(gpa))
+            .filter(|_| self.contains(gpa, len))
+            .and_then(|region| Some((region.file_offset()?, region.start_addr())));
+        let (file, start) = region.ok_or_else(|| error(io::ErrorKind::InvalidInput.into()))?;
+        fallocate(
+            file.file(),
+            FallocateMode::PunchHole,
+            true,
+            file.start() + (gpa - start.raw_value()),
+            len,
+        )
+        .map_err(|errno| error(errno.into()))
+    }
+
+    /// Makes all RAM read as zeros and gives it back to the host, as before a guest boots anew.
+    pub fn clear(&self) -> Result<(), Error> {
+        self.zero(0, self.low_len())?;
+        self.zero(layout::HIGH_RAM_START, self.high_len())
     }
 
     /// Gives the memory to a VM, one slot a piece. The mapping then stays to the end of the process,
@@ -269,6 +318,40 @@ mod tests {
         let file = region.file_offset().unwrap().file();
         assert!(file.set_len(MIB).is_err());
         assert!(file.set_len(4 * MIB).is_err());
+    }
+
+    #[test]
+    fn zeroed_bytes_read_as_zero_and_their_neighbours_stay() {
+        let ram = ram(2 * MIB).unwrap();
+        let (start, end) = (0x1003, 0x3005);
+        ram.memory()
+            .write_slice(&[0xff; 0x4000], GuestAddress(0x1000))
+            .unwrap();
+        ram.zero(start, end - start).unwrap();
+        let mut bytes = [0; 0x4000];
+        ram.memory()
+            .read_slice(&mut bytes, GuestAddress(0x1000))
+            .unwrap();
+        for (i, byte) in (0x1000..).zip(bytes) {
+            let zeroed = (start..end).contains(&i);
+            assert_eq!(byte, if zeroed { 0 } else { 0xff }, "{i:#x}");
+        }
+    }
+
+    #[test]
+    fn ranges_outside_ram_are_not_contained() {
+        let ram = ram(5 << 30).unwrap();
+        assert!(ram.contains(0, 3 << 30));
+        assert!(ram.contains(1 << 32, 2 << 30));
+        for (gpa, len) in [
+            (0, (3 << 30) + 1),
+            (3 << 30, 1),
+            ((1 << 32) + 1, 2 << 30),
+            (u64::MAX, 2),
+        ] {
+            assert!(!ram.contains(gpa, len), "{gpa:#x}+{len:#x}");
+            assert!(ram.zero(gpa, len).is_err());
+        }
     }
 
     #[test]
