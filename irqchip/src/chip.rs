@@ -67,7 +67,7 @@ impl Chip {
             table: Mutex::new(Table::new(max_routes)),
             counts: Counts::default(),
         };
-        chip.write_routes(&chip.table(), &[])?;
+        chip.write_routes(&mut chip.table(), Vec::new())?;
         Ok(Arc::new(chip))
     }
 
@@ -87,11 +87,13 @@ impl Chip {
         Doorbell::new(self)
     }
 
-    /// Changes several vectors with one update of KVM's table (none if no message changes).
+    /// Changes several vectors with one update of KVM's table, or none: the messages of vectors
+    /// that stay masked are kept for later.
     ///
     /// # Errors
     /// If KVM refuses the new table, all messages stay as they were and nothing is unmasked; what
-    /// was to be masked is.
+    /// was to be masked is. If it refuses an irqfd, which it does for want of memory only, vectors
+    /// with a higher GSI stay detached until they are unmasked again.
     pub fn batch<'a>(&self, fill: impl FnOnce(&mut Batch<'a>)) -> Result<(), Error> {
         let mut batch = Batch::default();
         fill(&mut batch);
@@ -159,11 +161,8 @@ impl Chip {
             }
         }
         self.detach_masked(&mut table, &touched)?;
-        self.change_messages(&mut table, &touched)?;
+        self.change_routes(&mut table, &touched)?;
         for (gsi, (msi, wanted)) in &touched {
-            if let Some(vector) = table.vector_mut(*gsi) {
-                vector.masked = wanted.masked;
-            }
             if wanted.wants_irqfd() {
                 self.set_attached(&mut table, *gsi, msi.event(), true)?;
             }
@@ -181,40 +180,49 @@ impl Chip {
         Ok(())
     }
 
-    /// Replaces KVM's table if any message differs, and takes the messages back if KVM refuses.
-    fn change_messages(&self, table: &mut Table, touched: &Touched<'_>) -> Result<(), Error> {
-        let mut before = Vec::new();
+    /// Takes over what is wanted and tells KVM if a route differs; takes it back if KVM refuses.
+    fn change_routes(&self, table: &mut Table, touched: &Touched<'_>) -> Result<(), Error> {
+        let mut before = Vec::with_capacity(touched.len());
         for (gsi, (_, wanted)) in touched {
-            if let Some(vector) = table.vector_mut(*gsi)
-                && vector.message != wanted.message
-            {
-                before.push((*gsi, vector.message));
+            if let Some(vector) = table.vector_mut(*gsi) {
+                before.push((*gsi, *vector));
                 vector.message = wanted.message;
+                vector.masked = wanted.masked;
             }
         }
-        if before.is_empty() {
-            return Ok(());
-        }
-        let changed: Vec<u32> = before.iter().map(|(gsi, _)| *gsi).collect();
-        self.write_routes(table, &changed).inspect_err(|_| {
-            for (gsi, message) in before {
+        let written = self.write_stale_routes(table);
+        if written.is_err() {
+            for (gsi, old) in before {
                 if let Some(vector) = table.vector_mut(gsi) {
-                    vector.message = message;
+                    *vector = old;
                 }
             }
-        })
+        }
+        written
     }
 
-    fn write_routes(&self, table: &Table, changed: &[u32]) -> Result<(), Error> {
+    fn write_stale_routes(&self, table: &mut Table) -> Result<(), Error> {
+        let changed = table.stale();
+        if changed.is_empty() {
+            Ok(())
+        } else {
+            self.write_routes(table, changed)
+        }
+    }
+
+    fn write_routes(&self, table: &mut Table, changed: Vec<u32>) -> Result<(), Error> {
         let entries = table.entries();
         let refused = |source| Error::SetRoutes {
             routes: entries.len(),
-            changed: changed.to_vec(),
+            changed,
             source,
         };
-        let routing = KvmIrqRouting::from_entries(&entries)
-            .map_err(|_| refused(kvm_ioctls::Error::new(libc::E2BIG)))?;
-        self.vm.set_gsi_routing(&routing).map_err(refused)?;
+        // More entries than the wrapper takes: KVM would say the same.
+        let written = KvmIrqRouting::from_entries(&entries)
+            .map_err(|_| kvm_ioctls::Error::new(libc::EINVAL))
+            .and_then(|routing| self.vm.set_gsi_routing(&routing));
+        written.map_err(refused)?;
+        table.set_routed();
         self.counts.routing_updates.fetch_add(1, Ordering::Relaxed);
         Ok(())
     }

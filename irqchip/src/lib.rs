@@ -21,9 +21,10 @@
 //! protects the routing table and what each vector wants of it; a [`Doorbell`] has one of its own.
 //! No lock is held while another is taken, and none is taken on the way of an interrupt.
 //!
-//! **Invariants.** The table that KVM has is the one in [`Chip`], but for the routes of vectors that
-//! were dropped, which nothing refers to. A vector's irqfd is attached exactly if it has a message
-//! and is not masked. A failed call leaves the routes as they were.
+//! **Invariants.** A vector's irqfd is attached exactly if it has a message and is not masked, and
+//! then KVM routes it to that message; of a vector that is masked or gone KVM may have an old route,
+//! to which nothing leads. A message that KVM refuses is never in the table when another vector
+//! changes. A failed call leaves the routes as they were.
 //!
 //! Reference: KVM api.rst, `KVM_CREATE_IRQCHIP`, `KVM_CREATE_PIT2`, `KVM_SET_GSI_ROUTING`,
 //! `KVM_IRQFD`, `KVM_IOEVENTFD`. PCI 3.0, 6.8.2 (MSI-X mask and pending bits).

@@ -56,13 +56,13 @@ impl Msi {
         &self.event
     }
 
-    /// Routes the vector to `message`, and attaches it unless it is masked. Atomic for writers of
-    /// the eventfd: each write becomes the old message or the new one. Does nothing if the message
-    /// is the same.
+    /// Sets where events go, and attaches the vector unless it is masked. Atomic for writers of the
+    /// eventfd: each write becomes the old message or the new one. KVM is told nothing if the
+    /// message is the same, and nothing before [`unmask`](Self::unmask) if the vector is masked.
     ///
     /// # Errors
-    /// The guest chooses the message, and KVM refuses some (an address with destination bits above
-    /// bit 31 that it cannot have meant); the vector then keeps the message it had.
+    /// The guest chooses the message, and KVM refuses some (an address with bits 32 to 39 set, if
+    /// the VM uses x2APIC ids); the vector then keeps the message it had.
     pub fn set_message(&self, message: MsiMessage) -> Result<(), Error> {
         self.chip.batch(|batch| batch.set_message(self, message))
     }
@@ -75,6 +75,9 @@ impl Msi {
 
     /// Attaches the vector again if it has a message; a write made in between is delivered at once,
     /// several as one. Does nothing if it is not masked.
+    ///
+    /// # Errors
+    /// If KVM refuses the message the vector stays masked.
     pub fn unmask(&self) -> Result<(), Error> {
         self.chip.batch(|batch| batch.unmask(self))
     }

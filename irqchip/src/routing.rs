@@ -36,18 +36,31 @@ pub struct MsiMessage {
 /// One MSI vector as the table knows it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Vector {
-    /// Where its route leads; `None` until the guest has said so.
+    /// Where events are to go; `None` until the guest has said so.
     pub(crate) message: Option<MsiMessage>,
     /// Whether the holder has masked it.
     pub(crate) masked: bool,
     /// Whether its irqfd is attached right now.
     pub(crate) attached: bool,
+    /// The message that KVM has. It lags behind while the vector is masked: what a guest writes
+    /// into its table until it unmasks costs nothing, and a message that KVM would refuse does not
+    /// get in the way of other vectors.
+    routed: Option<MsiMessage>,
 }
 
 impl Vector {
     /// Whether its irqfd should be attached.
     pub(crate) fn wants_irqfd(&self) -> bool {
         self.message.is_some() && !self.masked
+    }
+
+    /// The message that KVM should have.
+    fn route(&self) -> Option<MsiMessage> {
+        if self.wants_irqfd() {
+            self.message
+        } else {
+            self.routed
+        }
     }
 }
 
@@ -107,7 +120,23 @@ impl Table {
         self.vectors.values()
     }
 
-    /// The table as KVM takes it: both controllers' pins, then every vector that has a message.
+    /// GSIs whose route in KVM is not what it should be.
+    pub(crate) fn stale(&self) -> Vec<u32> {
+        let stale = self
+            .vectors
+            .iter()
+            .filter(|(_, vector)| vector.route() != vector.routed);
+        stale.map(|(gsi, _)| *gsi).collect()
+    }
+
+    /// KVM has taken [`entries`](Self::entries).
+    pub(crate) fn set_routed(&mut self) {
+        for vector in self.vectors.values_mut() {
+            vector.routed = vector.route();
+        }
+    }
+
+    /// The table as KVM takes it: both controllers' pins, then every vector that has a route.
     pub(crate) fn entries(&self) -> Vec<kvm_irq_routing_entry> {
         let pins = (0..IOAPIC_PINS).flat_map(|gsi| {
             let pic = (gsi < PIC_PINS).then(|| pic_entry(gsi));
@@ -117,7 +146,7 @@ impl Table {
         let vectors = self
             .vectors
             .iter()
-            .filter_map(|(gsi, vector)| Some(msi_entry(*gsi, vector.message?)));
+            .filter_map(|(gsi, vector)| Some(msi_entry(*gsi, vector.route()?)));
         pins.chain(vectors).collect()
     }
 }

@@ -129,7 +129,7 @@ fn a_vector_wants_its_irqfd_with_a_message_and_unmasked() {
         Vector {
             message,
             masked,
-            attached: false,
+            ..Vector::default()
         }
         .wants_irqfd()
     };
@@ -137,4 +137,37 @@ fn a_vector_wants_its_irqfd_with_a_message_and_unmasked() {
     assert!(!case(Some(message(1)), true));
     assert!(!case(None, false));
     assert!(!case(None, true));
+}
+
+#[test]
+fn a_masked_vectors_new_message_waits() {
+    let mut table = Table::new(KVM_MAX);
+    let [shown, hidden] = [(); 2].map(|()| table.allocate().unwrap());
+    table.vector_mut(hidden).unwrap().masked = true;
+    for gsi in [shown, hidden] {
+        set(&mut table, gsi, 0x41);
+    }
+    assert_eq!(table.stale(), [shown]);
+    table.set_routed();
+    assert_eq!(table.stale(), []);
+
+    table.vector_mut(hidden).unwrap().masked = false;
+    assert_eq!(table.stale(), [hidden]);
+    table.set_routed();
+    assert_eq!(table.entries().len(), 42);
+}
+
+#[test]
+fn a_vector_that_is_masked_again_keeps_its_route() {
+    let mut table = Table::new(KVM_MAX);
+    let gsi = table.allocate().unwrap();
+    set(&mut table, gsi, 0x41);
+    table.set_routed();
+    table.vector_mut(gsi).unwrap().masked = true;
+    set(&mut table, gsi, 0x42);
+    assert_eq!(table.stale(), []);
+    assert_eq!(table.vector(gsi).unwrap().route(), Some(message(0x41)));
+    set(&mut table, gsi, 0x41);
+    table.vector_mut(gsi).unwrap().masked = false;
+    assert_eq!(table.stale(), [], "the message it had: no update");
 }

@@ -119,6 +119,54 @@ fn a_message_that_kvm_refuses_changes_nothing() {
 }
 
 #[test]
+fn a_bad_message_of_a_masked_vector_disturbs_no_other() {
+    let Some(machine) = Machine::new(1) else {
+        return;
+    };
+    machine.use_x2apic_ids();
+    let [good, bad] = [machine.msi(0x41), machine.msi(0x42)];
+    bad.mask().unwrap();
+    bad.set_message(MsiMessage {
+        address: 0x99_fee0_0000,
+        data: 0x43,
+    })
+    .unwrap();
+    good.set_message(to_cpu0(0x51)).unwrap();
+    bad.unmask().unwrap_err();
+    good.set_message(to_cpu0(0x52)).unwrap();
+    good.event().write(1).unwrap();
+    assert_eq!(machine.cpu(0).interrupt(), 0x52);
+    machine.cpu(0).eoi();
+
+    bad.event().write(1).unwrap();
+    assert!(bad.is_pending(), "still masked");
+    bad.set_message(to_cpu0(0x44)).unwrap();
+    bad.unmask().unwrap();
+    assert_eq!(machine.cpu(0).interrupt(), 0x44);
+}
+
+#[test]
+fn messages_set_while_masked_cost_one_update_when_unmasked() {
+    let Some(machine) = Machine::new(1) else {
+        return;
+    };
+    let msi = machine.msi(0x41);
+    msi.mask().unwrap();
+    let before = machine.chip.counters().routing_updates;
+    for vector in 0x50..0x60 {
+        msi.set_message(to_cpu0(vector)).unwrap();
+    }
+    assert_eq!(machine.chip.counters().routing_updates, before);
+    msi.unmask().unwrap();
+    assert_eq!(machine.chip.counters().routing_updates, before + 1);
+    msi.mask().unwrap();
+    msi.unmask().unwrap();
+    assert_eq!(machine.chip.counters().routing_updates, before + 1);
+    msi.event().write(1).unwrap();
+    assert_eq!(machine.cpu(0).interrupt(), 0x5f);
+}
+
+#[test]
 fn a_dropped_vector_is_silent_and_its_gsi_goes_to_the_next() {
     let Some(machine) = Machine::new(1) else {
         return;
