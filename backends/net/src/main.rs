@@ -1,2 +1,43 @@
-//! Entry point.
-fn main() {}
+//! Arguments to configuration, run, exit code; nothing else.
+
+use std::process::ExitCode;
+use std::sync::Arc;
+
+use berth_net::args::Args;
+use berth_net::config::{Config, PortConfig};
+use berth_net::net_device::NetDevice;
+use berth_net::port::tap::Tap;
+use clap::Parser;
+
+const NAME: &str = "berth-net";
+
+fn main() -> ExitCode {
+    let args = Args::parse();
+    if args.print_capabilities {
+        println!("{}", serde_json::json!({ "type": "net" }));
+        return ExitCode::SUCCESS;
+    }
+    berth_queue_worker::init_logging();
+    let config = match Config::try_from(args) {
+        Ok(config) => config,
+        Err(error) => {
+            berth_queue_worker::fail(NAME, &error);
+            return ExitCode::from(2);
+        }
+    };
+    match run(config) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => berth_queue_worker::fail(NAME, &*error),
+    }
+}
+
+fn run(config: Config) -> Result<(), Box<dyn std::error::Error>> {
+    let pairs = config.identity.pairs;
+    let tap = match &config.port {
+        PortConfig::Tap { name, create } => Tap::open(name, pairs, *create, config.identity.mtu)?,
+        PortConfig::Fds(fds) => Tap::from_fds(fds)?,
+    };
+    let device = NetDevice::new(config.identity, Arc::new(tap), config.max_queue_size)?;
+    berth_queue_worker::run(&config.daemon, device)?;
+    Ok(())
+}

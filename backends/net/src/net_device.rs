@@ -1,0 +1,153 @@
+//! The network device as queue-worker sees it: ties state, features and queues together.
+
+#![forbid(unsafe_code)]
+
+use std::io;
+use std::sync::Arc;
+
+use berth_queue_worker::{
+    Device, Interest, QueueError, QueueStart, QueueWorker, Ready, Ring, SessionHandle, Source,
+};
+
+use crate::ctrl_queue::CtrlQueue;
+use crate::device::{Identity, Role};
+use crate::mac::Mac;
+use crate::port::NetPort;
+use crate::rx::RxQueue;
+use crate::state::DeviceState;
+use crate::tx::TxQueue;
+
+/// A vhost-user network device on a port.
+pub struct NetDevice {
+    state: Arc<DeviceState>,
+    max_queue_size: u16,
+}
+
+impl NetDevice {
+    /// The device of `identity` on `port`, with rings of at most `max_queue_size` entries.
+    ///
+    /// # Errors
+    /// No more file descriptors.
+    pub fn new(
+        identity: Identity,
+        port: Arc<dyn NetPort>,
+        max_queue_size: u16,
+    ) -> io::Result<Self> {
+        let state = Arc::new(DeviceState::new(identity, port)?);
+        Ok(Self {
+            state,
+            max_queue_size,
+        })
+    }
+
+    /// The device's state, for what watches the link.
+    #[must_use]
+    pub fn state(&self) -> &Arc<DeviceState> {
+        &self.state
+    }
+}
+
+impl Device for NetDevice {
+    const NAME: &'static str = "net";
+
+    type Worker = NetQueue;
+
+    fn features(&self) -> u64 {
+        self.state.identity().features(self.state.port().has_uso())
+    }
+
+    fn num_queues(&self) -> u16 {
+        self.state.identity().num_queues()
+    }
+
+    fn max_queue_size(&self) -> u16 {
+        self.max_queue_size
+    }
+
+    fn config(&self) -> Vec<u8> {
+        self.state.config().to_vec()
+    }
+
+    /// The one writable field is the address, whole: a frontend that shows the guest another one
+    /// than ours tells us so.
+    fn write_config(&self, offset: u32, data: &[u8]) -> io::Result<()> {
+        match <[u8; 6]>::try_from(data) {
+            Ok(mac) if offset == 0 && !Mac(mac).is_multicast() => {
+                self.state.set_mac(Mac(mac));
+                Ok(())
+            }
+            _ => Err(io::ErrorKind::InvalidInput.into()),
+        }
+    }
+
+    fn features_acked(&self, features: u64) {
+        self.state.set_features(features);
+    }
+
+    fn new_worker(&self, start: &QueueStart) -> io::Result<NetQueue> {
+        let state = Arc::clone(&self.state);
+        let pairs = state.identity().pairs;
+        match Role::of(start.queue, start.features, pairs) {
+            Some(Role::Receive(pair)) => {
+                Ok(NetQueue::Rx(Box::new(RxQueue::new(state, pair, start))))
+            }
+            Some(Role::Transmit(pair)) => {
+                Ok(NetQueue::Tx(Box::new(TxQueue::new(state, pair, start))))
+            }
+            Some(Role::Control) => Ok(NetQueue::Ctrl(Box::new(CtrlQueue::new(state, start)))),
+            None => Err(io::Error::new(
+                io::ErrorKind::InvalidInput,
+                "there is no such queue with the negotiated features",
+            )),
+        }
+    }
+
+    fn session_started(&self, handle: SessionHandle) {
+        self.state.set_session(Some(handle));
+    }
+
+    fn session_ended(&self) {
+        self.state.set_session(None);
+        self.state.set_features(0);
+    }
+
+    fn reset(&self) {
+        self.state.forget_driver();
+    }
+}
+
+/// One queue of the device.
+pub enum NetQueue {
+    /// Frames to the guest.
+    Rx(Box<RxQueue>),
+    /// Frames from the guest.
+    Tx(Box<TxQueue>),
+    /// Commands.
+    Ctrl(Box<CtrlQueue>),
+}
+
+impl QueueWorker for NetQueue {
+    fn sources(&self) -> Vec<Source> {
+        match self {
+            Self::Rx(queue) => queue.sources(),
+            Self::Tx(queue) => queue.sources(),
+            Self::Ctrl(queue) => queue.sources(),
+        }
+    }
+
+    fn process(&mut self, ring: &mut Ring, ready: Ready) -> Result<Interest, QueueError> {
+        match self {
+            Self::Rx(queue) => queue.process(ring, ready),
+            Self::Tx(queue) => queue.process(ring, ready),
+            Self::Ctrl(queue) => queue.process(ring, ready),
+        }
+    }
+
+    fn drain(&mut self, ring: &mut Ring) -> Result<(), QueueError> {
+        match self {
+            Self::Rx(queue) => queue.drain(ring),
+            Self::Tx(queue) => queue.drain(ring),
+            Self::Ctrl(queue) => queue.drain(ring),
+        }
+    }
+}

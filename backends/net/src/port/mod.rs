@@ -1,0 +1,55 @@
+//! Where frames come from and go to: the other side of the device.
+//!
+//! A port has as many queues as the device has pairs. Every frame carries a virtio-net header in
+//! front (see [`crate::header`]), both ways. [`tap::Tap`] is the port of the daemon; tests and
+//! fuzz targets use one made of memory.
+
+pub mod frame;
+mod ioctl;
+pub mod tap;
+pub mod testing;
+
+use std::io;
+use std::os::fd::RawFd;
+
+use frame::Frame;
+
+/// A source and sink of frames.
+///
+/// `recv` and `send` are called on the worker thread of the queue, the rest on the control thread
+/// or on the control queue's thread. Nothing blocks; the guest controls the bytes of sent frames,
+/// header included, and the order of calls from the control queue.
+pub trait NetPort: Send + Sync + 'static {
+    /// Number of queues.
+    fn num_queues(&self) -> u16;
+
+    /// Whether it takes and delivers UDP segmentation (USO).
+    fn has_uso(&self) -> bool;
+
+    /// What to poll for frames and for room on `queue`.
+    fn fd(&self, queue: u16) -> RawFd;
+
+    /// Reads one frame with its header into `frame`; says how long it is. What does not fit is
+    /// lost. WouldBlock: no frame. [`is_detached`]: the queue is not attached, or its interface
+    /// has gone.
+    fn recv(&self, queue: u16, frame: &mut Frame<'_, '_>) -> io::Result<usize>;
+
+    /// Sends one frame with its header. WouldBlock: no room, nothing was sent.
+    fn send(&self, queue: u16, frame: &Frame<'_, '_>) -> io::Result<usize>;
+
+    /// Length of the header of every frame, 10 or 12.
+    fn set_header_len(&self, len: usize) -> io::Result<()>;
+
+    /// Which offloads received frames may carry: bits of
+    /// [`GUEST_OFFLOADS`](crate::device::GUEST_OFFLOADS).
+    fn set_offloads(&self, features: u64) -> io::Result<()>;
+
+    /// Attaches `queue`, or detaches it: then no frame is steered to it. Queue 0 stays attached.
+    fn set_attached(&self, queue: u16, attached: bool) -> io::Result<()>;
+}
+
+/// Whether an error of `recv` or `send` says that the queue is not attached to an interface.
+#[must_use]
+pub fn is_detached(error: &io::Error) -> bool {
+    error.raw_os_error() == Some(libc::EBADFD)
+}

@@ -1,0 +1,444 @@
+//! A Linux tap as the port: one file descriptor a queue.
+//!
+//! ```text
+//!   --tap=NAME            attach to what is there, made with or without IFF_MULTI_QUEUE
+//!   --tap=NAME --create   make it if it is not there; it goes when the last descriptor closes
+//!   --tap-fd=N[,N...]     descriptors that someone with more rights attached for us
+//! ```
+//!
+//! One frame a system call, straight from and into guest memory. A tap made here is not
+//! persistent, so the kernel removes it with us however we end, SIGKILL included; one that was
+//! there before is left as it was.
+//!
+//! Threads: workers read and write their own queue; offloads, header length and attachment are
+//! set by the control thread or the control queue's thread. The kernel locks.
+//!
+//! Invariants: queue 0 is always attached. Other queues are detached until told, since a frame
+//! steered to a queue that nobody reads is a lost connection.
+//! Kernel: Documentation/networking/tuntap.rst, 3.3 (multi-queue).
+
+#![forbid(unsafe_code)]
+
+use std::fs::OpenOptions;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
+use std::os::unix::fs::OpenOptionsExt;
+
+use libc::c_int;
+use thiserror::Error;
+use virtio_bindings::virtio_net::{
+    VIRTIO_NET_F_GUEST_CSUM, VIRTIO_NET_F_GUEST_ECN, VIRTIO_NET_F_GUEST_TSO4,
+    VIRTIO_NET_F_GUEST_TSO6, VIRTIO_NET_F_GUEST_USO4, VIRTIO_NET_F_GUEST_USO6,
+};
+
+use super::frame::Frame;
+use super::{NetPort, ioctl};
+use crate::device::{MAX_PAIRS, has};
+use crate::header::HDR_LEN;
+
+const TUN_DEVICE: &str = "/dev/net/tun";
+const TAP_FLAGS: c_int = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR;
+/// Both or neither: the kernel refuses one alone.
+const TUN_F_USO: u32 = libc::TUN_F_USO4 | libc::TUN_F_USO6;
+
+/// Why there is no tap to work with.
+#[derive(Debug, Error)]
+pub enum TapError {
+    /// No tun driver, or no right to it.
+    #[error("cannot open {TUN_DEVICE} (is the tun module loaded, and may this user open it?)")]
+    Device(#[source] io::Error),
+    /// Not a possible interface name.
+    #[error("'{0}' is not an interface name (1 to 15 bytes, no '/', '%', ':' or blanks)")]
+    Name(String),
+    /// Nothing of that name.
+    #[error("tap '{0}' does not exist; make it (ip tuntap add {0} mode tap) or give --create")]
+    Missing(String),
+    /// Not a tap.
+    #[error("'{0}' is not a tap device")]
+    NotTap(String),
+    /// Its only queue is taken.
+    #[error("tap '{0}' is in use by another process")]
+    Busy(String),
+    /// It belongs to somebody else, or we may not make one.
+    #[error("no right to tap '{0}': run as its owner, or with CAP_NET_ADMIN")]
+    NotOurs(String),
+    /// One queue where more are needed.
+    #[error(
+        "tap '{0}' has a single queue, {1} pairs need {1}; \
+         make it with multi_queue or use --num-queues=1"
+    )]
+    SingleQueue(String, u16),
+    /// A descriptor that is no tap's.
+    #[error("--tap-fd={0} is not a tap's file descriptor")]
+    NotTapFd(RawFd),
+    /// A tap's descriptor made without what we need.
+    #[error("--tap-fd={0} was made without {1}; it needs IFF_TAP, IFF_NO_PI and IFF_VNET_HDR")]
+    FdFlags(RawFd, &'static str),
+    /// Descriptors of two taps.
+    #[error("--tap-fd={0} belongs to '{1}', the first one to '{2}'")]
+    FdMixed(RawFd, String, String),
+    /// Something else that the kernel refused.
+    #[error("cannot {action} tap '{name}'")]
+    Setup {
+        /// Name of the tap.
+        name: String,
+        /// What was tried.
+        action: &'static str,
+        /// What the kernel said.
+        source: io::Error,
+    },
+}
+
+/// A tap with its queues.
+#[derive(Debug)]
+pub struct Tap {
+    name: String,
+    queues: Vec<OwnedFd>,
+    multi_queue: bool,
+    uso: bool,
+    /// False where the tap may live in another network namespace, so that its name means nothing.
+    named_here: bool,
+}
+
+impl Tap {
+    /// Attaches `pairs` queues to the tap `name`; with `create`, makes it if there is none.
+    /// `mtu` is for a tap that is made.
+    ///
+    /// # Errors
+    /// See [`TapError`]: each names the tap and what to do.
+    pub fn open(name: &str, pairs: u16, create: bool, mtu: Option<u16>) -> Result<Self, TapError> {
+        check_name(name)?;
+        let exists = ioctl::if_index(name).is_some();
+        if !exists && !create {
+            return Err(TapError::Missing(name.to_string()));
+        }
+        let (first, multi_queue) = attach_first(name, pairs, exists)?;
+        let mut queues = vec![first];
+        for _ in 1..pairs {
+            queues.push(attach(name, libc::IFF_MULTI_QUEUE).map_err(|e| e.explain(name))?);
+        }
+        let tap = Self::new(name.to_string(), queues, multi_queue, true)?;
+        if !exists {
+            tap.set_up(mtu)?;
+            tracing::info!(tap = name, "tap created; it goes when this process ends");
+        } else if let Some(mtu) = mtu {
+            tap.warn_of_other_mtu(mtu);
+        }
+        Ok(tap)
+    }
+
+    /// Takes over attached descriptors, one a pair.
+    ///
+    /// # Errors
+    /// A descriptor that is not a tap's, lacks a header, or is another tap's.
+    pub fn from_fds(fds: &[RawFd]) -> Result<Self, TapError> {
+        let mut queues = Vec::new();
+        let mut first: Option<(String, c_int)> = None;
+        for &fd in fds {
+            let queue = ioctl::duplicate(fd).map_err(|_| TapError::NotTapFd(fd))?;
+            let (name, flags) =
+                ioctl::get_iff(queue.as_fd()).map_err(|_| TapError::NotTapFd(fd))?;
+            let wanted = [
+                (libc::IFF_TAP, "IFF_TAP"),
+                (libc::IFF_NO_PI, "IFF_NO_PI"),
+                (libc::IFF_VNET_HDR, "IFF_VNET_HDR"),
+            ];
+            if let Some((_, missing)) = wanted.iter().find(|(flag, _)| flags & flag == 0) {
+                return Err(TapError::FdFlags(fd, missing));
+            }
+            let (tap, _) = first.get_or_insert_with(|| (name.clone(), flags));
+            if *tap != name {
+                return Err(TapError::FdMixed(fd, name, tap.clone()));
+            }
+            ioctl::set_nonblocking(queue.as_fd()).map_err(setup(&name, "set up"))?;
+            queues.push(queue);
+        }
+        let (name, flags) = first.unwrap_or_default();
+        Self::new(name, queues, flags & libc::IFF_MULTI_QUEUE != 0, false)
+    }
+
+    fn new(
+        name: String,
+        queues: Vec<OwnedFd>,
+        multi_queue: bool,
+        named_here: bool,
+    ) -> Result<Self, TapError> {
+        let mut tap = Self {
+            name,
+            queues,
+            multi_queue,
+            uso: false,
+            named_here,
+        };
+        let name = tap.name.clone();
+        let first = tap
+            .queues
+            .first()
+            .ok_or_else(|| TapError::Name(name.clone()))?
+            .as_fd();
+        ioctl::set_vnet_hdr_size(first, HDR_LEN).map_err(setup(&name, "set the header size of"))?;
+        let uso = ioctl::set_offload(first, libc::TUN_F_CSUM | TUN_F_USO).is_ok();
+        ioctl::set_offload(first, 0).map_err(setup(&name, "set the offloads of"))?;
+        tap.uso = uso;
+        for queue in 1..tap.num_queues() {
+            tap.set_attached(queue, false)
+                .map_err(setup(&name, "detach a queue of"))?;
+        }
+        Ok(tap)
+    }
+
+    /// Name of the interface.
+    #[must_use]
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Index of the interface, where it can be asked for by name.
+    #[must_use]
+    pub fn if_index(&self) -> Option<u32> {
+        self.named_here
+            .then(|| ioctl::if_index(&self.name))
+            .flatten()
+    }
+
+    /// Whether the interface is set up. True where that cannot be found out.
+    #[must_use]
+    pub fn is_up(&self) -> bool {
+        if !self.named_here {
+            return true;
+        }
+        ioctl::control_socket()
+            .and_then(|socket| ioctl::is_up(socket.as_fd(), &self.name))
+            .unwrap_or(true)
+    }
+
+    fn set_up(&self, mtu: Option<u16>) -> Result<(), TapError> {
+        let socket = ioctl::control_socket().map_err(setup(&self.name, "set up"))?;
+        if let Some(mtu) = mtu {
+            ioctl::set_mtu(socket.as_fd(), &self.name, mtu)
+                .map_err(setup(&self.name, "set the MTU of"))?;
+        }
+        ioctl::set_up(socket.as_fd(), &self.name).map_err(setup(&self.name, "set up"))
+    }
+
+    fn warn_of_other_mtu(&self, guest: u16) {
+        let tap = ioctl::control_socket().and_then(|s| ioctl::mtu(s.as_fd(), &self.name));
+        if let Ok(tap) = tap
+            && tap != c_int::from(guest)
+        {
+            tracing::warn!(
+                tap = self.name,
+                tap_mtu = tap,
+                guest,
+                "tap has another MTU than --mtu"
+            );
+        }
+    }
+
+    fn queue(&self, queue: u16) -> io::Result<&OwnedFd> {
+        self.queues
+            .get(usize::from(queue))
+            .ok_or_else(|| io::ErrorKind::NotFound.into())
+    }
+}
+
+impl NetPort for Tap {
+    fn num_queues(&self) -> u16 {
+        self.queues.len() as u16
+    }
+
+    fn has_uso(&self) -> bool {
+        self.uso
+    }
+
+    fn fd(&self, queue: u16) -> RawFd {
+        self.queue(queue).map_or(-1, AsRawFd::as_raw_fd)
+    }
+
+    fn recv(&self, queue: u16, frame: &mut Frame<'_, '_>) -> io::Result<usize> {
+        ioctl::readv(self.queue(queue)?.as_fd(), frame)
+    }
+
+    fn send(&self, queue: u16, frame: &Frame<'_, '_>) -> io::Result<usize> {
+        ioctl::writev(self.queue(queue)?.as_fd(), frame)
+    }
+
+    fn set_header_len(&self, len: usize) -> io::Result<()> {
+        ioctl::set_vnet_hdr_size(self.queue(0)?.as_fd(), len)
+    }
+
+    fn set_offloads(&self, features: u64) -> io::Result<()> {
+        ioctl::set_offload(self.queue(0)?.as_fd(), tun_offloads(features))
+    }
+
+    fn set_attached(&self, queue: u16, attached: bool) -> io::Result<()> {
+        if queue == 0 || !self.multi_queue {
+            return Ok(());
+        }
+        match ioctl::set_queue(self.queue(queue)?.as_fd(), attached) {
+            // It is as asked already.
+            Err(e) if e.raw_os_error() == Some(libc::EINVAL) => Ok(()),
+            other => other,
+        }
+    }
+}
+
+/// TUN_F_* for the offloads that the guest accepts on receive. None go without checksum offload,
+/// since a segmented frame has no full checksum.
+fn tun_offloads(features: u64) -> u32 {
+    if !has(features, VIRTIO_NET_F_GUEST_CSUM) {
+        return 0;
+    }
+    let tso4 = has(features, VIRTIO_NET_F_GUEST_TSO4);
+    let tso6 = has(features, VIRTIO_NET_F_GUEST_TSO6);
+    let mut bits = libc::TUN_F_CSUM;
+    if tso4 {
+        bits |= libc::TUN_F_TSO4;
+    }
+    if tso6 {
+        bits |= libc::TUN_F_TSO6;
+    }
+    if (tso4 || tso6) && has(features, VIRTIO_NET_F_GUEST_ECN) {
+        bits |= libc::TUN_F_TSO_ECN;
+    }
+    if has(features, VIRTIO_NET_F_GUEST_USO4) && has(features, VIRTIO_NET_F_GUEST_USO6) {
+        bits |= TUN_F_USO;
+    }
+    bits
+}
+
+/// Interface names that the kernel takes literally.
+fn check_name(name: &str) -> Result<(), TapError> {
+    let forbidden = |b: u8| b == b'/' || b == b'%' || b == b':' || !b.is_ascii_graphic();
+    let fits = (1..libc::IFNAMSIZ).contains(&name.len());
+    if !fits || name == "." || name == ".." || name.bytes().any(forbidden) {
+        return Err(TapError::Name(name.to_string()));
+    }
+    Ok(())
+}
+
+/// Why one queue could not be attached.
+enum AttachError {
+    Open(io::Error),
+    Refused(io::Error),
+}
+
+impl AttachError {
+    /// The kernel says EINVAL for a wrong kind of interface and for a wrong IFF_MULTI_QUEUE.
+    fn is_mismatch(&self) -> bool {
+        matches!(self, Self::Refused(e) if e.raw_os_error() == Some(libc::EINVAL))
+    }
+
+    fn is_busy(&self) -> bool {
+        matches!(self, Self::Refused(e) if e.raw_os_error() == Some(libc::EBUSY))
+    }
+
+    fn explain(self, name: &str) -> TapError {
+        let source = match self {
+            Self::Open(e) => return TapError::Device(e),
+            Self::Refused(e) => e,
+        };
+        match source.raw_os_error() {
+            Some(libc::EINVAL) => TapError::NotTap(name.to_string()),
+            Some(libc::EBUSY) => TapError::Busy(name.to_string()),
+            Some(libc::EPERM) => TapError::NotOurs(name.to_string()),
+            _ => TapError::Setup {
+                name: name.to_string(),
+                action: "attach to",
+                source,
+            },
+        }
+    }
+}
+
+fn attach(name: &str, extra_flags: c_int) -> Result<OwnedFd, AttachError> {
+    let file = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .custom_flags(libc::O_NONBLOCK | libc::O_CLOEXEC)
+        .open(TUN_DEVICE)
+        .map_err(AttachError::Open)?;
+    ioctl::set_iff(file.as_fd(), name, TAP_FLAGS | extra_flags).map_err(AttachError::Refused)?;
+    Ok(file.into())
+}
+
+/// Attaches the first queue; says whether the tap is a multi-queue one. IFF_MULTI_QUEUE must be
+/// given exactly if the tap was made with it, and there is no way to ask without attaching.
+fn attach_first(name: &str, pairs: u16, exists: bool) -> Result<(OwnedFd, bool), TapError> {
+    debug_assert!((1..=MAX_PAIRS).contains(&pairs));
+    let wanted = pairs > 1;
+    let flag = |multi_queue| {
+        if multi_queue {
+            libc::IFF_MULTI_QUEUE
+        } else {
+            0
+        }
+    };
+    let error = match attach(name, flag(wanted)) {
+        Ok(fd) => return Ok((fd, wanted)),
+        Err(e) => e,
+    };
+    if !exists || !error.is_mismatch() {
+        return Err(error.explain(name));
+    }
+    match attach(name, flag(!wanted)) {
+        Ok(_) if wanted => Err(TapError::SingleQueue(name.to_string(), pairs)),
+        Ok(fd) => Ok((fd, true)),
+        Err(e) if wanted && e.is_busy() => Err(TapError::SingleQueue(name.to_string(), pairs)),
+        Err(e) => Err(e.explain(name)),
+    }
+}
+
+fn setup<'a>(name: &'a str, action: &'static str) -> impl FnOnce(io::Error) -> TapError + 'a {
+    move |source| TapError::Setup {
+        name: name.to_string(),
+        action,
+        source,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn offloads_of_the_tap_follow_the_guest() {
+        let csum = 1 << VIRTIO_NET_F_GUEST_CSUM;
+        let tso4 = 1 << VIRTIO_NET_F_GUEST_TSO4;
+        let ecn = 1 << VIRTIO_NET_F_GUEST_ECN;
+        let uso4 = 1 << VIRTIO_NET_F_GUEST_USO4;
+        let uso6 = 1 << VIRTIO_NET_F_GUEST_USO6;
+        assert_eq!(tun_offloads(0), 0);
+        assert_eq!(tun_offloads(tso4), 0, "nothing without checksums");
+        assert_eq!(tun_offloads(csum), 1);
+        assert_eq!(tun_offloads(csum | tso4), 3);
+        assert_eq!(tun_offloads(csum | ecn), 1, "ECN only with TSO");
+        assert_eq!(tun_offloads(csum | tso4 | ecn), 0xb);
+        assert_eq!(
+            tun_offloads(csum | uso4),
+            1,
+            "the kernel takes USO4 and USO6 together"
+        );
+        assert_eq!(tun_offloads(csum | uso4 | uso6), 0x61);
+    }
+
+    #[test]
+    fn names_that_cannot_be() {
+        for bad in [
+            "",
+            "0123456789abcdef",
+            "a/b",
+            "tap%d",
+            "a b",
+            "a:1",
+            ".",
+            "..",
+            "t\u{e4}p",
+        ] {
+            assert!(matches!(check_name(bad), Err(TapError::Name(_))), "{bad}");
+        }
+        for good in ["tap0", "0123456789abcde", "vm-1.net_0"] {
+            assert!(check_name(good).is_ok(), "{good}");
+        }
+    }
+}

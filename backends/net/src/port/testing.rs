@@ -1,0 +1,148 @@
+//! A port made of socket pairs, for tests, fuzz targets and benchmarks: no privilege, no kernel
+//! network. A SOCK_SEQPACKET socket keeps message boundaries, cuts what does not fit, and can be
+//! full, as a tap does.
+
+#![expect(unsafe_code, reason = "socketpair has no safe form in libc")]
+
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::sync::{Mutex, PoisonError};
+
+use super::frame::{Frame, FrameBuffer};
+use super::{NetPort, ioctl};
+
+/// What was set on the port, in order.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Event {
+    /// `set_header_len`.
+    HeaderLen(usize),
+    /// `set_offloads`.
+    Offloads(u64),
+    /// `set_attached`.
+    Attached(u16, bool),
+}
+
+/// The port, and the far ends of its queues.
+#[derive(Debug)]
+pub struct SocketPort {
+    near: Vec<OwnedFd>,
+    far: Vec<OwnedFd>,
+    events: Mutex<Vec<Event>>,
+}
+
+impl SocketPort {
+    /// A port with this many queues.
+    ///
+    /// # Errors
+    /// No more file descriptors.
+    pub fn new(queues: u16) -> io::Result<Self> {
+        let mut port = Self {
+            near: Vec::new(),
+            far: Vec::new(),
+            events: Mutex::default(),
+        };
+        for _ in 0..queues {
+            let (near, far) = seqpacket_pair()?;
+            port.near.push(near);
+            port.far.push(far);
+        }
+        Ok(port)
+    }
+
+    /// Puts a frame, header included, where `recv` finds it.
+    ///
+    /// # Errors
+    /// The queue is full (WouldBlock).
+    pub fn inject(&self, queue: u16, bytes: &[u8]) -> io::Result<()> {
+        let mut bytes = bytes.to_vec();
+        let mut buffer = FrameBuffer::default();
+        let mut frame = buffer.frame();
+        frame.push_own(&mut bytes);
+        ioctl::writev(self.far(queue)?.as_fd(), &frame).map(drop)
+    }
+
+    /// Takes a frame, header included, that was sent.
+    ///
+    /// # Errors
+    /// Nothing was sent (WouldBlock).
+    pub fn take(&self, queue: u16) -> io::Result<Vec<u8>> {
+        let mut bytes = vec![0; 128 << 10];
+        let mut buffer = FrameBuffer::default();
+        let mut frame = buffer.frame();
+        frame.push_own(&mut bytes);
+        let n = ioctl::readv(self.far(queue)?.as_fd(), &mut frame)?;
+        bytes.truncate(n);
+        Ok(bytes)
+    }
+
+    /// What was set since this was last asked.
+    #[allow(clippy::must_use_candidate, reason = "asking is also how to forget")]
+    pub fn events(&self) -> Vec<Event> {
+        std::mem::take(&mut *self.events.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    fn record(&self, event: Event) -> io::Result<()> {
+        self.events
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .push(event);
+        Ok(())
+    }
+
+    fn near(&self, queue: u16) -> io::Result<&OwnedFd> {
+        self.near
+            .get(usize::from(queue))
+            .ok_or_else(|| io::ErrorKind::NotFound.into())
+    }
+
+    fn far(&self, queue: u16) -> io::Result<&OwnedFd> {
+        self.far
+            .get(usize::from(queue))
+            .ok_or_else(|| io::ErrorKind::NotFound.into())
+    }
+}
+
+impl NetPort for SocketPort {
+    fn num_queues(&self) -> u16 {
+        self.near.len() as u16
+    }
+
+    fn has_uso(&self) -> bool {
+        true
+    }
+
+    fn fd(&self, queue: u16) -> RawFd {
+        self.near(queue).map_or(-1, AsRawFd::as_raw_fd)
+    }
+
+    fn recv(&self, queue: u16, frame: &mut Frame<'_, '_>) -> io::Result<usize> {
+        ioctl::readv(self.near(queue)?.as_fd(), frame)
+    }
+
+    fn send(&self, queue: u16, frame: &Frame<'_, '_>) -> io::Result<usize> {
+        ioctl::writev(self.near(queue)?.as_fd(), frame)
+    }
+
+    fn set_header_len(&self, len: usize) -> io::Result<()> {
+        self.record(Event::HeaderLen(len))
+    }
+
+    fn set_offloads(&self, features: u64) -> io::Result<()> {
+        self.record(Event::Offloads(features))
+    }
+
+    fn set_attached(&self, queue: u16, attached: bool) -> io::Result<()> {
+        self.record(Event::Attached(queue, attached))
+    }
+}
+
+fn seqpacket_pair() -> io::Result<(OwnedFd, OwnedFd)> {
+    let mut fds = [-1; 2];
+    let kind = libc::SOCK_SEQPACKET | libc::SOCK_NONBLOCK | libc::SOCK_CLOEXEC;
+    // SAFETY: socketpair fills an array of two ints, which `fds` is.
+    if unsafe { libc::socketpair(libc::AF_UNIX, kind, 0, fds.as_mut_ptr()) } < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the call made both descriptors, and nobody else knows them.
+    Ok(unsafe { (OwnedFd::from_raw_fd(fds[0]), OwnedFd::from_raw_fd(fds[1])) })
+}

@@ -1,0 +1,418 @@
+//! What the driver has set, shared by the control queue, the control thread and the data path.
+//!
+//! ```text
+//!   control queue ──▶ filter, own address, offloads, active pairs ──▶ receive queues, tap
+//!   control thread ─▶ features, configuration space
+//! ```
+//!
+//! Receive queues look at an atomic generation number once a batch and take the lock of the
+//! filter only when it has moved; nothing else here is on the data path.
+//!
+//! Which pairs are attached to the port: those whose receive queue runs and that the driver uses.
+//! A driver that negotiated MQ and the control queue uses one pair until it says otherwise;
+//! without the control queue (QEMU keeps it to itself) running is enough. A receive queue that
+//! continues an earlier one (its ring does not start at 0) was in use, even if this process
+//! never saw the command: it may have taken over from one that died.
+//!
+//! Locks, never held together: `driver`, `pairs`, `filter`.
+
+#![forbid(unsafe_code)]
+
+use std::io;
+use std::os::fd::{AsRawFd, RawFd};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use berth_queue_worker::SessionHandle;
+use virtio_bindings::virtio_net::{VIRTIO_NET_F_CTRL_VQ, VIRTIO_NET_F_MQ};
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+use crate::ctrl::Command;
+use crate::device::{CONFIG_LEN, GUEST_OFFLOADS, Identity, config_space, has};
+use crate::filter::RxFilter;
+use crate::header::header_len;
+use crate::mac::Mac;
+use crate::port::NetPort;
+
+/// State of the device. Every method may be called on any thread.
+pub struct DeviceState {
+    identity: Identity,
+    port: Arc<dyn NetPort>,
+    driver: Mutex<Driver>,
+    pairs: Mutex<Pairs>,
+    filter: Mutex<Arc<RxFilter>>,
+    filter_generation: AtomicU64,
+    /// GUEST_OFFLOADS bits in force.
+    offloads: AtomicU64,
+    link_up: AtomicBool,
+    /// One a pair: its receive queue is to look at its attachment again.
+    wakes: Vec<EventFd>,
+}
+
+/// What is told by, or shown to, the control thread.
+struct Driver {
+    features: u64,
+    mac: Option<Mac>,
+    session: Option<SessionHandle>,
+}
+
+struct Pairs {
+    /// The driver uses this many.
+    active: u16,
+    /// Receive queue of each pair runs.
+    running: Vec<bool>,
+}
+
+impl DeviceState {
+    /// State of a device whose driver has set nothing.
+    ///
+    /// # Errors
+    /// No more file descriptors.
+    pub fn new(identity: Identity, port: Arc<dyn NetPort>) -> io::Result<Self> {
+        let pairs = identity.pairs;
+        let wakes = (0..pairs)
+            .map(|_| EventFd::new(EFD_NONBLOCK))
+            .collect::<io::Result<_>>()?;
+        Ok(Self {
+            identity,
+            port,
+            driver: Mutex::new(Driver {
+                features: 0,
+                mac: identity.mac,
+                session: None,
+            }),
+            pairs: Mutex::new(Pairs {
+                active: pairs,
+                running: vec![false; usize::from(pairs)],
+            }),
+            filter: Mutex::new(Arc::new(RxFilter::new(0, identity.mac))),
+            filter_generation: AtomicU64::new(0),
+            offloads: AtomicU64::new(0),
+            link_up: AtomicBool::new(true),
+            wakes,
+        })
+    }
+
+    /// What the operator fixed.
+    #[must_use]
+    pub fn identity(&self) -> &Identity {
+        &self.identity
+    }
+
+    /// Where frames come from and go to.
+    #[must_use]
+    pub fn port(&self) -> &Arc<dyn NetPort> {
+        &self.port
+    }
+
+    /// The configuration space now.
+    #[must_use]
+    pub fn config(&self) -> [u8; CONFIG_LEN] {
+        let mac = lock(&self.driver).mac;
+        config_space(mac, self.link_up.load(Ordering::Relaxed), &self.identity)
+    }
+
+    /// A frontend connected, or went.
+    pub fn set_session(&self, session: Option<SessionHandle>) {
+        lock(&self.driver).session = session;
+    }
+
+    /// The link came up or went down; tells the frontend if that is news.
+    pub fn set_link(&self, up: bool) {
+        if self.link_up.swap(up, Ordering::Relaxed) != up {
+            tracing::info!(up, "link changed");
+            self.notify_config_changed();
+        }
+    }
+
+    fn notify_config_changed(&self) {
+        let session = lock(&self.driver).session.clone();
+        if let Some(session) = session {
+            session.config_changed();
+        }
+    }
+
+    /// The driver accepted `features`. The same set again changes nothing: a frontend repeats it
+    /// when it resumes a guest.
+    pub fn set_features(&self, features: u64) {
+        let known = std::mem::replace(&mut lock(&self.driver).features, features);
+        if known != features {
+            self.forget_driver();
+        }
+    }
+
+    /// A new driver, or the same one after a reset: only features hold.
+    pub fn forget_driver(&self) {
+        let features = {
+            let mut driver = lock(&self.driver);
+            driver.mac = self.identity.mac;
+            driver.features
+        };
+        self.update_filter(|filter| *filter = RxFilter::new(features, self.identity.mac));
+        if let Err(error) = self.port.set_header_len(header_len(features)) {
+            tracing::warn!(%error, "cannot set the port's header length");
+        }
+        if let Err(error) = self.set_offloads(features & GUEST_OFFLOADS) {
+            tracing::warn!(%error, "cannot set the port's offloads");
+        }
+        let by_control = has(features, VIRTIO_NET_F_CTRL_VQ) && has(features, VIRTIO_NET_F_MQ);
+        self.change_pairs(|pairs, max| pairs.active = if by_control { 1 } else { max });
+    }
+
+    /// Applies a command of the control queue. Synchronous: what it changes is in force when it
+    /// returns.
+    ///
+    /// # Errors
+    /// The port refuses.
+    pub fn apply(&self, command: Command) -> io::Result<()> {
+        match command {
+            Command::Promisc(on) => self.update_filter(|f| f.set_promisc(on)),
+            Command::AllMulticast(on) => self.update_filter(|f| f.set_all_multicast(on)),
+            Command::SetMacTable(table) => self.update_filter(|f| f.set_table(table)),
+            Command::AddVlan(vid) => self.update_filter(|f| f.set_vlan(vid, true)),
+            Command::DelVlan(vid) => self.update_filter(|f| f.set_vlan(vid, false)),
+            Command::SetMac(mac) => self.set_mac(mac),
+            Command::SetPairs(active) => self.change_pairs(|pairs, _| pairs.active = active),
+            Command::SetGuestOffloads(offloads) => self.set_offloads(offloads)?,
+            Command::AnnounceAck => {}
+        }
+        Ok(())
+    }
+
+    /// Changes the guest's own address.
+    pub fn set_mac(&self, mac: Mac) {
+        lock(&self.driver).mac = Some(mac);
+        self.update_filter(|filter| filter.set_own(mac));
+    }
+
+    fn set_offloads(&self, offloads: u64) -> io::Result<()> {
+        self.port.set_offloads(offloads)?;
+        self.offloads.store(offloads, Ordering::Relaxed);
+        Ok(())
+    }
+
+    /// GUEST_OFFLOADS bits in force.
+    #[must_use]
+    pub fn offloads(&self) -> u64 {
+        self.offloads.load(Ordering::Relaxed)
+    }
+
+    fn update_filter(&self, change: impl FnOnce(&mut RxFilter)) {
+        let mut filter = lock(&self.filter);
+        change(Arc::make_mut(&mut filter));
+        // Release: whoever sees the new number finds the new filter behind the lock.
+        self.filter_generation.fetch_add(1, Ordering::Release);
+    }
+
+    /// The receive queue of `pair` runs, `resumed` from an earlier start or afresh.
+    pub fn start_pair(&self, pair: u16, resumed: bool) {
+        self.change_pairs(|pairs, _| {
+            pairs.set_running(pair, true);
+            if resumed {
+                pairs.active = pairs.active.max(pair + 1);
+            }
+        });
+    }
+
+    /// The receive queue of `pair` does not run any more.
+    pub fn stop_pair(&self, pair: u16) {
+        self.change_pairs(|pairs, _| pairs.set_running(pair, false));
+    }
+
+    /// Whether `pair` ought to be attached to the port.
+    #[must_use]
+    pub fn is_attached(&self, pair: u16) -> bool {
+        lock(&self.pairs).is_attached(pair)
+    }
+
+    /// What a receive queue polls for [`DeviceState::clear_wake`].
+    #[must_use]
+    pub fn wake_fd(&self, pair: u16) -> RawFd {
+        self.wakes
+            .get(usize::from(pair))
+            .map_or(-1, AsRawFd::as_raw_fd)
+    }
+
+    /// The receive queue has woken up.
+    pub fn clear_wake(&self, pair: u16) {
+        if let Some(wake) = self.wakes.get(usize::from(pair)) {
+            // WouldBlock: it was cleared before.
+            let _ = wake.read();
+        }
+    }
+
+    /// Changes the pairs and brings the port's attachment along, all under the lock, so that two
+    /// changes cannot reach the port in the wrong order.
+    fn change_pairs(&self, change: impl FnOnce(&mut Pairs, u16)) {
+        let max = self.identity.pairs;
+        let mut pairs = lock(&self.pairs);
+        let before: Vec<bool> = (0..max).map(|pair| pairs.is_attached(pair)).collect();
+        change(&mut pairs, max);
+        for pair in 0..max {
+            let attached = pairs.is_attached(pair);
+            if before[usize::from(pair)] == attached {
+                continue;
+            }
+            if let Err(error) = self.port.set_attached(pair, attached) {
+                tracing::warn!(pair, attached, %error, "cannot change a queue of the port");
+            }
+            if let Some(wake) = self.wakes.get(usize::from(pair)) {
+                // WouldBlock: 2^64 wakes are pending, one is enough.
+                let _ = wake.write(1);
+            }
+        }
+    }
+}
+
+impl Pairs {
+    fn is_attached(&self, pair: u16) -> bool {
+        pair < self.active
+            && self
+                .running
+                .get(usize::from(pair))
+                .copied()
+                .unwrap_or(false)
+    }
+
+    fn set_running(&mut self, pair: u16, running: bool) {
+        if let Some(slot) = self.running.get_mut(usize::from(pair)) {
+            *slot = running;
+        }
+    }
+}
+
+/// A receive queue's view of the filter.
+#[derive(Debug)]
+pub struct FilterView {
+    generation: u64,
+    filter: Arc<RxFilter>,
+}
+
+impl FilterView {
+    /// The filter as it is now.
+    #[must_use]
+    pub fn new(state: &DeviceState) -> Self {
+        // The number first: a filter newer than its number is looked up once more, never missed.
+        let generation = state.filter_generation.load(Ordering::Acquire);
+        Self {
+            generation,
+            filter: Arc::clone(&lock(&state.filter)),
+        }
+    }
+
+    /// Takes over a change, if there was one.
+    pub fn refresh(&mut self, state: &DeviceState) {
+        if state.filter_generation.load(Ordering::Acquire) != self.generation {
+            *self = Self::new(state);
+        }
+    }
+
+    /// The filter as of the last refresh.
+    #[must_use]
+    pub fn filter(&self) -> &RxFilter {
+        &self.filter
+    }
+}
+
+/// A panic on another thread has left whole values behind: every change here is a plain store.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::port::testing::{Event, SocketPort};
+    use virtio_bindings::virtio_net::{VIRTIO_NET_F_CTRL_RX, VIRTIO_NET_F_GUEST_CSUM};
+
+    const MQ: u64 = 1 << VIRTIO_NET_F_MQ;
+    const CTRL_VQ: u64 = 1 << VIRTIO_NET_F_CTRL_VQ;
+
+    fn device(pairs: u16) -> (Arc<SocketPort>, DeviceState) {
+        let port = Arc::new(SocketPort::new(pairs).unwrap());
+        let mac = Some(Mac([2, 0, 0, 0, 0, 1]));
+        let identity = Identity {
+            mac,
+            mtu: None,
+            pairs,
+        };
+        let state = DeviceState::new(identity, port.clone()).unwrap();
+        (port, state)
+    }
+
+    #[test]
+    fn pairs_follow_the_control_queue() {
+        // Arrange: a driver with MQ and the control queue; both receive queues run
+        let (port, state) = device(2);
+        state.set_features(MQ | CTRL_VQ);
+        state.start_pair(0, false);
+        state.start_pair(1, false);
+        port.events();
+        assert!(state.is_attached(0) && !state.is_attached(1));
+        // Act, assert
+        state.apply(Command::SetPairs(2)).unwrap();
+        assert_eq!(port.events(), [Event::Attached(1, true)]);
+        state.apply(Command::SetPairs(1)).unwrap();
+        assert_eq!(port.events(), [Event::Attached(1, false)]);
+        state.stop_pair(1);
+        assert_eq!(port.events(), []);
+    }
+
+    #[test]
+    fn without_control_queue_running_is_enough() {
+        let (port, state) = device(2);
+        state.set_features(MQ);
+        port.events();
+        state.start_pair(1, false);
+        assert_eq!(port.events(), [Event::Attached(1, true)]);
+        state.stop_pair(1);
+        assert_eq!(port.events(), [Event::Attached(1, false)]);
+    }
+
+    #[test]
+    fn a_resumed_receive_queue_was_in_use() {
+        let (_, state) = device(3);
+        state.set_features(MQ | CTRL_VQ);
+        state.start_pair(1, true);
+        assert!(state.is_attached(1));
+        state.start_pair(2, false);
+        assert!(!state.is_attached(2));
+    }
+
+    #[test]
+    fn the_same_features_again_keep_what_the_driver_set() {
+        // Arrange
+        let (port, state) = device(1);
+        let features = CTRL_VQ | 1 << VIRTIO_NET_F_CTRL_RX | 1 << VIRTIO_NET_F_GUEST_CSUM;
+        state.set_features(features);
+        state
+            .apply(Command::SetMac(Mac([2, 9, 9, 9, 9, 9])))
+            .unwrap();
+        state.apply(Command::Promisc(false)).unwrap();
+        state.apply(Command::SetGuestOffloads(0)).unwrap();
+        port.events();
+        // Act
+        state.set_features(features);
+        // Assert
+        assert_eq!(port.events(), []);
+        assert_eq!(state.config()[..6], [2, 9, 9, 9, 9, 9]);
+        assert!(!FilterView::new(&state).filter().passes_all());
+        // Act: a reset
+        state.forget_driver();
+        // Assert
+        assert_eq!(state.config()[..6], [2, 0, 0, 0, 0, 1]);
+        assert!(FilterView::new(&state).filter().passes_all());
+        assert_eq!(state.offloads(), 1 << VIRTIO_NET_F_GUEST_CSUM);
+    }
+
+    #[test]
+    fn a_view_takes_over_changes_when_refreshed() {
+        let (_, state) = device(1);
+        state.set_features(1 << VIRTIO_NET_F_CTRL_RX);
+        let mut view = FilterView::new(&state);
+        state.apply(Command::Promisc(false)).unwrap();
+        assert!(view.filter().passes_all());
+        view.refresh(&state);
+        assert!(!view.filter().passes_all());
+    }
+}
