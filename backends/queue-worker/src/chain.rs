@@ -37,6 +37,12 @@ impl Chain {
         Chain::default()
     }
 
+    /// Empties the chain and lets go of the memory it pointed into. For chains that are kept for
+    /// reuse while no request is in flight, so that removed memory is really unmapped.
+    pub fn release(&mut self) {
+        self.begin(0, &Rc::default());
+    }
+
     /// The index of the first descriptor: what the used ring must name.
     pub fn head(&self) -> u16 {
         self.head

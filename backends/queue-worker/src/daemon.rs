@@ -1,9 +1,35 @@
 //! What the daemons' mains share: command line, log, exit codes, and the run loop.
+//!
+//! ```text
+//!   main: args ─▶ init_logging ─▶ open the device ─▶ run
+//!   run:  block signals ─▶ metrics thread ─▶ endpoint ─▶ loop { accept ─▶ session until it ends }
+//! ```
+//!
+//! The thread that calls [`run`] is the control thread. One frontend is served at a time; the next
+//! one waits in the socket's backlog. A frontend that misbehaves ends its session with one line.
+#![forbid(unsafe_code)]
 
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tracing::{info, warn};
 
 use crate::device::Device;
+use crate::endpoint::{Endpoint, EndpointError, Listener};
+use crate::metrics::{Metrics, MetricsServer};
+use crate::notify::LogLimit;
+use crate::protocol::connection::ConnectionError;
+use crate::session::{Session, SessionError};
+use crate::sys;
+
+/// Sessions that came and went: a frontend can cause these lines at will.
+static SESSION_LINES: LogLimit = LogLimit::new(Duration::from_millis(200));
+static SESSION_FAULTS: LogLimit = LogLimit::new(Duration::from_secs(1));
 
 /// Flags that every backend daemon has. Flatten it into the daemon's own `clap` arguments.
 #[derive(Clone, Debug, Default, clap::Args)]
@@ -23,28 +49,179 @@ pub struct DaemonArgs {
 
 /// Why a daemon could not serve.
 #[derive(Debug, thiserror::Error)]
-pub enum DaemonError {}
+pub enum DaemonError {
+    /// The vhost-user socket.
+    #[error(transparent)]
+    Endpoint(#[from] EndpointError),
+    /// The metrics socket.
+    #[error("metrics socket")]
+    Metrics(#[source] EndpointError),
+    /// A system call without which there is no going on.
+    #[error("cannot {what}")]
+    System {
+        /// What was tried.
+        what: &'static str,
+        /// What the kernel said.
+        source: io::Error,
+    },
+}
 
 /// Sends the log to stderr; `RUST_LOG` sets the level (default `info`).
-pub fn init_logging() {}
+pub fn init_logging() {
+    use std::io::IsTerminal;
+    let filter = tracing_subscriber::EnvFilter::try_from_default_env()
+        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info"));
+    // A second call (tests) leaves the first in place.
+    let _ = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(io::stderr)
+        .with_ansi(io::stderr().is_terminal())
+        .with_target(false)
+        .try_init();
+}
 
 /// Serves `device` to one frontend after the other until SIGTERM or SIGINT, or until the only
 /// session of a connected `--fd` has ended. The calling thread becomes the control thread.
 ///
 /// Call before any other thread is started: it blocks the signals it wants to read.
 pub fn run<D: Device>(args: &DaemonArgs, device: D) -> Result<(), DaemonError> {
-    let _ = (args, device);
-    Ok(())
+    let signals =
+        sys::signal_fd(&[libc::SIGTERM, libc::SIGINT]).map_err(|source| DaemonError::System {
+            what: "set up signals",
+            source,
+        })?;
+    let endpoint = Endpoint::open(args.socket_path.as_deref(), args.fd)?;
+    let metrics = Metrics::new(D::NAME, device.num_queues());
+    let _metrics_server = match &args.metrics_socket {
+        Some(path) => {
+            let server = MetricsServer::start(path, metrics.clone());
+            Some(server.map_err(DaemonError::Metrics)?)
+        }
+        None => None,
+    };
+    let server = Server {
+        device: Arc::new(device),
+        metrics,
+        signals,
+    };
+    match endpoint {
+        Endpoint::Connected(stream) => server.serve_one(stream).map(drop),
+        Endpoint::Listening(listener) => server.serve(&listener),
+    }
 }
 
-/// Prints an error with its causes as one line, `NAME: what: cause: cause`, and gives exit code 1.
-pub fn fail(name: &str, error: &dyn std::error::Error) -> ExitCode {
-    let mut line = format!("{name}: {error}");
+/// Whether to serve another frontend.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Next {
+    GoOn,
+    Stop,
+}
+
+struct Server<D: Device> {
+    device: Arc<D>,
+    metrics: Metrics,
+    signals: OwnedFd,
+}
+
+impl<D: Device> Server<D> {
+    fn serve(&self, listener: &Listener) -> Result<(), DaemonError> {
+        info!("ready for a frontend");
+        loop {
+            let mut slots = [
+                sys::poll_slot(self.signals.as_raw_fd(), libc::POLLIN),
+                sys::poll_slot(listener.as_fd().as_raw_fd(), libc::POLLIN),
+            ];
+            wait(&mut slots)?;
+            if slots[0].revents != 0 {
+                return Ok(());
+            }
+            if slots[1].revents == 0 {
+                continue;
+            }
+            let accepted = listener.accept().map_err(|source| DaemonError::System {
+                what: "accept a frontend",
+                source,
+            })?;
+            if let Some(stream) = accepted
+                && self.serve_one(stream)? == Next::Stop
+            {
+                return Ok(());
+            }
+        }
+    }
+
+    /// One session, from its first message to its end.
+    fn serve_one(&self, stream: UnixStream) -> Result<Next, DaemonError> {
+        let session = Session::new(Arc::clone(&self.device), self.metrics.clone(), stream);
+        let mut session = session.map_err(|source| DaemonError::System {
+            what: "begin a session",
+            source,
+        })?;
+        if let Some(suppressed) = SESSION_LINES.pass() {
+            info!(suppressed, "frontend connected");
+        }
+        let next = self.run_session(&mut session)?;
+        drop(session);
+        Ok(next)
+    }
+
+    fn run_session(&self, session: &mut Session<D>) -> Result<Next, DaemonError> {
+        loop {
+            let mut slots = [
+                sys::poll_slot(self.signals.as_raw_fd(), libc::POLLIN),
+                sys::poll_slot(session.connection_fd().as_raw_fd(), libc::POLLIN),
+                sys::poll_slot(session.notify_fd().as_raw_fd(), libc::POLLIN),
+            ];
+            wait(&mut slots)?;
+            if slots[0].revents != 0 {
+                info!("told to stop, finishing what is in flight");
+                return Ok(Next::Stop);
+            }
+            if slots[2].revents != 0 {
+                session.notify_frontend();
+            }
+            if slots[1].revents != 0
+                && let Err(error) = session.receive()
+            {
+                report_end(&error);
+                return Ok(Next::GoOn);
+            }
+        }
+    }
+}
+
+fn wait(slots: &mut [libc::pollfd]) -> Result<(), DaemonError> {
+    sys::poll(slots, -1).map_err(|source| DaemonError::System {
+        what: "wait for events",
+        source,
+    })
+}
+
+fn report_end(error: &SessionError) {
+    if matches!(error, SessionError::Connection(ConnectionError::Closed)) {
+        if SESSION_LINES.pass().is_some() {
+            info!("frontend disconnected");
+        }
+        return;
+    }
+    if let Some(suppressed) = SESSION_FAULTS.pass() {
+        warn!(suppressed, "session ended: {}", chain_of(error));
+    }
+}
+
+/// An error and its causes on one line.
+fn chain_of(error: &dyn std::error::Error) -> String {
+    let mut line = error.to_string();
     let mut source = error.source();
     while let Some(cause) = source {
         line.push_str(&format!(": {cause}"));
         source = cause.source();
     }
-    eprintln!("{line}");
+    line
+}
+
+/// Prints an error with its causes as one line, `NAME: what: cause: cause`, and gives exit code 1.
+pub fn fail(name: &str, error: &dyn std::error::Error) -> ExitCode {
+    eprintln!("{name}: {}", chain_of(error));
     ExitCode::FAILURE
 }

@@ -1,12 +1,19 @@
 //! All that a vhost-user device process needs except the device.
 pub mod chain;
+mod command;
 pub mod daemon;
 pub mod device;
+pub mod endpoint;
 pub mod features;
 pub mod guest_memory;
 pub mod metrics;
+pub mod notify;
+pub mod protocol;
 pub mod session;
+mod sys;
 pub mod virtqueue;
+mod vring;
+mod worker;
 
 pub use chain::{Chain, Cursor};
 pub use daemon::{DaemonArgs, DaemonError, fail, init_logging, run};

@@ -10,8 +10,20 @@
 #![forbid(unsafe_code)]
 
 use std::fmt::Write as _;
+use std::io::{self, Read as _, Write as _};
+use std::os::fd::{AsFd, AsRawFd};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use tracing::warn;
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EventFd};
+
+use crate::endpoint::{EndpointError, Listener};
+use crate::sys;
 
 /// A number with one writer and many readers.
 #[derive(Debug, Default)]
@@ -113,4 +125,84 @@ impl Metrics {
             );
         }
     }
+}
+
+/// Answers connections on the metrics socket until dropped.
+#[derive(Debug)]
+pub struct MetricsServer {
+    stop: EventFd,
+    thread: Option<JoinHandle<()>>,
+}
+
+/// How long a peer of the metrics socket may take to send its request or to read the answer.
+const PEER_TIMEOUT: Duration = Duration::from_millis(500);
+
+impl MetricsServer {
+    /// Listens on `path`, on a thread called `metrics`.
+    pub fn start(path: &Path, metrics: Metrics) -> Result<MetricsServer, EndpointError> {
+        let listener = Listener::bind(path)?;
+        let error = |source| EndpointError::Bind {
+            path: path.to_owned(),
+            source,
+        };
+        let stop = EventFd::new(EFD_CLOEXEC).map_err(error)?;
+        let thread_stop = stop.try_clone().map_err(error)?;
+        let thread = std::thread::Builder::new()
+            .name("metrics".to_owned())
+            .spawn(move || answer_all(&listener, &thread_stop, &metrics))
+            .map_err(error)?;
+        Ok(MetricsServer {
+            stop,
+            thread: Some(thread),
+        })
+    }
+}
+
+impl Drop for MetricsServer {
+    fn drop(&mut self) {
+        let _ = self.stop.write(1);
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+fn answer_all(listener: &Listener, stop: &EventFd, metrics: &Metrics) {
+    loop {
+        let mut slots = [
+            sys::poll_slot(stop.as_raw_fd(), libc::POLLIN),
+            sys::poll_slot(listener.as_fd().as_raw_fd(), libc::POLLIN),
+        ];
+        if sys::poll(&mut slots, -1).is_err() || slots[0].revents != 0 {
+            return;
+        }
+        match listener.accept() {
+            // A peer that goes away, or sends nothing we can read, gets nothing.
+            Ok(Some(stream)) => drop(answer(stream, metrics)),
+            Ok(None) => {}
+            Err(error) => {
+                warn!(%error, "metrics socket failed, no more metrics");
+                return;
+            }
+        }
+    }
+}
+
+fn answer(mut stream: UnixStream, metrics: &Metrics) -> io::Result<()> {
+    stream.set_nonblocking(false)?;
+    stream.set_read_timeout(Some(PEER_TIMEOUT))?;
+    stream.set_write_timeout(Some(PEER_TIMEOUT))?;
+    // A request line, or nothing: a plain reader closes its sending side or just waits.
+    let mut request = [0; 1024];
+    let asked = matches!(stream.read(&mut request), Ok(n) if request[..n].starts_with(b"GET "));
+    let body = metrics.render();
+    if asked {
+        let length = body.len();
+        write!(
+            stream,
+            "HTTP/1.0 200 OK\r\nContent-Type: text/plain; version=0.0.4\r\n\
+             Content-Length: {length}\r\n\r\n"
+        )?;
+    }
+    stream.write_all(body.as_bytes())
 }

@@ -1,12 +1,473 @@
-//! The control thread's side of one frontend connection.
+//! One frontend's session: the control thread's state, and what each request does to it.
+//!
+//! ```text
+//!   Connection ──Message──▶ Session::handle ──▶ features, memory, vrings ──Command──▶ workers
+//!              ◀── reply, or acknowledgement where the frontend asked for one ──┘
+//!
+//!   vring:  set up (num, addr, base, kick) ──first enable──▶ running ⇄ disabled
+//!              ▲──────────── GET_VRING_BASE, RESET_* ───────────┘
+//! ```
+//!
+//! The order of requests is the frontend's choice as far as the specification lets it: a ring
+//! starts at the first request after which it has everything it needs and is enabled. Without
+//! VHOST_USER_F_PROTOCOL_FEATURES rings are enabled from the start.
+//!
+//! A request that makes no sense is refused: with a non-zero acknowledgement where the frontend
+//! asked for one, otherwise by ending the session with one line. Threads: control thread only.
+//! Spec: vhost-user, "Communication", "Ring states", "Front-end message types".
 #![forbid(unsafe_code)]
+
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+
+use tracing::debug;
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+
+use crate::device::{Device, protocol};
+use crate::features;
+use crate::guest_memory::{GuestMemory, MemoryError, Region, RegionInfo};
+use crate::metrics::Metrics;
+use crate::protocol::connection::{Connection, ConnectionError, Message, send_with_fds};
+use crate::protocol::message::{self, BackendReq, FrontendReq, Request};
+use crate::vring::Vring;
+
+/// VHOST_USER_PROTOCOL_F_* bits that every device offers.
+mod offered {
+    pub(super) const MQ: u64 = 1 << 0;
+    pub(super) const REPLY_ACK: u64 = 1 << 3;
+    pub(super) const BACKEND_REQ: u64 = 1 << 5;
+    pub(super) const CONFIG: u64 = 1 << 9;
+    pub(super) const RESET_DEVICE: u64 = 1 << 13;
+    pub(super) const CONFIGURE_MEM_SLOTS: u64 = 1 << 15;
+    pub(super) const ALL: u64 =
+        MQ | REPLY_ACK | BACKEND_REQ | CONFIG | RESET_DEVICE | CONFIGURE_MEM_SLOTS;
+}
+
+/// Most memory regions of a session.
+const MAX_MEM_SLOTS: u64 = 509;
+
+/// Why a request was refused.
+#[derive(Debug, thiserror::Error)]
+pub enum Refusal {
+    /// A queue that the device does not have.
+    #[error("no queue {0}")]
+    NoQueue(u32),
+    /// A ring size the device does not take.
+    #[error("ring size {num} is not a power of two up to {max}")]
+    BadRingSize {
+        /// What was asked.
+        num: u32,
+        /// The device's limit.
+        max: u16,
+    },
+    /// Feature bits that were not offered.
+    #[error("features {0:#x} were not offered")]
+    NotOffered(u64),
+    /// Too many memory regions.
+    #[error("more than {MAX_MEM_SLOTS} memory regions")]
+    TooManyRegions,
+    /// A ring index above 16 bits.
+    #[error("ring index {0:#x} is above 16 bits")]
+    BadBase(u32),
+    /// The base of a ring that runs.
+    #[error("queue {0} runs, its base cannot be set")]
+    Running(u32),
+    /// A kick without fd asks for busy polling of the ring.
+    #[error("queue {0} has no kick fd, and polling of a ring is not supported")]
+    NoKick(u32),
+    /// A request that belongs to a protocol feature we do not offer.
+    #[error("not supported")]
+    Unsupported,
+    /// Guest memory.
+    #[error("guest memory")]
+    Memory(#[from] MemoryError),
+    /// The device said no, or a system call failed.
+    #[error("device")]
+    Device(#[from] io::Error),
+}
+
+/// Why a session ended.
+#[derive(Debug, thiserror::Error)]
+pub enum SessionError {
+    /// The connection, or the framing of a message.
+    #[error(transparent)]
+    Connection(#[from] ConnectionError),
+    /// A request was refused, and the frontend did not ask for an acknowledgement.
+    #[error("cannot do {request:?} of the frontend")]
+    Refused {
+        /// The request.
+        request: Box<Request>,
+        /// Why not.
+        source: Refusal,
+    },
+}
+
+/// What goes back to the frontend.
+enum Answer {
+    /// Success; said only where the frontend asked.
+    Done,
+    /// A reply that the request always has.
+    Reply(Vec<u8>),
+}
+
+type Handled = Result<Answer, Refusal>;
 
 /// Lets a device reach the frontend of the running session. Cheap to clone, any thread.
 #[derive(Clone, Debug)]
-pub struct SessionHandle {}
+pub struct SessionHandle {
+    config_changed: Arc<EventFd>,
+}
 
 impl SessionHandle {
     /// The configuration space has changed: CONFIG_CHANGE_MSG goes out on the backend channel, if
     /// the frontend gave one. Does not block.
-    pub fn config_changed(&self) {}
+    pub fn config_changed(&self) {
+        // A full counter is readable, which is all that is needed.
+        let _ = self.config_changed.write(1);
+    }
+}
+
+/// One frontend's session.
+pub struct Session<D: Device> {
+    device: Arc<D>,
+    metrics: Metrics,
+    connection: Connection,
+    acked_features: u64,
+    acked_protocol: u64,
+    memory: Arc<GuestMemory>,
+    vrings: Vec<Vring>,
+    backend_channel: Option<OwnedFd>,
+    config_changed: Arc<EventFd>,
+}
+
+impl<D: Device> Session<D> {
+    /// Begins a session on a connected socket.
+    pub fn new(device: Arc<D>, metrics: Metrics, stream: UnixStream) -> io::Result<Session<D>> {
+        let connection = Connection::new(stream)?;
+        let config_changed = Arc::new(EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK)?);
+        device.session_started(SessionHandle {
+            config_changed: Arc::clone(&config_changed),
+        });
+        let vrings = (0..device.num_queues()).map(Vring::new).collect();
+        Ok(Session {
+            device,
+            metrics,
+            connection,
+            acked_features: 0,
+            acked_protocol: 0,
+            memory: Arc::default(),
+            vrings,
+            backend_channel: None,
+            config_changed,
+        })
+    }
+
+    /// To be polled for input: then call [`receive`](Session::receive).
+    pub fn connection_fd(&self) -> std::os::fd::BorrowedFd<'_> {
+        self.connection.as_fd()
+    }
+
+    /// To be polled for input: then call [`notify_frontend`](Session::notify_frontend).
+    pub fn notify_fd(&self) -> &EventFd {
+        &self.config_changed
+    }
+
+    /// Handles every request that has come completely. An error ends the session.
+    pub fn receive(&mut self) -> Result<(), SessionError> {
+        while let Some(message) = self.connection.receive()? {
+            self.handle(message)?;
+        }
+        Ok(())
+    }
+
+    /// Sends CONFIG_CHANGE_MSG if a device asked for it and the frontend gave a channel.
+    pub fn notify_frontend(&mut self) {
+        let _ = self.config_changed.read();
+        let Some(channel) = &self.backend_channel else {
+            return;
+        };
+        let bytes = message::backend_request(BackendReq::CONFIG_CHANGE_MSG);
+        if let Err(error) = send_with_fds(channel.as_fd(), &bytes, &[]) {
+            debug!(%error, "cannot tell the frontend that the configuration changed");
+            self.backend_channel = None;
+        }
+    }
+
+    fn handle(&mut self, message: Message) -> Result<(), SessionError> {
+        let Message {
+            header,
+            request,
+            fds,
+        } = message;
+        debug!(?request, need_reply = header.need_reply(), "request");
+        let for_error = request.clone();
+        match self.dispatch(request, fds) {
+            Ok(Answer::Reply(bytes)) => self.connection.send(&bytes)?,
+            Ok(Answer::Done) if header.need_reply() => {
+                self.connection
+                    .send(&message::reply_u64(header.request, 0))?;
+            }
+            Ok(Answer::Done) => {}
+            Err(refusal) => {
+                let request = Box::new(for_error);
+                self.refuse(&header, request, refusal)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn refuse(
+        &mut self,
+        header: &message::Header,
+        request: Box<Request>,
+        source: Refusal,
+    ) -> Result<(), SessionError> {
+        if let Request::GetConfig { offset, flags, .. } = *request {
+            // The specification's way to say that a read failed.
+            let bytes = message::reply_config(offset, flags, &[]);
+            return Ok(self.connection.send(&bytes)?);
+        }
+        if header.need_reply() {
+            debug!(error = %source, ?request, "request refused");
+            let bytes = message::reply_u64(header.request, 1);
+            return Ok(self.connection.send(&bytes)?);
+        }
+        Err(SessionError::Refused { request, source })
+    }
+
+    fn dispatch(&mut self, request: Request, fds: Vec<OwnedFd>) -> Handled {
+        use Request as R;
+        match request {
+            R::GetFeatures => Ok(number(FrontendReq::GET_FEATURES, self.features())),
+            R::SetFeatures(bits) => self.set_features(bits),
+            R::SetOwner => Ok(Answer::Done),
+            R::ResetOwner => self.stop_all(),
+            R::ResetDevice => self.reset_device(),
+            R::GetProtocolFeatures => {
+                let bits = self.protocol_features();
+                Ok(number(FrontendReq::GET_PROTOCOL_FEATURES, bits))
+            }
+            R::SetProtocolFeatures(bits) => self.set_protocol_features(bits),
+            R::GetQueueNum => {
+                let queues = u64::from(self.device.reported_queues());
+                Ok(number(FrontendReq::GET_QUEUE_NUM, queues))
+            }
+            R::GetMaxMemSlots => Ok(number(FrontendReq::GET_MAX_MEM_SLOTS, MAX_MEM_SLOTS)),
+            R::SetMemTable(_) | R::AddMemReg(_) | R::RemMemReg(_) => {
+                self.change_memory(&request, &fds)
+            }
+            R::GetConfig {
+                offset,
+                size,
+                flags,
+            } => Ok(self.get_config(offset, size, flags)),
+            R::SetConfig { offset, data, .. } => {
+                self.device.write_config(offset, &data)?;
+                Ok(Answer::Done)
+            }
+            R::SetBackendReqFd => {
+                self.backend_channel = fds.into_iter().next();
+                Ok(Answer::Done)
+            }
+            R::SendRarp(mac) => {
+                self.device.send_rarp(mac)?;
+                Ok(Answer::Done)
+            }
+            R::NetSetMtu(mtu) => self.set_mtu(mtu),
+            R::Unsupported(_) => Err(Refusal::Unsupported),
+            other => self.dispatch_vring(other, fds),
+        }
+    }
+
+    fn dispatch_vring(&mut self, request: Request, fds: Vec<OwnedFd>) -> Handled {
+        use Request as R;
+        let fd = fds.into_iter().next().map(Arc::new);
+        let index = match request {
+            R::SetVringNum { index, num } => {
+                let max = self.device.max_queue_size();
+                self.vring(index)?.set_num(num, max)?;
+                index
+            }
+            R::SetVringAddr { index, addr } => {
+                self.vring(index)?.set_addr(addr);
+                index
+            }
+            R::SetVringBase { index, base } => {
+                self.vring(index)?.set_base(base)?;
+                index
+            }
+            R::GetVringBase { index } => {
+                let base = self.vring(index)?.stop();
+                return Ok(Answer::Reply(message::reply_vring_base(index, base)));
+            }
+            R::SetVringKick { index, .. } => {
+                self.vring(index)?.set_kick(fd)?;
+                index
+            }
+            R::SetVringCall { index, .. } => {
+                self.vring(index)?.set_call(fd);
+                index
+            }
+            R::SetVringErr { index, .. } => {
+                self.vring(index)?.set_err(fd);
+                index
+            }
+            R::SetVringEnable { index, enable } => {
+                self.vring(index)?.set_enabled(enable);
+                index
+            }
+            _ => return Err(Refusal::Unsupported),
+        };
+        self.start_if_ready(index)?;
+        Ok(Answer::Done)
+    }
+
+    fn vring(&mut self, index: u32) -> Result<&mut Vring, Refusal> {
+        usize::try_from(index)
+            .ok()
+            .and_then(|at| self.vrings.get_mut(at))
+            .ok_or(Refusal::NoQueue(index))
+    }
+
+    fn start_if_ready(&mut self, index: u32) -> Result<(), Refusal> {
+        let enabled_by_default = self.acked_features & 1 << features::PROTOCOL_FEATURES == 0;
+        let (device, memory) = (Arc::clone(&self.device), Arc::clone(&self.memory));
+        let features = self.acked_features;
+        let Some(counters) = u16::try_from(index)
+            .ok()
+            .and_then(|i| self.metrics.queue(i))
+        else {
+            return Err(Refusal::NoQueue(index));
+        };
+        let counters = Arc::clone(counters);
+        let vring = self.vring(index)?;
+        vring.start_if_ready(&device, &memory, features, enabled_by_default, counters)
+    }
+
+    fn start_all_ready(&mut self) -> Result<(), Refusal> {
+        (0..self.vrings.len() as u32).try_for_each(|index| self.start_if_ready(index))
+    }
+
+    fn features(&self) -> u64 {
+        self.device.features() | features::COMMON
+    }
+
+    fn set_features(&mut self, bits: u64) -> Handled {
+        let unknown = bits & !self.features();
+        if unknown != 0 {
+            return Err(Refusal::NotOffered(unknown));
+        }
+        self.acked_features = bits;
+        self.device.features_acked(bits);
+        Ok(Answer::Done)
+    }
+
+    fn protocol_features(&self) -> u64 {
+        let own = protocol::RARP | protocol::NET_MTU;
+        offered::ALL | self.device.protocol_features() & own
+    }
+
+    fn set_protocol_features(&mut self, bits: u64) -> Handled {
+        let unknown = bits & !self.protocol_features();
+        if unknown != 0 {
+            return Err(Refusal::NotOffered(unknown));
+        }
+        self.acked_protocol = bits;
+        Ok(Answer::Done)
+    }
+
+    fn set_mtu(&self, mtu: u64) -> Handled {
+        let mtu = u16::try_from(mtu).map_err(|_| io::Error::from(io::ErrorKind::InvalidInput))?;
+        self.device.set_mtu(mtu)?;
+        Ok(Answer::Done)
+    }
+
+    /// Any offset and size: frontends ask for more, or less, than the device type has.
+    fn get_config(&self, offset: u32, size: u32, flags: u32) -> Answer {
+        let config = self.device.config();
+        let mut data = vec![0; size as usize];
+        if let Some(there) = config.get(offset as usize..) {
+            let len = there.len().min(data.len());
+            data[..len].copy_from_slice(&there[..len]);
+        }
+        Answer::Reply(message::reply_config(offset, flags, &data))
+    }
+
+    fn change_memory(&mut self, request: &Request, fds: &[OwnedFd]) -> Handled {
+        let (memory, removed) = match request {
+            Request::SetMemTable(regions) => (map_table(regions, fds)?, true),
+            Request::AddMemReg(info) => {
+                if self.memory.len() as u64 >= MAX_MEM_SLOTS {
+                    return Err(Refusal::TooManyRegions);
+                }
+                (map_more(&self.memory, *info, fds)?, false)
+            }
+            Request::RemMemReg(info) => (self.memory.without(*info)?, true),
+            _ => return Err(Refusal::Unsupported),
+        };
+        self.memory = Arc::new(memory);
+        // Ask all, then wait for all: the queues drain side by side.
+        let replies: Vec<_> = self
+            .vrings
+            .iter()
+            .filter_map(|vring| vring.update_memory(&self.memory, removed))
+            .collect();
+        for reply in replies {
+            // An error means that no ring runs there.
+            let _ = reply.recv();
+        }
+        self.start_all_ready()?;
+        Ok(Answer::Done)
+    }
+
+    /// Stops and disables all rings.
+    fn stop_all(&mut self) -> Handled {
+        for vring in &mut self.vrings {
+            vring.stop();
+            vring.reset_enabled();
+        }
+        Ok(Answer::Done)
+    }
+
+    fn reset_device(&mut self) -> Handled {
+        self.stop_all()?;
+        self.acked_features = 0;
+        for vring in &mut self.vrings {
+            vring.reset();
+        }
+        self.device.reset();
+        Ok(Answer::Done)
+    }
+}
+
+impl<D: Device> Drop for Session<D> {
+    fn drop(&mut self) {
+        // Ends the workers, each after what it has in flight.
+        self.vrings.clear();
+        self.device.session_ended();
+    }
+}
+
+fn number(request: FrontendReq, value: u64) -> Answer {
+    Answer::Reply(message::reply_u64(request.into(), value))
+}
+
+fn map_more(
+    memory: &GuestMemory,
+    info: RegionInfo,
+    fds: &[OwnedFd],
+) -> Result<GuestMemory, Refusal> {
+    // The codec has checked that the fd is there.
+    let fd = fds.first().ok_or(Refusal::Unsupported)?;
+    Ok(memory.with(Region::map(info, fd)?)?)
+}
+
+fn map_table(regions: &[RegionInfo], fds: &[OwnedFd]) -> Result<GuestMemory, Refusal> {
+    let mut memory = GuestMemory::default();
+    for (info, fd) in regions.iter().zip(fds) {
+        memory = memory.with(Region::map(*info, fd)?)?;
+    }
+    Ok(memory)
 }

@@ -1,0 +1,102 @@
+//! What the control thread asks of a queue's worker thread, and the handle it asks through.
+//!
+//! Commands travel on a channel; an eventfd wakes the worker from its poll. Where the answer
+//! matters (a stopped ring, memory no longer in use) the control thread waits for it, which may
+//! take as long as the I/O in flight.
+#![forbid(unsafe_code)]
+
+use std::io;
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::thread::JoinHandle;
+
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+
+use crate::device::{Device, QueueStart};
+use crate::guest_memory::GuestMemory;
+use crate::notify::{Notifiers, VringFd};
+use crate::virtqueue::RingLayout;
+use crate::worker::QueueThread;
+
+/// Everything a worker needs to run a ring.
+#[derive(Debug)]
+pub(crate) struct Start {
+    pub(crate) queue: QueueStart,
+    pub(crate) layout: RingLayout,
+    pub(crate) base: u16,
+    pub(crate) memory: Arc<GuestMemory>,
+    pub(crate) notifiers: Notifiers,
+    pub(crate) enabled: bool,
+}
+
+/// From the control thread to a worker.
+#[derive(Debug)]
+pub(crate) enum Command {
+    /// Run a ring; none is running.
+    Start(Box<Start>),
+    /// Finish what is in flight, forget the ring, answer the index of the next chain (none
+    /// where the ring could not even be started).
+    Stop(Sender<Option<u16>>),
+    /// Take chains, or finish what is in flight and take none.
+    SetEnabled(bool, Sender<()>),
+    /// Work in this memory from now on. `removed`: regions are gone, so finish what is in flight.
+    UpdateMemory {
+        memory: Arc<GuestMemory>,
+        removed: bool,
+        done: Sender<()>,
+    },
+    SetKick(VringFd),
+    SetCall(Option<VringFd>),
+    SetErr(Option<VringFd>),
+    /// End the thread.
+    Exit,
+}
+
+/// The control thread's end of one worker thread. Dropping it ends the thread, and waits.
+#[derive(Debug)]
+pub(crate) struct WorkerHandle {
+    commands: Sender<Command>,
+    wake: EventFd,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl WorkerHandle {
+    /// Starts the thread `NAME-qN`; it waits for commands.
+    pub(crate) fn spawn<D: Device>(device: &Arc<D>, queue: u16) -> io::Result<WorkerHandle> {
+        let (commands, receiver) = channel();
+        let wake = EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK)?;
+        let (device, worker_wake) = (Arc::clone(device), wake.try_clone()?);
+        let thread = std::thread::Builder::new()
+            .name(format!("{}-q{queue}", D::NAME))
+            .spawn(move || QueueThread::new(device, receiver, worker_wake).run())?;
+        Ok(WorkerHandle {
+            commands,
+            wake,
+            thread: Some(thread),
+        })
+    }
+
+    /// Sends a command and wakes the thread.
+    pub(crate) fn send(&self, command: Command) {
+        // The thread ends only on Exit, which only drop sends; a full wake counter is a wake too.
+        let _ = self.commands.send(command);
+        let _ = self.wake.write(1);
+    }
+
+    /// Sends the command that `make` builds around a reply channel; the caller receives.
+    pub(crate) fn ask<T>(&self, make: impl FnOnce(Sender<T>) -> Command) -> Receiver<T> {
+        let (reply, receiver) = channel();
+        self.send(make(reply));
+        receiver
+    }
+}
+
+impl Drop for WorkerHandle {
+    fn drop(&mut self) {
+        self.send(Command::Exit);
+        if let Some(thread) = self.thread.take() {
+            // A panic of the thread has been printed by the panic hook.
+            let _ = thread.join();
+        }
+    }
+}

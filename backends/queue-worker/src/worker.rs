@@ -1,0 +1,368 @@
+//! The thread of one queue: owns its ring, its device worker and its event fds.
+//!
+//! ```text
+//!            ┌──────────────── commands (channel + wake eventfd) ◀── control thread
+//!            ▼
+//!   ┌─▶ handle commands ─▶ process ─▶ publish used ─▶ signal once ─▶ enable notification ─┐
+//!   │                         ▲                                          │ not empty      │ empty
+//!   │                         └──────────────────────────────────────────┘                ▼
+//!   └────────────────────────────────────────────── poll(wake, kick, the worker's sources)
+//!
+//!   idle ──Start──▶ running ⇄ disabled      running ──QueueError──▶ broken ──Stop──▶ idle
+//! ```
+//!
+//! Invariants: nothing here takes a lock; a ring is processed only while running; after a Stop,
+//! a disable or a removal of memory has been answered, no guest memory of before is in use.
+//! Spec: vhost-user, "Ring states".
+#![forbid(unsafe_code)]
+
+use std::os::fd::AsRawFd;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::sync::mpsc::Receiver;
+use std::time::Duration;
+
+use tracing::{debug, warn};
+use vmm_sys_util::eventfd::EventFd;
+
+use crate::command::{Command, Start};
+use crate::device::{Device, Interest, QueueError, QueueWorker, Ready, Source};
+use crate::guest_memory::GuestMemory;
+use crate::notify::{LogLimit, Notifiers};
+use crate::sys;
+use crate::virtqueue::Ring;
+
+/// Queues that broke, over all queues and sessions: a guest can cause this line at will.
+static BROKEN_QUEUES: LogLimit = LogLimit::new(Duration::from_secs(10));
+
+/// The state of a worker thread.
+pub(crate) struct QueueThread<D: Device> {
+    device: Arc<D>,
+    commands: Receiver<Command>,
+    wake: EventFd,
+    running: Option<Running<D::Worker>>,
+    slots: Vec<libc::pollfd>,
+}
+
+/// A ring that was started.
+struct Running<W> {
+    name: &'static str,
+    queue: u16,
+    ring: Ring,
+    /// None where the device could not make one: broken from the start.
+    worker: Option<W>,
+    sources: Vec<Source>,
+    notifiers: Notifiers,
+    enabled: bool,
+    broken: bool,
+    /// Call `process` before the next sleep.
+    pending: Option<Ready>,
+    interest: Interest,
+}
+
+/// Slots of the poll array before the worker's sources.
+const WAKE: usize = 0;
+const KICK: usize = 1;
+const FIRST_SOURCE: usize = 2;
+
+impl<D: Device> QueueThread<D> {
+    pub(crate) fn new(device: Arc<D>, commands: Receiver<Command>, wake: EventFd) -> Self {
+        QueueThread {
+            device,
+            commands,
+            wake,
+            running: None,
+            slots: Vec::new(),
+        }
+    }
+
+    /// Runs until told to exit.
+    pub(crate) fn run(mut self) {
+        loop {
+            while let Ok(command) = self.commands.try_recv() {
+                if matches!(command, Command::Exit) {
+                    self.stop();
+                    return;
+                }
+                self.handle(command);
+            }
+            if let Some(running) = &mut self.running
+                && let Some(ready) = running.take_pending()
+            {
+                running.process(ready);
+                if running.pending.is_some() {
+                    continue;
+                }
+            }
+            self.sleep();
+        }
+    }
+
+    fn handle(&mut self, command: Command) {
+        match (command, &mut self.running) {
+            (Command::Start(start), _) => {
+                self.stop();
+                self.running = self.start(*start);
+            }
+            (Command::Stop(reply), _) => {
+                let base = self.stop();
+                let _ = reply.send(base);
+            }
+            (Command::SetEnabled(enabled, done), Some(running)) => {
+                running.set_enabled(enabled);
+                let _ = done.send(());
+            }
+            (
+                Command::UpdateMemory {
+                    memory,
+                    removed,
+                    done,
+                },
+                Some(running),
+            ) => {
+                running.update_memory(&memory, removed);
+                // The old regions must be unmapped before the frontend is told that they are.
+                drop(memory);
+                let _ = done.send(());
+            }
+            (Command::SetKick(kick), Some(running)) => {
+                running.notifiers.kick = kick;
+                running.pending = Some(Ready::default());
+            }
+            (Command::SetCall(call), Some(running)) => running.notifiers.call = call,
+            (Command::SetErr(err), Some(running)) => running.notifiers.err = err,
+            // Without a ring there is nothing to change; dropping a reply channel answers it.
+            (_, None) | (Command::Exit, _) => {}
+        }
+    }
+
+    fn start(&self, start: Start) -> Option<Running<D::Worker>> {
+        let queue = start.queue.queue;
+        let memory = Rc::new(GuestMemory::clone(&start.memory));
+        let features = start.queue.features;
+        let ring = match Ring::new(start.layout, start.base, features, memory) {
+            Ok(ring) => ring,
+            Err(error) => {
+                report_broken(D::NAME, queue, &error.into());
+                start.notifiers.raise_err();
+                return None;
+            }
+        };
+        let mut running = Running {
+            name: D::NAME,
+            queue,
+            ring,
+            worker: None,
+            sources: Vec::new(),
+            notifiers: start.notifiers,
+            enabled: start.enabled,
+            broken: false,
+            pending: Some(Ready::default()),
+            interest: Interest::KICK,
+        };
+        match self.device.new_worker(&start.queue) {
+            Ok(worker) => {
+                running.sources = worker.sources();
+                running.sources.truncate(31);
+                running.worker = Some(worker);
+                debug!(
+                    queue,
+                    base = start.base,
+                    size = start.layout.size,
+                    "ring started"
+                );
+            }
+            Err(source) => running.fail(&QueueError::Device {
+                what: "starting the queue",
+                source,
+            }),
+        }
+        Some(running)
+    }
+
+    /// Stops the ring, if one runs; the index of the next chain to take.
+    fn stop(&mut self) -> Option<u16> {
+        let mut running = self.running.take()?;
+        running.drain();
+        let _ = running.notifiers.take_kicks();
+        debug!(
+            queue = running.queue,
+            base = running.ring.next_avail(),
+            "ring stopped"
+        );
+        Some(running.ring.next_avail())
+    }
+
+    fn sleep(&mut self) {
+        self.slots.clear();
+        self.slots
+            .push(sys::poll_slot(self.wake.as_raw_fd(), libc::POLLIN));
+        let active = self.running.as_ref().filter(|r| r.enabled && !r.broken);
+        if let Some(running) = active {
+            running.add_slots(&mut self.slots);
+        }
+        if let Err(error) = sys::poll(&mut self.slots, -1) {
+            // Only a bad argument or no memory: nothing a retry at full speed would mend.
+            warn!(%error, "poll failed");
+            std::thread::sleep(Duration::from_millis(100));
+            return;
+        }
+        if self.slots[WAKE].revents != 0 {
+            let _ = self.wake.read();
+        }
+        if self.slots.len() > KICK
+            && let Some(running) = &mut self.running
+        {
+            running.note_events(&self.slots);
+        }
+    }
+}
+
+impl<W: QueueWorker> Running<W> {
+    fn take_pending(&mut self) -> Option<Ready> {
+        if self.enabled && !self.broken {
+            self.pending.take()
+        } else {
+            None
+        }
+    }
+
+    fn add_slots(&self, slots: &mut Vec<libc::pollfd>) {
+        let kick = if self.interest.kick {
+            self.notifiers.kick_fd()
+        } else {
+            -1
+        };
+        slots.push(sys::poll_slot(kick, libc::POLLIN));
+        for (n, source) in self.sources.iter().enumerate() {
+            let wanted = self.interest.sources & (1 << n) != 0;
+            let fd = if wanted { source.fd } else { -1 };
+            slots.push(sys::poll_slot(fd, source.events));
+        }
+    }
+
+    /// Turns what poll found into a pending `process`.
+    fn note_events(&mut self, slots: &[libc::pollfd]) {
+        let mut ready = Ready::default();
+        let kick = slots[KICK].revents;
+        if kick & libc::POLLIN != 0 {
+            match self.notifiers.take_kicks() {
+                Ok(kicked) => ready.kicked = kicked,
+                Err(source) => self.fail(&kick_error(source)),
+            }
+        } else if kick != 0 {
+            self.fail(&kick_error(std::io::ErrorKind::BrokenPipe.into()));
+        }
+        for (n, slot) in slots[FIRST_SOURCE..].iter().enumerate() {
+            if slot.revents != 0 {
+                ready.sources |= 1 << n;
+            }
+        }
+        if ready != Ready::default() {
+            self.pending = Some(ready);
+        }
+    }
+
+    fn process(&mut self, ready: Ready) {
+        if let Err(error) = self.try_process(ready) {
+            self.fail(&error);
+        }
+    }
+
+    fn try_process(&mut self, ready: Ready) -> Result<(), QueueError> {
+        let Some(worker) = &mut self.worker else {
+            return Ok(());
+        };
+        self.ring.disable_notification()?;
+        self.interest = worker.process(&mut self.ring, ready)?;
+        self.finish_batch()?;
+        if self.interest.kick && self.ring.enable_notification()? {
+            self.pending = Some(Ready {
+                kicked: true,
+                sources: 0,
+            });
+        }
+        Ok(())
+    }
+
+    /// Publishes what was pushed, and signals the driver if it wants that.
+    fn finish_batch(&mut self) -> Result<(), QueueError> {
+        self.ring.publish()?;
+        if self.ring.needs_signal()? {
+            let call = self.notifiers.call();
+            call.map_err(|source| QueueError::Device {
+                what: "writing the call fd",
+                source,
+            })?;
+        }
+        Ok(())
+    }
+
+    /// Finishes everything in flight.
+    fn drain(&mut self) {
+        let Some(worker) = &mut self.worker else {
+            return;
+        };
+        let drained = worker.drain(&mut self.ring);
+        let result = drained.and_then(|()| self.finish_batch());
+        if let (Err(error), false) = (result, self.broken) {
+            self.report(&error);
+        }
+    }
+
+    fn set_enabled(&mut self, enabled: bool) {
+        if self.enabled && !enabled {
+            self.drain();
+        }
+        self.enabled = enabled;
+        self.pending = Some(Ready::default());
+    }
+
+    fn update_memory(&mut self, memory: &Arc<GuestMemory>, removed: bool) {
+        if removed {
+            self.drain();
+        }
+        let memory = Rc::new(GuestMemory::clone(memory));
+        if let Err(error) = self.ring.set_memory(memory)
+            && !self.broken
+        {
+            self.fail(&error.into());
+        }
+        self.pending = Some(Ready::default());
+    }
+
+    /// The queue cannot go on.
+    fn fail(&mut self, error: &QueueError) {
+        self.report(error);
+        self.drain();
+    }
+
+    fn report(&mut self, error: &QueueError) {
+        self.broken = true;
+        report_broken(self.name, self.queue, error);
+        self.notifiers.raise_err();
+    }
+}
+
+fn kick_error(source: std::io::Error) -> QueueError {
+    QueueError::Device {
+        what: "reading the kick fd",
+        source,
+    }
+}
+
+fn report_broken(device: &str, queue: u16, error: &QueueError) {
+    let Some(suppressed) = BROKEN_QUEUES.pass() else {
+        return;
+    };
+    let mut causes = String::new();
+    let mut cause = std::error::Error::source(error);
+    while let Some(error) = cause {
+        causes.push_str(&format!(": {error}"));
+        cause = error.source();
+    }
+    warn!(
+        device,
+        queue, suppressed, "queue stopped until it is set up again: {error}{causes}"
+    );
+}
