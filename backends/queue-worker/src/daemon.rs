@@ -10,7 +10,7 @@
 #![forbid(unsafe_code)]
 
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -153,39 +153,65 @@ impl<D: Device> Server<D> {
     /// One session, from its first message to its end.
     fn serve_one(&self, stream: UnixStream) -> Result<Next, DaemonError> {
         let session = Session::new(Arc::clone(&self.device), self.metrics.clone(), stream);
-        let mut session = session.map_err(|source| DaemonError::System {
+        let session = session.map_err(|source| DaemonError::System {
             what: "begin a session",
             source,
         })?;
         if let Some(suppressed) = SESSION_LINES.pass() {
             info!(suppressed, "frontend connected");
         }
-        let next = self.run_session(&mut session)?;
-        drop(session);
-        Ok(next)
-    }
-
-    fn run_session(&self, session: &mut Session<D>) -> Result<Next, DaemonError> {
-        loop {
-            let mut slots = [
-                sys::poll_slot(self.signals.as_raw_fd(), libc::POLLIN),
-                sys::poll_slot(session.connection_fd().as_raw_fd(), libc::POLLIN),
-                sys::poll_slot(session.notify_fd().as_raw_fd(), libc::POLLIN),
-            ];
-            wait(&mut slots)?;
-            if slots[0].revents != 0 {
-                info!("told to stop, finishing what is in flight");
+        match run_session(session, Some(self.signals.as_fd()))? {
+            Some(error) => report_end(&error),
+            None => {
+                info!("told to stop");
                 return Ok(Next::Stop);
             }
-            if slots[2].revents != 0 {
-                session.notify_frontend();
-            }
-            if slots[1].revents != 0
-                && let Err(error) = session.receive()
-            {
-                report_end(&error);
-                return Ok(Next::GoOn);
-            }
+        }
+        Ok(Next::GoOn)
+    }
+}
+
+/// Serves one frontend on a connected socket until it goes, on the calling thread and without
+/// signals; says why it ended. For tests, fuzz targets and benches.
+pub fn serve_connection<D: Device>(
+    device: Arc<D>,
+    metrics: Metrics,
+    stream: UnixStream,
+) -> Result<SessionError, DaemonError> {
+    let session = Session::new(device, metrics, stream).map_err(|source| DaemonError::System {
+        what: "begin a session",
+        source,
+    })?;
+    run_session(session, None)?.ok_or(DaemonError::System {
+        what: "serve without signals",
+        source: io::ErrorKind::Interrupted.into(),
+    })
+}
+
+/// Runs a session to its end; `None` where a signal ended it. The workers have finished what was
+/// in flight when this returns.
+fn run_session<D: Device>(
+    mut session: Session<D>,
+    signals: Option<BorrowedFd>,
+) -> Result<Option<SessionError>, DaemonError> {
+    let signals = signals.map_or(-1, |fd| fd.as_raw_fd());
+    loop {
+        let mut slots = [
+            sys::poll_slot(signals, libc::POLLIN),
+            sys::poll_slot(session.connection_fd().as_raw_fd(), libc::POLLIN),
+            sys::poll_slot(session.notify_fd().as_raw_fd(), libc::POLLIN),
+        ];
+        wait(&mut slots)?;
+        if slots[0].revents != 0 {
+            return Ok(None);
+        }
+        if slots[2].revents != 0 {
+            session.notify_frontend();
+        }
+        if slots[1].revents != 0
+            && let Err(error) = session.receive()
+        {
+            return Ok(Some(error));
         }
     }
 }

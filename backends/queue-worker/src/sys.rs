@@ -119,3 +119,27 @@ pub(crate) fn is_listening(fd: BorrowedFd) -> io::Result<bool> {
     }
     Ok(value != 0)
 }
+
+/// A memfd of `len` bytes.
+pub(crate) fn memfd(name: &std::ffi::CStr, len: u64) -> io::Result<OwnedFd> {
+    // SAFETY: name is a C string; the new fd is ours alone.
+    let fd = unsafe {
+        match libc::memfd_create(name.as_ptr(), libc::MFD_CLOEXEC) {
+            -1 => return Err(io::Error::last_os_error()),
+            fd => OwnedFd::from_raw_fd(fd),
+        }
+    };
+    std::fs::File::from(fd.try_clone()?).set_len(len)?;
+    Ok(fd)
+}
+
+/// A new eventfd, close-on-exec and non-blocking.
+pub(crate) fn event() -> io::Result<OwnedFd> {
+    // SAFETY: no preconditions; the new fd is ours alone.
+    unsafe {
+        match libc::eventfd(0, libc::EFD_CLOEXEC | libc::EFD_NONBLOCK) {
+            -1 => Err(io::Error::last_os_error()),
+            fd => Ok(OwnedFd::from_raw_fd(fd)),
+        }
+    }
+}
