@@ -36,9 +36,11 @@ pub struct Activation {
 }
 
 /// How a device tells the transport about itself from its own thread: a configuration change, or that
-/// it needs a reset (virtio 1.3, 2.1.2).
+/// it needs a reset (virtio 1.3, 2.1.2). Takes no lock that is held while a device is called.
 pub trait TransportNotify: Send + Sync {
-    /// The configuration space changed: bumps the generation and raises the config interrupt.
+    /// The configuration space changed: bumps the generation and raises the config interrupt. To be
+    /// called under the lock that guards the bytes, so that no driver sees new ones with the old
+    /// generation.
     fn config_changed(&self);
     /// Sets DEVICE_NEEDS_RESET and raises the config interrupt.
     fn needs_reset(&self);
@@ -78,9 +80,13 @@ pub trait VirtioDevice: Send {
     fn attach(&mut self, notify: Arc<dyn TransportNotify>);
     /// DRIVER_OK. On an error the transport sets DEVICE_NEEDS_RESET.
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError>;
-    /// The driver wrote 0 to the status register.
+    /// The driver gave a queue another vector while the device runs: interrupts go there from now on.
+    fn set_call(&mut self, queue: u16, call: EventFd);
+    /// The driver wrote 0 to the status register, or the machine restarts. Also called when the device
+    /// never ran.
     fn reset(&mut self);
-    /// Asked on each read of the status register after `reset`, until it says `Done`.
+    /// Asked on each read of the status register after `reset`, until it says `Done`. From then on the
+    /// device neither touches guest memory nor notifies, until it is activated again.
     fn reset_progress(&mut self) -> ResetProgress {
         ResetProgress::Done
     }

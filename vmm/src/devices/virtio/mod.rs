@@ -1,3 +1,10 @@
 //! virtio 1.x devices over PCI.
+//!
+//! [`transport_pci`] is the bus side, once for all; [`device::VirtioDevice`] is the seam; behind it are
+//! small devices of this process ([`rng`]) and [`crate::vhost_user`] ones in others.
 
 pub mod device;
+#[cfg(test)]
+pub(crate) mod fake;
+pub mod rng;
+pub mod transport_pci;
