@@ -95,6 +95,7 @@ pub mod protocol;
 pub mod session;
 mod sys;
 pub mod testing;
+pub mod uring;
 pub mod virtqueue;
 mod vring;
 mod worker;
@@ -105,4 +106,5 @@ pub use device::{Device, Interest, QueueError, QueueStart, QueueWorker, Ready, S
 pub use guest_memory::{GuestMemory, GuestSlice, MemoryError};
 pub use metrics::{Metrics, QueueCounters};
 pub use session::SessionHandle;
+pub use uring::IoRing;
 pub use virtqueue::{Ring, RingError, RingLayout};
