@@ -1,1 +1,6 @@
 //! vCPUs: identity, registers, threads.
+
+pub mod cpuid;
+pub mod msr;
+pub mod regs;
+pub mod topology;
