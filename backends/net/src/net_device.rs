@@ -3,7 +3,7 @@
 #![forbid(unsafe_code)]
 
 use std::io;
-use std::sync::Arc;
+use std::sync::{Arc, Once};
 
 use berth_queue_worker::{
     Device, Interest, QueueError, QueueStart, QueueWorker, Ready, Ring, SessionHandle, Source,
@@ -21,6 +21,7 @@ use crate::tx::TxQueue;
 pub struct NetDevice {
     state: Arc<DeviceState>,
     max_queue_size: u16,
+    link_watched: Once,
 }
 
 impl NetDevice {
@@ -37,13 +38,20 @@ impl NetDevice {
         Ok(Self {
             state,
             max_queue_size,
+            link_watched: Once::new(),
         })
     }
 
-    /// The device's state, for what watches the link.
-    #[must_use]
-    pub fn state(&self) -> &Arc<DeviceState> {
-        &self.state
+    fn watch_link(&self) {
+        let state = Arc::downgrade(&self.state);
+        let on_change = move |up| {
+            if let Some(state) = state.upgrade() {
+                state.set_link(up);
+            }
+        };
+        if let Err(error) = self.state.port().watch_link(Box::new(on_change)) {
+            tracing::warn!(%error, "cannot follow the tap's link; the guest is told that it is up");
+        }
     }
 }
 
@@ -104,6 +112,8 @@ impl Device for NetDevice {
 
     fn session_started(&self, handle: SessionHandle) {
         self.state.set_session(Some(handle));
+        // Not before: the run loop wants to be the first to start a thread.
+        self.link_watched.call_once(|| self.watch_link());
     }
 
     fn session_ended(&self) {

@@ -5,7 +5,8 @@
 //! fuzz targets use one made of memory.
 
 pub mod frame;
-mod ioctl;
+pub mod link;
+mod sys;
 pub mod tap;
 pub mod testing;
 
@@ -46,6 +47,13 @@ pub trait NetPort: Send + Sync + 'static {
 
     /// Attaches `queue`, or detaches it: then no frame is steered to it. Queue 0 stays attached.
     fn set_attached(&self, queue: u16, attached: bool) -> io::Result<()>;
+
+    /// Calls `on_change` from a thread of its own with the state of the link, and again on each
+    /// change, until the process ends. A port that cannot know never calls: its link is up.
+    fn watch_link(&self, on_change: Box<dyn Fn(bool) + Send>) -> io::Result<()> {
+        drop(on_change);
+        Ok(())
+    }
 }
 
 /// Whether an error of `recv` or `send` says that the queue is not attached to an interface.

@@ -32,7 +32,7 @@ use virtio_bindings::virtio_net::{
 };
 
 use super::frame::Frame;
-use super::{NetPort, ioctl};
+use super::{NetPort, link, sys};
 use crate::device::{MAX_PAIRS, has};
 use crate::header::HDR_LEN;
 
@@ -108,7 +108,7 @@ impl Tap {
     /// See [`TapError`]: each names the tap and what to do.
     pub fn open(name: &str, pairs: u16, create: bool, mtu: Option<u16>) -> Result<Self, TapError> {
         check_name(name)?;
-        let exists = ioctl::if_index(name).is_some();
+        let exists = sys::if_index(name).is_some();
         if !exists && !create {
             return Err(TapError::Missing(name.to_string()));
         }
@@ -135,9 +135,8 @@ impl Tap {
         let mut queues = Vec::new();
         let mut first: Option<(String, c_int)> = None;
         for &fd in fds {
-            let queue = ioctl::duplicate(fd).map_err(|_| TapError::NotTapFd(fd))?;
-            let (name, flags) =
-                ioctl::get_iff(queue.as_fd()).map_err(|_| TapError::NotTapFd(fd))?;
+            let queue = sys::duplicate(fd).map_err(|_| TapError::NotTapFd(fd))?;
+            let (name, flags) = sys::get_iff(queue.as_fd()).map_err(|_| TapError::NotTapFd(fd))?;
             let wanted = [
                 (libc::IFF_TAP, "IFF_TAP"),
                 (libc::IFF_NO_PI, "IFF_NO_PI"),
@@ -150,7 +149,7 @@ impl Tap {
             if *tap != name {
                 return Err(TapError::FdMixed(fd, name, tap.clone()));
             }
-            ioctl::set_nonblocking(queue.as_fd()).map_err(setup(&name, "set up"))?;
+            sys::set_nonblocking(queue.as_fd()).map_err(setup(&name, "set up"))?;
             queues.push(queue);
         }
         let (name, flags) = first.unwrap_or_default();
@@ -176,9 +175,9 @@ impl Tap {
             .first()
             .ok_or_else(|| TapError::Name(name.clone()))?
             .as_fd();
-        ioctl::set_vnet_hdr_size(first, HDR_LEN).map_err(setup(&name, "set the header size of"))?;
-        let uso = ioctl::set_offload(first, libc::TUN_F_CSUM | TUN_F_USO).is_ok();
-        ioctl::set_offload(first, 0).map_err(setup(&name, "set the offloads of"))?;
+        sys::set_vnet_hdr_size(first, HDR_LEN).map_err(setup(&name, "set the header size of"))?;
+        let uso = sys::set_offload(first, libc::TUN_F_CSUM | TUN_F_USO).is_ok();
+        sys::set_offload(first, 0).map_err(setup(&name, "set the offloads of"))?;
         tap.uso = uso;
         for queue in 1..tap.num_queues() {
             tap.set_attached(queue, false)
@@ -193,36 +192,17 @@ impl Tap {
         &self.name
     }
 
-    /// Index of the interface, where it can be asked for by name.
-    #[must_use]
-    pub fn if_index(&self) -> Option<u32> {
-        self.named_here
-            .then(|| ioctl::if_index(&self.name))
-            .flatten()
-    }
-
-    /// Whether the interface is set up. True where that cannot be found out.
-    #[must_use]
-    pub fn is_up(&self) -> bool {
-        if !self.named_here {
-            return true;
-        }
-        ioctl::control_socket()
-            .and_then(|socket| ioctl::is_up(socket.as_fd(), &self.name))
-            .unwrap_or(true)
-    }
-
     fn set_up(&self, mtu: Option<u16>) -> Result<(), TapError> {
-        let socket = ioctl::control_socket().map_err(setup(&self.name, "set up"))?;
+        let socket = sys::control_socket().map_err(setup(&self.name, "set up"))?;
         if let Some(mtu) = mtu {
-            ioctl::set_mtu(socket.as_fd(), &self.name, mtu)
+            sys::set_mtu(socket.as_fd(), &self.name, mtu)
                 .map_err(setup(&self.name, "set the MTU of"))?;
         }
-        ioctl::set_up(socket.as_fd(), &self.name).map_err(setup(&self.name, "set up"))
+        sys::set_up(socket.as_fd(), &self.name).map_err(setup(&self.name, "set up"))
     }
 
     fn warn_of_other_mtu(&self, guest: u16) {
-        let tap = ioctl::control_socket().and_then(|s| ioctl::mtu(s.as_fd(), &self.name));
+        let tap = sys::control_socket().and_then(|s| sys::mtu(s.as_fd(), &self.name));
         if let Ok(tap) = tap
             && tap != c_int::from(guest)
         {
@@ -256,31 +236,45 @@ impl NetPort for Tap {
     }
 
     fn recv(&self, queue: u16, frame: &mut Frame<'_, '_>) -> io::Result<usize> {
-        ioctl::readv(self.queue(queue)?.as_fd(), frame)
+        sys::readv(self.queue(queue)?.as_fd(), frame)
     }
 
     fn send(&self, queue: u16, frame: &Frame<'_, '_>) -> io::Result<usize> {
-        ioctl::writev(self.queue(queue)?.as_fd(), frame)
+        sys::writev(self.queue(queue)?.as_fd(), frame)
     }
 
     fn set_header_len(&self, len: usize) -> io::Result<()> {
-        ioctl::set_vnet_hdr_size(self.queue(0)?.as_fd(), len)
+        sys::set_vnet_hdr_size(self.queue(0)?.as_fd(), len)
     }
 
     fn set_offloads(&self, features: u64) -> io::Result<()> {
-        ioctl::set_offload(self.queue(0)?.as_fd(), tun_offloads(features))
+        sys::set_offload(self.queue(0)?.as_fd(), tun_offloads(features))
     }
 
     fn set_attached(&self, queue: u16, attached: bool) -> io::Result<()> {
         if queue == 0 || !self.multi_queue {
             return Ok(());
         }
-        match ioctl::set_queue(self.queue(queue)?.as_fd(), attached) {
+        match sys::set_queue(self.queue(queue)?.as_fd(), attached) {
             // It is as asked already.
             Err(e) if e.raw_os_error() == Some(libc::EINVAL) => Ok(()),
             other => other,
         }
     }
+
+    fn watch_link(&self, on_change: Box<dyn Fn(bool) + Send>) -> io::Result<()> {
+        let index = self.named_here.then(|| sys::if_index(&self.name)).flatten();
+        let Some(index) = index else { return Ok(()) };
+        let name = self.name.clone();
+        link::watch(index, move || is_up(&name), on_change)
+    }
+}
+
+/// Whether the interface is set up. True where that cannot be found out.
+fn is_up(name: &str) -> bool {
+    sys::control_socket()
+        .and_then(|socket| sys::is_up(socket.as_fd(), name))
+        .unwrap_or(true)
 }
 
 /// TUN_F_* for the offloads that the guest accepts on receive. None go without checksum offload,
@@ -358,7 +352,7 @@ fn attach(name: &str, extra_flags: c_int) -> Result<OwnedFd, AttachError> {
         .custom_flags(libc::O_NONBLOCK | libc::O_CLOEXEC)
         .open(TUN_DEVICE)
         .map_err(AttachError::Open)?;
-    ioctl::set_iff(file.as_fd(), name, TAP_FLAGS | extra_flags).map_err(AttachError::Refused)?;
+    sys::set_iff(file.as_fd(), name, TAP_FLAGS | extra_flags).map_err(AttachError::Refused)?;
     Ok(file.into())
 }
 

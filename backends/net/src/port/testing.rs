@@ -9,7 +9,7 @@ use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::sync::{Mutex, PoisonError};
 
 use super::frame::{Frame, FrameBuffer};
-use super::{NetPort, ioctl};
+use super::{NetPort, sys};
 
 /// What was set on the port, in order.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -58,7 +58,7 @@ impl SocketPort {
         let mut buffer = FrameBuffer::default();
         let mut frame = buffer.frame();
         frame.push_own(&mut bytes);
-        ioctl::writev(self.far(queue)?.as_fd(), &frame).map(drop)
+        sys::writev(self.far(queue)?.as_fd(), &frame).map(drop)
     }
 
     /// Takes a frame, header included, that was sent.
@@ -70,7 +70,7 @@ impl SocketPort {
         let mut buffer = FrameBuffer::default();
         let mut frame = buffer.frame();
         frame.push_own(&mut bytes);
-        let n = ioctl::readv(self.far(queue)?.as_fd(), &mut frame)?;
+        let n = sys::readv(self.far(queue)?.as_fd(), &mut frame)?;
         bytes.truncate(n);
         Ok(bytes)
     }
@@ -116,11 +116,11 @@ impl NetPort for SocketPort {
     }
 
     fn recv(&self, queue: u16, frame: &mut Frame<'_, '_>) -> io::Result<usize> {
-        ioctl::readv(self.near(queue)?.as_fd(), frame)
+        sys::readv(self.near(queue)?.as_fd(), frame)
     }
 
     fn send(&self, queue: u16, frame: &Frame<'_, '_>) -> io::Result<usize> {
-        ioctl::writev(self.near(queue)?.as_fd(), frame)
+        sys::writev(self.near(queue)?.as_fd(), frame)
     }
 
     fn set_header_len(&self, len: usize) -> io::Result<()> {

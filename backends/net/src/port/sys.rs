@@ -1,9 +1,12 @@
-//! The system calls of a tap that libc has no safe form for.
+//! The system calls of a tap and its link that libc has no safe form for.
 //!
-//! Each function is one ioctl or vectored read or write with its argument checked by type.
-//! Kernel: Documentation/networking/tuntap.rst; `man 7 netdevice`.
+//! Each function is one ioctl, one vectored read or write, or one socket, with its argument
+//! checked by type. Kernel: Documentation/networking/tuntap.rst; `man 7 netdevice`, `rtnetlink`.
 
-#![expect(unsafe_code, reason = "ioctl, readv and writev on a tap")]
+#![expect(
+    unsafe_code,
+    reason = "ioctl, readv and writev on a tap; a netlink socket"
+)]
 
 use std::ffi::{CStr, CString};
 use std::io;
@@ -191,4 +194,21 @@ pub(super) fn writev(fd: BorrowedFd<'_>, frame: &Frame<'_, '_>) -> io::Result<us
     } else {
         Ok(n.cast_unsigned())
     }
+}
+
+/// A socket that hears of changes of links (RTNLGRP_LINK) in this network namespace. Reads block.
+pub(super) fn link_socket() -> io::Result<OwnedFd> {
+    let kind = libc::SOCK_RAW | libc::SOCK_CLOEXEC;
+    // SAFETY: socket takes integers.
+    let fd = check(unsafe { libc::socket(libc::AF_NETLINK, kind, libc::NETLINK_ROUTE) })?;
+    // SAFETY: the call just made `fd`, and nobody else knows it.
+    let fd = unsafe { OwnedFd::from_raw_fd(fd) };
+    // SAFETY: sockaddr_nl is plain data, for which zeros are valid.
+    let mut address: libc::sockaddr_nl = unsafe { std::mem::zeroed() };
+    address.nl_family = libc::AF_NETLINK as libc::sa_family_t;
+    address.nl_groups = libc::RTMGRP_LINK as u32;
+    let len = size_of_val(&address) as libc::socklen_t;
+    // SAFETY: `address` is a sockaddr_nl of `len` bytes that outlives the call.
+    check(unsafe { libc::bind(fd.as_raw_fd(), (&raw const address).cast(), len) })?;
+    Ok(fd)
 }

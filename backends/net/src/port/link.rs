@@ -1,0 +1,139 @@
+//! Whether the tap is up, followed by netlink: what the guest sees as its cable.
+//!
+//! A thread of its own, `net-link`, blocks on the socket and calls back with the state at its start
+//! and on every message about the interface. It ends with the process. Links of other interfaces
+//! come by too and are skipped.
+//!
+//! Kernel: `man 7 rtnetlink`, RTM_NEWLINK and RTM_DELLINK.
+
+#![forbid(unsafe_code)]
+
+use std::io;
+use std::os::unix::net::UnixDatagram;
+use std::thread;
+
+use super::sys;
+
+/// A netlink message header: length, type, flags, sequence, port.
+const NLMSG_HDR: usize = 16;
+/// An ifinfomsg: family, type, index, flags, change.
+const IFINFO: usize = 16;
+
+/// Starts the thread: `on_change` is told whether the interface is up.
+///
+/// The first call carries the answer of `is_up`, asked when later changes are sure to be heard of.
+///
+/// # Errors
+/// No netlink, or no thread.
+pub fn watch(
+    if_index: u32,
+    is_up: impl Fn() -> bool + Send + 'static,
+    on_change: impl Fn(bool) + Send + 'static,
+) -> io::Result<()> {
+    // A netlink socket is a datagram socket, and receiving is all that is asked of it.
+    let socket = UnixDatagram::from(sys::link_socket()?);
+    let follow = move || {
+        on_change(is_up());
+        let mut buffer = vec![0; 32 << 10];
+        loop {
+            match socket.recv(&mut buffer) {
+                Ok(len) => {
+                    if let Some(up) = last_state(&buffer[..len], if_index) {
+                        on_change(up);
+                    }
+                }
+                // Messages were lost: the next one says how things are.
+                Err(e) if e.raw_os_error() == Some(libc::ENOBUFS) => {}
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => {
+                    tracing::warn!(%error, "the tap's link is not followed any more");
+                    return;
+                }
+            }
+        }
+    };
+    thread::Builder::new()
+        .name("net-link".to_string())
+        .spawn(follow)
+        .map(drop)
+}
+
+/// State of the interface after these messages; none if they are about others.
+fn last_state(mut messages: &[u8], if_index: u32) -> Option<bool> {
+    let mut state = None;
+    while let Some(len) = u32_at(messages, 0) {
+        let len = len as usize;
+        let Some(message) = messages.get(..len).filter(|m| m.len() >= NLMSG_HDR) else {
+            break;
+        };
+        state = state_in(message, if_index).or(state);
+        // Messages begin at multiples of four.
+        messages = messages.get(len.next_multiple_of(4)..).unwrap_or_default();
+    }
+    state
+}
+
+fn state_in(message: &[u8], if_index: u32) -> Option<bool> {
+    let kind = u16::from_ne_bytes(message.get(4..6)?.try_into().ok()?);
+    let info = message.get(NLMSG_HDR..NLMSG_HDR + IFINFO)?;
+    if u32_at(info, 4)? != if_index {
+        return None;
+    }
+    match kind {
+        libc::RTM_NEWLINK => Some(u32_at(info, 8)? & libc::IFF_UP as u32 != 0),
+        libc::RTM_DELLINK => Some(false),
+        _ => None,
+    }
+}
+
+fn u32_at(bytes: &[u8], at: usize) -> Option<u32> {
+    Some(u32::from_ne_bytes(bytes.get(at..at + 4)?.try_into().ok()?))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn message(kind: u16, index: u32, flags: u32, attributes: usize) -> Vec<u8> {
+        let len = NLMSG_HDR + IFINFO + attributes;
+        let mut bytes = (len as u32).to_ne_bytes().to_vec();
+        bytes.extend(kind.to_ne_bytes());
+        bytes.extend([0; 10]);
+        bytes.extend([0; 4]);
+        bytes.extend(index.to_ne_bytes());
+        bytes.extend(flags.to_ne_bytes());
+        bytes.extend([0; 4]);
+        bytes.resize(len.next_multiple_of(4), 0);
+        bytes
+    }
+
+    #[test]
+    fn the_last_message_about_the_interface_counts() {
+        let messages = [
+            message(libc::RTM_NEWLINK, 7, 1, 5),
+            message(libc::RTM_NEWLINK, 7, 0, 8),
+            message(libc::RTM_NEWLINK, 8, 1, 0),
+            message(libc::RTM_NEWADDR, 7, 1, 0),
+        ]
+        .concat();
+        assert_eq!(last_state(&messages, 7), Some(false));
+        assert_eq!(last_state(&messages, 8), Some(true));
+        assert_eq!(last_state(&messages, 9), None);
+        assert_eq!(
+            last_state(&message(libc::RTM_DELLINK, 7, 1, 0), 7),
+            Some(false)
+        );
+    }
+
+    #[test]
+    fn broken_messages_end_the_walk() {
+        let mut zero_length = message(libc::RTM_NEWLINK, 7, 1, 0);
+        zero_length[..4].fill(0);
+        assert_eq!(last_state(&zero_length, 7), None);
+        let whole = message(libc::RTM_NEWLINK, 7, 1, 0);
+        for cut in 0..whole.len() {
+            assert_eq!(last_state(&whole[..cut], 7), None);
+        }
+        assert_eq!(last_state(&[0xff; 64], 7), None);
+    }
+}
