@@ -81,7 +81,7 @@ impl Device for NetDevice {
     fn write_config(&self, offset: u32, data: &[u8]) -> io::Result<()> {
         match <[u8; 6]>::try_from(data) {
             Ok(mac) if offset == 0 && !Mac(mac).is_multicast() => {
-                self.state.set_mac(Mac(mac));
+                self.state.set_initial_mac(Mac(mac));
                 Ok(())
             }
             _ => Err(io::ErrorKind::InvalidInput.into()),
@@ -111,18 +111,17 @@ impl Device for NetDevice {
     }
 
     fn session_started(&self, handle: SessionHandle) {
-        self.state.set_session(Some(handle));
+        self.state.begin_session(handle);
         // Not before: the run loop wants to be the first to start a thread.
         self.link_watched.call_once(|| self.watch_link());
     }
 
     fn session_ended(&self) {
-        self.state.set_session(None);
-        self.state.set_features(0);
+        self.state.end_session();
     }
 
     fn reset(&self) {
-        self.state.forget_driver();
+        self.state.set_features(0);
     }
 }
 

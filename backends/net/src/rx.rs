@@ -353,7 +353,7 @@ impl QueueWorker for RxQueue {
     }
 
     fn drain(&mut self, ring: &mut Ring) -> Result<(), QueueError> {
-        // A frame in the spill is ours and waits for the next start.
+        // A frame in the spill is ours and waits, unless this is a stop.
         ring.put_back(self.pool.buffers.len() as u16);
         self.pool = Pool::default();
         if std::mem::take(&mut self.running) {

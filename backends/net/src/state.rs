@@ -52,6 +52,8 @@ pub struct DeviceState {
 /// What is told by, or shown to, the control thread.
 struct Driver {
     features: u64,
+    /// The device's address before the driver changes it: `--mac`, or what the frontend chose.
+    initial_mac: Option<Mac>,
     mac: Option<Mac>,
     session: Option<SessionHandle>,
 }
@@ -78,6 +80,7 @@ impl DeviceState {
             port,
             driver: Mutex::new(Driver {
                 features: 0,
+                initial_mac: identity.mac,
                 mac: identity.mac,
                 session: None,
             }),
@@ -112,9 +115,19 @@ impl DeviceState {
         config_space(mac, self.link_up.load(Ordering::Relaxed), &self.identity)
     }
 
-    /// A frontend connected, or went.
-    pub fn set_session(&self, session: Option<SessionHandle>) {
-        lock(&self.driver).session = session;
+    /// A frontend connected.
+    pub fn begin_session(&self, session: SessionHandle) {
+        lock(&self.driver).session = Some(session);
+    }
+
+    /// The frontend went, and with it all that it and the driver set.
+    pub fn end_session(&self) {
+        {
+            let mut driver = lock(&self.driver);
+            driver.session = None;
+            driver.initial_mac = self.identity.mac;
+        }
+        self.set_features(0);
     }
 
     /// The link came up or went down; tells the frontend if that is news.
@@ -143,12 +156,12 @@ impl DeviceState {
 
     /// A new driver, or the same one after a reset: only features hold.
     pub fn forget_driver(&self) {
-        let features = {
+        let (features, mac) = {
             let mut driver = lock(&self.driver);
-            driver.mac = self.identity.mac;
-            driver.features
+            driver.mac = driver.initial_mac;
+            (driver.features, driver.mac)
         };
-        self.update_filter(|filter| *filter = RxFilter::new(features, self.identity.mac));
+        self.update_filter(|filter| *filter = RxFilter::new(features, mac));
         if let Err(error) = self.port.set_header_len(header_len(features)) {
             tracing::warn!(%error, "cannot set the port's header length");
         }
@@ -171,7 +184,10 @@ impl DeviceState {
             Command::SetMacTable(table) => self.update_filter(|f| f.set_table(table)),
             Command::AddVlan(vid) => self.update_filter(|f| f.set_vlan(vid, true)),
             Command::DelVlan(vid) => self.update_filter(|f| f.set_vlan(vid, false)),
-            Command::SetMac(mac) => self.set_mac(mac),
+            Command::SetMac(mac) => {
+                lock(&self.driver).mac = Some(mac);
+                self.update_filter(|filter| filter.set_own(mac));
+            }
             Command::SetPairs(active) => self.change_pairs(|pairs, _| pairs.active = active),
             Command::SetGuestOffloads(offloads) => self.set_offloads(offloads)?,
             Command::AnnounceAck => {}
@@ -179,9 +195,13 @@ impl DeviceState {
         Ok(())
     }
 
-    /// Changes the guest's own address.
-    pub fn set_mac(&self, mac: Mac) {
-        lock(&self.driver).mac = Some(mac);
+    /// The frontend shows the guest this address, for as long as its session lasts.
+    pub fn set_initial_mac(&self, mac: Mac) {
+        {
+            let mut driver = lock(&self.driver);
+            driver.initial_mac = Some(mac);
+            driver.mac = Some(mac);
+        }
         self.update_filter(|filter| filter.set_own(mac));
     }
 

@@ -212,3 +212,14 @@ pub(super) fn link_socket() -> io::Result<OwnedFd> {
     check(unsafe { libc::bind(fd.as_raw_fd(), (&raw const address).cast(), len) })?;
     Ok(fd)
 }
+
+/// Waits until `fd` is readable, or the time is over.
+pub(super) fn wait_readable(fd: BorrowedFd<'_>, timeout_ms: c_int) -> io::Result<()> {
+    let mut slot = libc::pollfd {
+        fd: fd.as_raw_fd(),
+        events: libc::POLLIN,
+        revents: 0,
+    };
+    // SAFETY: poll reads and writes one pollfd, which `slot` is, exclusively borrowed.
+    check(unsafe { libc::poll(&raw mut slot, 1, timeout_ms) }).map(drop)
+}

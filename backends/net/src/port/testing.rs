@@ -6,10 +6,14 @@
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Condvar, Mutex, PoisonError};
+use std::time::Duration;
 
 use super::frame::{Frame, FrameBuffer};
 use super::{NetPort, sys};
+
+/// How long a test waits before it fails.
+pub const PATIENCE_MS: i32 = 20_000;
 
 /// What was set on the port, in order.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -28,6 +32,7 @@ pub struct SocketPort {
     near: Vec<OwnedFd>,
     far: Vec<OwnedFd>,
     events: Mutex<Vec<Event>>,
+    changed: Condvar,
 }
 
 impl SocketPort {
@@ -40,6 +45,7 @@ impl SocketPort {
             near: Vec::new(),
             far: Vec::new(),
             events: Mutex::default(),
+            changed: Condvar::new(),
         };
         for _ in 0..queues {
             let (near, far) = seqpacket_pair()?;
@@ -75,10 +81,35 @@ impl SocketPort {
         Ok(bytes)
     }
 
+    /// Takes a frame that was sent, or will be soon.
+    ///
+    /// # Errors
+    /// Nothing was sent within [`PATIENCE_MS`] (WouldBlock).
+    pub fn wait_sent(&self, queue: u16) -> io::Result<Vec<u8>> {
+        sys::wait_readable(self.far(queue)?.as_fd(), PATIENCE_MS)?;
+        self.take(queue)
+    }
+
     /// What was set since this was last asked.
     #[allow(clippy::must_use_candidate, reason = "asking is also how to forget")]
     pub fn events(&self) -> Vec<Event> {
         std::mem::take(&mut *self.events.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// Waits until `event` was set, and forgets everything set so far.
+    ///
+    /// # Panics
+    /// It was not set within [`PATIENCE_MS`].
+    pub fn wait_for(&self, event: Event) {
+        let events = self.events.lock().unwrap_or_else(PoisonError::into_inner);
+        let patience = Duration::from_millis(PATIENCE_MS.unsigned_abs().into());
+        let missing = |events: &mut Vec<Event>| !events.contains(&event);
+        let (mut events, result) = self
+            .changed
+            .wait_timeout_while(events, patience, missing)
+            .unwrap_or_else(PoisonError::into_inner);
+        assert!(!result.timed_out(), "no {event:?}, only {events:?}");
+        events.clear();
     }
 
     fn record(&self, event: Event) -> io::Result<()> {
@@ -86,6 +117,7 @@ impl SocketPort {
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
             .push(event);
+        self.changed.notify_all();
         Ok(())
     }
 
