@@ -11,6 +11,7 @@
 //! with the file and with guest memory before use. Where things lie is said by
 //! [`crate::memory::layout`]; which entries there are, and who keeps KASLR, by docs/boot.md.
 
+pub mod acpi;
 pub mod bzimage;
 pub mod cmdline;
 pub mod decompress;

@@ -223,3 +223,27 @@ pub(super) fn bzimage(payload: &[u8], init_size: u32) -> Vec<u8> {
     put(0x260, &init_size.to_le_bytes());
     image
 }
+
+/// A directory that is gone, with all in it, when the test is.
+pub(super) struct TempDir(PathBuf);
+
+impl TempDir {
+    /// Makes an empty directory.
+    pub(super) fn new() -> Self {
+        let file = TempFile::new(b"");
+        let path = file.path().with_extension("d");
+        std::fs::create_dir(&path).unwrap();
+        Self(path)
+    }
+
+    /// Where it is.
+    pub(super) fn path(&self) -> &Path {
+        &self.0
+    }
+}
+
+impl Drop for TempDir {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir_all(&self.0);
+    }
+}

@@ -1,0 +1,46 @@
+//! MADT: the interrupt controllers (ACPI 6.5, 5.2.12).
+//!
+//! ISA interrupts are the IOAPIC pin of their number, interrupt 0 too: the GSI table of `berth-irqchip`
+//! leads the PIT to pin 0, so there is no override to pin 2 as on most boards.
+
+use acpi_tables::Aml;
+use acpi_tables::madt::{EnabledStatus, IoApic, ProcessorLocalApic};
+use acpi_tables::sdt::Sdt;
+
+use super::table;
+use crate::cpu::topology::{Topology, apic_id};
+use crate::memory::layout::{IOAPIC_START, LAPIC_START, SCI_PIN};
+
+const REVISION: u8 = 5;
+/// The board has a PIC pair too.
+const PCAT_COMPAT: u32 = 1;
+const IOAPIC_ID: u8 = 0;
+/// MPS INTI flags: active high, level triggered.
+const ACTIVE_HIGH_LEVEL: u16 = 0b1101;
+
+/// Local APICs of all vCPUs, one IOAPIC, the SCI, and NMI on LINT1 of every processor.
+pub(super) fn build(topology: Topology) -> Sdt {
+    let mut body = Vec::new();
+    body.extend((LAPIC_START as u32).to_le_bytes());
+    body.extend(PCAT_COMPAT.to_le_bytes());
+    for vcpu in 0..topology.cores() {
+        ProcessorLocalApic::new(vcpu, apic_id(vcpu), EnabledStatus::Enabled)
+            .to_aml_bytes(&mut body);
+    }
+    IoApic::new(IOAPIC_ID, IOAPIC_START as u32, 0).to_aml_bytes(&mut body);
+    body.extend(sci_override());
+    body.extend(local_nmi());
+    table(*b"APIC", REVISION, &body)
+}
+
+/// Interrupt source override: type 2, bus ISA, source and GSI the SCI's pin.
+fn sci_override() -> [u8; 10] {
+    let [g0, g1, g2, g3] = SCI_PIN.to_le_bytes();
+    let [f0, f1] = ACTIVE_HIGH_LEVEL.to_le_bytes();
+    [2, 10, 0, g0, g0, g1, g2, g3, f0, f1]
+}
+
+/// Local APIC NMI: type 4, all processors, flags as the bus has them, LINT1.
+fn local_nmi() -> [u8; 6] {
+    [4, 6, 0xff, 0, 0, 1]
+}
