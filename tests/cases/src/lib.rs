@@ -1,1 +1,50 @@
-//! Guest cases, interop cases and the demo
+//! The cases: one file a feature, each a few stories (`berth_tests_framework::story`).
+//!
+//! `berth-cases` runs them. What needs no KVM is in the tier `client`, what boots a guest under berth-vmm in
+//! the tier `guest`. One boot answers many questions, as booting costs more than most of them.
+
+#![forbid(unsafe_code)]
+
+pub mod backend_loss;
+pub mod bad_input;
+pub mod boot;
+mod cpu;
+pub mod disk;
+pub mod interop_qemu;
+mod memory;
+pub mod net;
+pub mod pci;
+pub mod power;
+
+use berth_tests_framework::story::Story;
+
+/// Every story, the long ones first where they could end a parallel run late.
+#[must_use]
+pub fn stories() -> Vec<Story> {
+    [
+        net::STORIES,
+        disk::STORIES,
+        boot::STORIES,
+        backend_loss::STORIES,
+        pci::STORIES,
+        power::STORIES,
+        interop_qemu::STORIES,
+        bad_input::STORIES,
+    ]
+    .concat()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::collections::BTreeSet;
+
+    #[test]
+    fn names_are_unique() {
+        let stories = stories();
+        let names: BTreeSet<_> = stories.iter().map(|story| story.name).collect();
+        assert_eq!(names.len(), stories.len());
+        let checks: Vec<_> = stories.iter().flat_map(|story| story.checks).collect();
+        assert_eq!(checks.iter().collect::<BTreeSet<_>>().len(), checks.len());
+    }
+}

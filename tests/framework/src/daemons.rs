@@ -86,9 +86,12 @@ impl Daemon {
         let socket = context.scratch(&format!("{name}.sock"));
         let args = vec![
             "--blockdev".to_owned(),
-            format!("driver=file,node-name=file,filename={}", image.display()),
+            format!(
+                "driver=file,node-name=file,discard=unmap,filename={}",
+                image.display()
+            ),
             "--blockdev".to_owned(),
-            "driver=raw,node-name=disk,file=file".to_owned(),
+            "driver=raw,node-name=disk,discard=unmap,file=file".to_owned(),
             "--export".to_owned(),
             format!(
                 "type=vhost-user-blk,id=export,node-name=disk,writable=on,\

@@ -103,7 +103,6 @@ struct Progress {
     step: String,
     since: Instant,
     reported: Vec<&'static str>,
-    last_failed: Option<&'static str>,
     lines: Vec<Line>,
 }
 
@@ -142,7 +141,6 @@ impl Context {
                 step: "start".to_owned(),
                 since: Instant::now(),
                 reported: Vec::new(),
-                last_failed: None,
                 lines: Vec::new(),
             }),
             quiet: false,
@@ -229,17 +227,12 @@ impl Context {
                 };
                 let logs = log_tails(&self.logs);
                 println!("FAILED {name} {took:.1}s: {reason}{place}\n{logs}");
-                progress.last_failed = Some(name);
             }
         }
     }
 
-    /// Reports every check that the story did not come to.
+    /// Reports every check that the story did not come to, and an end that no check accounts for.
     fn close(&self, story: &Story, end: Result<()>) {
-        let reason = match end {
-            Ok(()) => "the story ended without it".to_owned(),
-            Err(error) => format!("{error:#}"),
-        };
         let missing: Vec<_> = {
             let progress = self.progress.borrow();
             story
@@ -249,16 +242,19 @@ impl Context {
                 .copied()
                 .collect()
         };
-        let mut cause = None;
-        for name in missing {
-            match cause {
-                None => self.report(name, Line::Failed, &reason),
-                Some(first) => {
-                    println!("FAILED {name} 0.0s: not reached after {first}");
-                    self.progress.borrow_mut().lines.push(Line::Failed);
-                }
-            }
-            cause.get_or_insert(name);
+        let (first, rest) = match (missing.split_first(), &end) {
+            (Some((first, rest)), _) => (*first, rest),
+            (None, Ok(())) => return,
+            (None, Err(_)) => (story.name, &[][..]),
+        };
+        let reason = match end {
+            Ok(()) => "the story ended without it".to_owned(),
+            Err(error) => format!("{error:#}"),
+        };
+        self.report(first, Line::Failed, &reason);
+        for name in rest {
+            println!("FAILED {name} 0.0s: not reached after {first}");
+            self.progress.borrow_mut().lines.push(Line::Failed);
         }
     }
 

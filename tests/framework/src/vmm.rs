@@ -97,9 +97,8 @@ impl VmBuilder {
         self
     }
 
-    /// The command line, and the sockets of console and API.
-    fn command(&self, context: &Context) -> (Command, PathBuf, PathBuf) {
-        let serial = context.scratch(&format!("{}.serial", self.name));
+    /// The command line but for the serial line, and the socket of the API.
+    fn command(&self, context: &Context) -> (Command, PathBuf) {
         let api = context.scratch(&format!("{}.api", self.name));
         let mut command = Command::new(context.bin("berth-vmm"));
         command.args(["--kernel", &self.kernel, "--cmdline", &self.cmdline]);
@@ -109,9 +108,16 @@ impl VmBuilder {
         command.args(["--cpus", &format!("boot={}", self.cpus)]);
         command.args(["--memory", &format!("size={}", self.memory)]);
         command.args(&self.devices);
-        command.args(["--serial", &format!("socket={}", serial.display())]);
         command.args(["--api-socket", &format!("path={}", api.display())]);
-        (command, serial, api)
+        (command, api)
+    }
+
+    /// A command that runs the guest on the caller's terminal.
+    #[must_use]
+    pub fn command_on_terminal(&self, context: &Context) -> Command {
+        let (mut command, _) = self.command(context);
+        command.args(["--serial", "tty"]);
+        command
     }
 
     /// Starts the VMM and joins its serial line; the guest boots meanwhile.
@@ -119,7 +125,9 @@ impl VmBuilder {
     /// # Errors
     /// The VMM ends before its serial line is there.
     pub fn start(&self, context: &Context) -> Result<Vm> {
-        let (command, serial, api) = self.command(context);
+        let serial = context.scratch(&format!("{}.serial", self.name));
+        let (mut command, api) = self.command(context);
+        command.args(["--serial", &format!("socket={}", serial.display())]);
         let process = Process::spawn(&self.name, command, &context.log(&self.name))?;
         let stream = process.connect(&serial, seconds(30))?;
         let log = context.log(&format!("{}-serial", self.name));

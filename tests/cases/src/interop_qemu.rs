@@ -1,0 +1,140 @@
+//! QEMU on either side: its frontend drives our daemons, and its storage daemon serves our frontend.
+
+use std::fs;
+use std::net::Ipv4Addr;
+
+use anyhow::{Result, ensure};
+use berth_tests_framework::daemons::{BlkSettings, Daemon};
+use berth_tests_framework::image;
+use berth_tests_framework::net::{self, FrameCounter};
+use berth_tests_framework::qemu::{Devices, Qemu};
+use berth_tests_framework::story::{Context, Story, Tier};
+use berth_tests_framework::vmm::{self, VmBuilder};
+
+use crate::disk;
+use crate::net::{frames_over_mtu, ping, transfer};
+
+/// Stories of this file.
+pub const STORIES: &[Story] = &[
+    Story {
+        name: "qemu",
+        tier: Tier::Client,
+        long: false,
+        checks: &[
+            "qemu.boots_on_both_daemons",
+            "qemu.disk_mkfs_and_mount",
+            "qemu.disk_random_writes",
+            "qemu.disk_discard_shrinks_file",
+            "qemu.disk_read_only_refused",
+            "qemu.net_mac_and_ping",
+            "qemu.net_transfer_100mb_each_way",
+            "qemu.net_tso_both_ways",
+            "qemu.power_off",
+            "qemu.disk_clean_from_outside",
+            "qemu.second_guest_is_served",
+        ],
+        run: qemu_guest,
+    },
+    Story {
+        name: "qemu-storage-daemon",
+        tier: Tier::Guest,
+        long: false,
+        checks: &["interop.root_on_qemu_storage_daemon"],
+        run: root_on_qemu_storage_daemon,
+    },
+];
+
+const HOST: Ipv4Addr = Ipv4Addr::new(10, 61, 3, 1);
+const GUEST: Ipv4Addr = Ipv4Addr::new(10, 61, 3, 2);
+const MAC: &str = "52:54:00:be:47:03";
+
+fn qemu_guest(context: &Context) -> Result<()> {
+    let (image, fixed) = (context.scratch("disk.img"), context.scratch("fixed.img"));
+    image::sparse(&image, 512 << 20)?;
+    let contents = context.scratch("fixed");
+    fs::create_dir(&contents)?;
+    image::random(&contents.join("data"), 1 << 20, 9)?;
+    let sum = image::md5(&contents.join("data"))?;
+    image::ext4(&fixed, 32 << 20, &contents)?;
+
+    context.step("start the daemons");
+    let settings = BlkSettings {
+        queues: 2,
+        ..Default::default()
+    };
+    let writable = Daemon::blk(context, "blk-writable", &image, settings)?;
+    let settings = BlkSettings {
+        read_only: true,
+        ..Default::default()
+    };
+    let read_only = Daemon::blk(context, "blk-read-only", &fixed, settings)?;
+    let card = Daemon::net(context, "net", "tap0", &["--create".to_owned()])?;
+    net::bring_up("tap0", HOST)?;
+    let devices = Devices::default()
+        .disk("writable", writable.socket(), 2)
+        .disk("fixed", read_only.socket(), 1)
+        .net("card", card.socket(), MAC);
+
+    context.step("boot");
+    let mut guest = Qemu::boot(context, "qemu", &devices)?;
+    context.check("qemu.boots_on_both_daemons", || {
+        guest
+            .console
+            .sh("test -b /dev/vda && test -b /dev/vdb && test -d /sys/class/net/eth0")?;
+        Ok(())
+    })?;
+    let console = &mut guest.console;
+    context.check("qemu.disk_mkfs_and_mount", || {
+        disk::make_and_mount(console, "/dev/vda")
+    })?;
+    context.check("qemu.disk_random_writes", || disk::random_writes(console))?;
+    context.check("qemu.disk_discard_shrinks_file", || {
+        disk::discard(console, &image)
+    })?;
+    context.check("qemu.disk_read_only_refused", || {
+        disk::refuses_writes(console, "/dev/vdb", &sum)
+    })?;
+    context.check("qemu.net_mac_and_ping", || {
+        let seen = console.sh("cat /sys/class/net/eth0/address")?;
+        ensure!(seen.trim() == MAC, "address in the guest: {seen:?}");
+        vmm::bring_up(console, "eth0", GUEST)?;
+        ping(console, HOST)
+    })?;
+    let frames = FrameCounter::start("tap0")?;
+    context.check("qemu.net_transfer_100mb_each_way", || {
+        transfer(context, console, HOST, 100 << 20)
+    })?;
+    context.check("qemu.net_tso_both_ways", || frames_over_mtu(frames))?;
+    context.check("qemu.power_off", || {
+        guest.console.sh("umount /mnt")?;
+        guest.power_off()
+    })?;
+    context.check("qemu.disk_clean_from_outside", || {
+        image::require_clean(&image)
+    })?;
+    context.check("qemu.second_guest_is_served", || {
+        let mut second = Qemu::boot(context, "qemu-second", &devices)?;
+        second.console.sh("mount -t ext4 /dev/vda /mnt")?;
+        disk::verify(&mut second.console)?;
+        vmm::bring_up(&mut second.console, "eth0", GUEST)?;
+        ping(&mut second.console, HOST)?;
+        second.console.sh("umount /mnt")?;
+        second.power_off()
+    })
+}
+
+fn root_on_qemu_storage_daemon(context: &Context) -> Result<()> {
+    let image = context.scratch("root.img");
+    disk::root_image(context, &image)?;
+    let mut daemon = Daemon::qemu_storage(context, "qemu-storage-daemon", &image)?;
+    context.step("boot");
+    let mut vm = VmBuilder::new(context, "vmm")
+        .append("berth.root=/dev/vda")
+        .disk(daemon.socket(), "")
+        .boot(context)?;
+    context.check("interop.root_on_qemu_storage_daemon", || {
+        disk::lives_on_its_disk(&mut vm, &image, context)
+    })?;
+    daemon.kill();
+    Ok(())
+}
