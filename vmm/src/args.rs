@@ -1,1 +1,260 @@
-//! The command line as typed.
+//! The command line as typed, and what it comes to.
+//!
+//! Flags follow Cloud Hypervisor. [`parse`] turns the words into [`Options`], or says why not in one
+//! line: exit code 2 where the words are wrong, 1 where they are understood and cannot be done.
+
+#![forbid(unsafe_code)]
+
+use std::ffi::OsString;
+use std::path::PathBuf;
+
+use clap::error::{ContextKind, ContextValue, ErrorKind};
+use clap::{ArgAction, Parser};
+
+use crate::config::{ArgError, PayloadConfig, PlatformConfig, VmConfig, convert};
+
+const EXAMPLES: &str = "\
+Examples:
+  A kernel with an initramfs on this terminal (leave it by 'poweroff' in the guest, or by SIGTERM;
+  Ctrl-C goes to the guest):
+    berth-vmm --kernel vmlinux --initramfs root.cpio --cmdline 'console=ttyS0' --memory size=512M
+
+  Two vCPUs, the root on a disk daemon, a network card, the console in a file, an API socket:
+    berth-blk --socket-path=/run/disk.sock --blk-file=disk.img &
+    berth-net --socket-path=/run/net.sock --tap=tap0 &
+    berth-vmm --kernel vmlinuz --cmdline 'console=ttyS0 root=/dev/vda1' \\
+      --cpus boot=2 --memory size=1G \\
+      --disk vhost_user=on,socket=/run/disk.sock \\
+      --net vhost_user=on,socket=/run/net.sock,mac=52:54:00:12:34:56 \\
+      --serial file=serial.log --api-socket path=/run/vm.sock
+    curl --unix-socket /run/vm.sock http://localhost/api/v1/vm.info
+
+A value with a comma in it is written in double quotes: --kernel '\"/boot/a,b\",entry=pvh'.
+Exit code: 0 the guest powered off or was told to, 1 it could not run or died, 2 wrong usage.";
+
+#[derive(Debug, Parser)]
+#[command(
+    name = "berth-vmm",
+    version,
+    about = "Runs one KVM guest whose disks and network cards are vhost-user daemons",
+    after_help = EXAMPLES,
+    disable_help_subcommand = true
+)]
+struct Flags {
+    /// Kernel: ELF vmlinux or bzImage; how it is entered is chosen by what it is unless entry= says
+    #[arg(long, value_name = "PATH[,entry=pvh|linux64|bzimage]")]
+    kernel: String,
+    /// Initial root file system
+    #[arg(long, value_name = "PATH")]
+    initramfs: Option<PathBuf>,
+    /// Kernel command line
+    #[arg(
+        long,
+        value_name = "TEXT",
+        default_value = "",
+        hide_default_value = true,
+        allow_hyphen_values = true
+    )]
+    cmdline: String,
+    /// Virtual CPUs, 1 to 64
+    #[arg(long, value_name = "boot=N", default_value = "boot=1")]
+    cpus: String,
+    /// Guest memory, a multiple of 2 MiB
+    #[arg(
+        long,
+        value_name = "size=SIZE,hugepages=on|off",
+        default_value = "size=512M"
+    )]
+    memory: String,
+    /// A disk: the socket of a vhost-user-blk daemon [default: num_queues=1,queue_size=128]
+    #[arg(long, action = ArgAction::Append, num_args = 1..,
+          value_name = "vhost_user=on,socket=PATH,num_queues=N,queue_size=N,readonly=on|off,id=ID")]
+    disk: Vec<String>,
+    /// A network card: the socket of a vhost-user-net daemon [default: num_queues=2,queue_size=256]
+    #[arg(long, action = ArgAction::Append, num_args = 1..,
+          value_name = "vhost_user=on,socket=PATH,mac=MAC,num_queues=N,queue_size=N,id=ID")]
+    net: Vec<String>,
+    /// First serial port
+    #[arg(
+        long,
+        value_name = "tty|pty|null|off|file=PATH|socket=PATH",
+        default_value = "tty"
+    )]
+    serial: String,
+    /// Source of the guest's entropy
+    #[arg(long, value_name = "src=PATH", default_value = "src=/dev/urandom")]
+    rng: String,
+    /// What the board says it is
+    #[arg(
+        long,
+        value_name = "root_port_vendor=0xID",
+        default_value = "root_port_vendor=0x1b36"
+    )]
+    platform: String,
+    /// Unix socket of the REST API
+    #[arg(long, value_name = "path=PATH")]
+    api_socket: Option<String>,
+    /// File for the log, else standard error
+    #[arg(long, value_name = "PATH")]
+    log_file: Option<PathBuf>,
+    /// More log: info, debug (-vv), trace (-vvv); RUST_LOG overrides
+    #[arg(short, action = ArgAction::Count)]
+    verbose: u8,
+}
+
+/// The command line, read.
+#[derive(Debug)]
+pub struct Options {
+    /// The guest.
+    pub config: VmConfig,
+    /// Where the API listens.
+    pub api_socket: Option<PathBuf>,
+    /// Where the log goes, else standard error.
+    pub log_file: Option<PathBuf>,
+    /// How many `-v`.
+    pub verbosity: u8,
+}
+
+/// What to do instead of running a guest.
+#[derive(Debug)]
+pub enum Stop {
+    /// Print this text on standard output and exit with 0 (`--help`, `--version`).
+    Print(String),
+    /// Print this line on standard error and exit with 2.
+    Usage(String),
+}
+
+impl From<ArgError> for Stop {
+    fn from(error: ArgError) -> Self {
+        Self::Usage(error.to_string())
+    }
+}
+
+/// Reads the command line; the first word is the program's name.
+pub fn parse(words: impl IntoIterator<Item = OsString>) -> Result<Options, Stop> {
+    let flags = Flags::try_parse_from(words).map_err(|error| stop(&error))?;
+    let (kernel, entry) = convert::kernel(&flags.kernel)?;
+    let disks = flags.disk.iter().enumerate();
+    let nets = flags.net.iter().enumerate();
+    let platform: PlatformConfig = convert::platform(&flags.platform)?;
+    Ok(Options {
+        config: VmConfig {
+            cpus: convert::cpus(&flags.cpus)?,
+            memory: convert::memory(&flags.memory)?,
+            payload: PayloadConfig {
+                kernel,
+                entry,
+                initramfs: flags.initramfs,
+                cmdline: flags.cmdline,
+            },
+            disks: disks
+                .map(|(index, text)| convert::disk(text, index))
+                .collect::<Result<_, _>>()?,
+            nets: nets
+                .map(|(index, text)| convert::net(text, index))
+                .collect::<Result<_, _>>()?,
+            serial: convert::serial(&flags.serial)?,
+            rng: convert::rng(&flags.rng)?,
+            platform,
+        },
+        api_socket: flags
+            .api_socket
+            .as_deref()
+            .map(convert::api_socket)
+            .transpose()?,
+        log_file: flags.log_file,
+        verbosity: flags.verbose,
+    })
+}
+
+/// One line out of clap's paragraphs.
+fn stop(error: &clap::Error) -> Stop {
+    if matches!(
+        error.kind(),
+        ErrorKind::DisplayHelp | ErrorKind::DisplayVersion
+    ) {
+        return Stop::Print(error.to_string());
+    }
+    let text = error.to_string();
+    let mut lines = text.lines().map(str::trim);
+    let mut line = lines
+        .next()
+        .unwrap_or_default()
+        .trim_start_matches("error: ")
+        .to_owned();
+    if line.ends_with(':') {
+        // "the following required arguments were not provided:" and their names below.
+        let rest = lines.take_while(|line| !line.is_empty());
+        line = format!("{line} {}", rest.collect::<Vec<_>>().join(" "));
+    }
+    if let Some(ContextValue::String(near)) = error.get(ContextKind::SuggestedArg) {
+        line.push_str(&format!(" (nearest: '{near}')"));
+    }
+    Stop::Usage(line)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn run(line: &str) -> Result<Options, Stop> {
+        let words = format!("berth-vmm {line}");
+        parse(words.split_whitespace().map(OsString::from))
+    }
+
+    fn usage(line: &str) -> String {
+        match run(line) {
+            Err(Stop::Usage(text)) => text,
+            other => panic!("{line}: {other:?}"),
+        }
+    }
+
+    #[test]
+    fn disks_may_follow_one_flag_or_several() {
+        let options =
+            run("--kernel /k --disk socket=/a socket=/b --net socket=/n --disk socket=/c");
+        let config = options.unwrap().config;
+        let ids: Vec<_> = config.disks.iter().map(|disk| disk.id.as_str()).collect();
+        assert_eq!(ids, ["_disk0", "_disk1", "_disk2"]);
+        assert_eq!(config.nets.len(), 1);
+    }
+
+    #[test]
+    fn a_command_line_for_the_guest_may_begin_with_a_dash() {
+        let options = run("--kernel /k --cmdline --").unwrap();
+        assert_eq!(options.config.payload.cmdline, "--");
+    }
+
+    #[test]
+    fn wrong_words_get_one_line_that_names_the_nearest() {
+        let text = usage("--kernel /k --cpu boot=1");
+        assert!(
+            text.contains("'--cpu'") && text.contains("nearest: '--cpus'"),
+            "{text}"
+        );
+        let text = usage("--memory size=1G");
+        assert!(text.contains("--kernel"), "{text}");
+        for line in [
+            "--kernel /k --disk sokcet=/a",
+            "--kernel",
+            "--kernel /k stray",
+        ] {
+            assert_eq!(usage(line).lines().count(), 1, "{line}");
+        }
+    }
+
+    #[test]
+    fn version_and_help_are_printed() {
+        let Err(Stop::Print(version)) = run("--version") else {
+            panic!("no version");
+        };
+        assert_eq!(
+            version,
+            format!("berth-vmm {}\n", env!("CARGO_PKG_VERSION"))
+        );
+        let Err(Stop::Print(help)) = run("--help") else {
+            panic!("no help");
+        };
+        assert!(help.contains("Examples:"));
+    }
+}

@@ -1,9 +1,93 @@
 //! What a guest is made of: the internal, validated configuration.
 //!
 //! Arguments as typed ([`crate::args`]) and the wire types of the API convert to these; nothing else in
-//! the VMM reads either. Alternatives are enums, never groups of `Option`.
+//! the VMM reads either. Alternatives are enums, never groups of `Option`. [`convert`] makes a
+//! configuration from text, [`validate`] holds it against the host.
+
+#![forbid(unsafe_code)]
+
+pub mod convert;
+pub mod keys;
+pub mod validate;
 
 use std::path::PathBuf;
+
+/// What was typed and cannot be read; the command line is at fault (exit code 2).
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+pub enum ArgError {
+    /// A key that the flag does not have.
+    #[error("{flag}: unknown key '{key}' ({hint})")]
+    UnknownKey {
+        /// The flag.
+        flag: &'static str,
+        /// The key as typed.
+        key: String,
+        /// The nearest known key.
+        hint: String,
+    },
+    /// One key, two values.
+    #[error("{flag}: '{key}' is given twice")]
+    KeyTwice {
+        /// The flag.
+        flag: &'static str,
+        /// The key.
+        key: &'static str,
+    },
+    /// A word where `key=value` is expected.
+    #[error("{flag}: '{item}' has no value, write it as key=value")]
+    NoValue {
+        /// The flag.
+        flag: &'static str,
+        /// The word.
+        item: String,
+    },
+    /// A double quote that is never closed.
+    #[error("{flag}: a quote is left open in '{text}'")]
+    OpenQuote {
+        /// The flag.
+        flag: &'static str,
+        /// All of the list.
+        text: String,
+    },
+    /// A key that must be there.
+    #[error("{flag}: {key}= is missing")]
+    Missing {
+        /// The flag.
+        flag: &'static str,
+        /// The key.
+        key: &'static str,
+    },
+    /// A value of the wrong kind.
+    #[error("{flag}: {key}={value} is not {expected}")]
+    BadValue {
+        /// The flag.
+        flag: &'static str,
+        /// The key.
+        key: &'static str,
+        /// The value as typed.
+        value: String,
+        /// What it should be.
+        expected: &'static str,
+    },
+    /// A value that is understood and that this VMM does not do.
+    #[error("{flag}: {what}")]
+    Unsupported {
+        /// The flag.
+        flag: &'static str,
+        /// What is not done, and what to write instead.
+        what: String,
+    },
+    /// A word that none of the flag's alternatives matches.
+    #[error("{flag}: unknown value '{value}' ({hint})")]
+    UnknownValue {
+        /// The flag.
+        flag: &'static str,
+        /// The value as typed.
+        value: String,
+        /// The nearest known value.
+        hint: String,
+    },
+}
 
 /// A guest, whole.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -1,0 +1,318 @@
+//! From the text of one flag to one part of the configuration.
+//!
+//! Only what can be said from the text alone is checked here; [`super::validate`] does the rest.
+
+#![forbid(unsafe_code)]
+
+use std::path::PathBuf;
+
+use super::keys::{Keys, hint};
+use super::{
+    ArgError, CpusConfig, DiskConfig, KernelEntry, MemoryConfig, NetConfig, PlatformConfig,
+    RngConfig, SerialConfig, VhostUserConfig,
+};
+
+/// Vendor of the root ports unless given: Red Hat, whose generic root port they resemble.
+pub const DEFAULT_ROOT_PORT_VENDOR: u16 = 0x1b36;
+
+/// `--cpus boot=N`, or `--cpus N`.
+pub fn cpus(text: &str) -> Result<CpusConfig, ArgError> {
+    let mut keys = Keys::parse("--cpus", text, &["boot"])?;
+    let bare = keys.take_bare();
+    let boot = match bare.as_deref().or(keys.text("boot")) {
+        None => 1,
+        Some(value) => value
+            .parse::<u32>()
+            .map_err(|_| keys.bad("boot", value, "a number"))?,
+    };
+    Ok(CpusConfig {
+        // More than fits is refused by validation, which knows the limit.
+        boot: u8::try_from(boot).unwrap_or(u8::MAX),
+    })
+}
+
+/// `--memory size=,hugepages=on|off`, or `--memory 512M`.
+pub fn memory(text: &str) -> Result<MemoryConfig, ArgError> {
+    let flag = "--memory";
+    let mut keys = Keys::parse(flag, text, &["size", "hugepages", "shared"])?;
+    let size_bytes = match keys.take_bare() {
+        Some(bare) => Keys::parse(flag, &format!("size={bare}"), &["size"])?.size("size")?,
+        None => keys.size("size")?,
+    };
+    if keys.on_off("shared")? == Some(false) {
+        return Err(ArgError::Unsupported {
+            flag,
+            what: "shared=off is not supported: vhost-user devices need shared memory".into(),
+        });
+    }
+    Ok(MemoryConfig {
+        size_bytes: size_bytes.ok_or(ArgError::Missing { flag, key: "size" })?,
+        hugepages: keys.on_off("hugepages")?.unwrap_or(false),
+    })
+}
+
+/// `--kernel PATH[,entry=pvh|linux64|bzimage]`.
+pub fn kernel(text: &str) -> Result<(PathBuf, KernelEntry), ArgError> {
+    let flag = "--kernel";
+    let mut keys = Keys::parse(flag, text, &["path", "entry"])?;
+    let path = match keys.take_bare() {
+        Some(bare) if !bare.is_empty() => PathBuf::from(bare),
+        _ => PathBuf::from(keys.required("path")?),
+    };
+    let entry = match keys.text("entry") {
+        None | Some("auto") => KernelEntry::Auto,
+        Some("pvh") => KernelEntry::Pvh,
+        Some("linux64") => KernelEntry::Linux64,
+        Some("bzimage") => KernelEntry::BzImage,
+        Some(other) => return Err(keys.bad("entry", other, "pvh, linux64 or bzimage")),
+    };
+    Ok((path, entry))
+}
+
+/// One `--disk`; `index` counts them.
+pub fn disk(text: &str, index: usize) -> Result<DiskConfig, ArgError> {
+    let flag = "--disk";
+    let known = [
+        "vhost_user",
+        "socket",
+        "num_queues",
+        "queue_size",
+        "readonly",
+        "id",
+    ];
+    let keys = Keys::parse(flag, text, &known)?;
+    Ok(DiskConfig {
+        id: id(&keys, "_disk", index),
+        backend: backend(flag, &keys, 1, 128)?,
+        readonly: keys.on_off("readonly")?.unwrap_or(false),
+    })
+}
+
+/// One `--net`; `index` counts them.
+pub fn net(text: &str, index: usize) -> Result<NetConfig, ArgError> {
+    let flag = "--net";
+    let known = [
+        "vhost_user",
+        "socket",
+        "mac",
+        "num_queues",
+        "queue_size",
+        "id",
+    ];
+    let keys = Keys::parse(flag, text, &known)?;
+    let mac = keys
+        .text("mac")
+        .map(|value| {
+            mac(value).ok_or_else(|| keys.bad("mac", value, "a unicast address xx:xx:xx:xx:xx:xx"))
+        })
+        .transpose()?;
+    Ok(NetConfig {
+        id: id(&keys, "_net", index),
+        backend: backend(flag, &keys, 2, 256)?,
+        mac,
+    })
+}
+
+/// `--serial tty|pty|null|off|file=PATH|socket=PATH`.
+pub fn serial(text: &str) -> Result<SerialConfig, ArgError> {
+    let flag = "--serial";
+    let mut keys = Keys::parse(flag, text, &["file", "socket"])?;
+    if let Some(word) = keys.take_bare() {
+        return match word.as_str() {
+            "tty" => Ok(SerialConfig::Tty),
+            "pty" => Ok(SerialConfig::Pty),
+            "null" => Ok(SerialConfig::Null),
+            "off" => Ok(SerialConfig::Off),
+            _ => Err(ArgError::UnknownValue {
+                flag,
+                hint: hint(&word, &["tty", "pty", "null", "off", "file=", "socket="]),
+                value: word,
+            }),
+        };
+    }
+    if keys.text("file").is_some() {
+        Ok(SerialConfig::File(keys.required("file")?.into()))
+    } else {
+        Ok(SerialConfig::Socket(keys.required("socket")?.into()))
+    }
+}
+
+/// `--rng src=PATH`, or `--rng PATH`.
+pub fn rng(text: &str) -> Result<RngConfig, ArgError> {
+    Ok(RngConfig {
+        src: path("--rng", "src", text)?,
+    })
+}
+
+/// `--api-socket path=PATH`, or `--api-socket PATH`.
+pub fn api_socket(text: &str) -> Result<PathBuf, ArgError> {
+    path("--api-socket", "path", text)
+}
+
+/// `--platform root_port_vendor=0x…`.
+pub fn platform(text: &str) -> Result<PlatformConfig, ArgError> {
+    let keys = Keys::parse("--platform", text, &["root_port_vendor"])?;
+    keys.no_bare()?;
+    let root_port_vendor = match keys.text("root_port_vendor") {
+        None => DEFAULT_ROOT_PORT_VENDOR,
+        Some(value) => vendor(value)
+            .ok_or_else(|| keys.bad("root_port_vendor", value, "a PCI vendor id such as 0x1b36"))?,
+    };
+    Ok(PlatformConfig { root_port_vendor })
+}
+
+fn vendor(text: &str) -> Option<u16> {
+    let id = match text.strip_prefix("0x") {
+        Some(hex) => u16::from_str_radix(hex, 16).ok()?,
+        None => text.parse().ok()?,
+    };
+    (id != 0 && id != 0xffff).then_some(id)
+}
+
+fn path(flag: &'static str, key: &'static str, text: &str) -> Result<PathBuf, ArgError> {
+    let mut keys = Keys::parse(flag, text, &[key])?;
+    match keys.take_bare() {
+        Some(bare) if !bare.is_empty() => Ok(bare.into()),
+        _ => Ok(keys.required(key)?.into()),
+    }
+}
+
+fn id(keys: &Keys, prefix: &str, index: usize) -> String {
+    keys.text("id")
+        .map_or_else(|| format!("{prefix}{index}"), str::to_owned)
+}
+
+fn backend(
+    flag: &'static str,
+    keys: &Keys,
+    num_queues: u16,
+    queue_size: u16,
+) -> Result<VhostUserConfig, ArgError> {
+    keys.no_bare()?;
+    if keys.on_off("vhost_user")? == Some(false) {
+        return Err(ArgError::Unsupported {
+            flag,
+            what:
+                "vhost_user=off is not supported: start berth-blk or berth-net and give its socket="
+                    .into(),
+        });
+    }
+    Ok(VhostUserConfig {
+        socket: keys.required("socket")?.into(),
+        num_queues: keys.number("num_queues")?.unwrap_or(num_queues),
+        queue_size: keys.number("queue_size")?.unwrap_or(queue_size),
+    })
+}
+
+fn mac(text: &str) -> Option<[u8; 6]> {
+    let mut octets = [0; 6];
+    let mut parts = text.split(':');
+    for octet in &mut octets {
+        let hex = |part: &&str| part.len() == 2 && part.bytes().all(|b| b.is_ascii_hexdigit());
+        let part = parts.next().filter(hex)?;
+        *octet = u8::from_str_radix(part, 16).ok()?;
+    }
+    let multicast = octets[0] & 1 != 0;
+    (parts.next().is_none() && !multicast && octets != [0; 6]).then_some(octets)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_disk_has_cloud_hypervisors_defaults() {
+        let disk = disk("vhost_user=on,socket=/run/d.sock", 3).unwrap();
+        assert_eq!(disk.id, "_disk3");
+        assert_eq!(disk.backend.num_queues, 1);
+        assert_eq!(disk.backend.queue_size, 128);
+        assert!(!disk.readonly);
+    }
+
+    #[test]
+    fn a_net_takes_a_mac_and_pairs_of_queues() {
+        let net = net("socket=/n,mac=52:54:00:12:34:56,num_queues=4,id=lan", 0).unwrap();
+        assert_eq!(net.mac, Some([0x52, 0x54, 0, 0x12, 0x34, 0x56]));
+        assert_eq!((net.id.as_str(), net.backend.num_queues), ("lan", 4));
+    }
+
+    #[test]
+    fn macs_that_no_card_may_have_are_refused() {
+        for text in [
+            "",
+            "52:54:00:12:34",
+            "5254:00:12:34:56",
+            "01:00:00:00:00:01",
+            "0g:00:00:00:00:01",
+            "00:00:00:00:00:00",
+            "52:54:00:12:34:56:78",
+            "+2:54:00:12:34:56",
+        ] {
+            assert!(net(&format!("socket=/n,mac={text}"), 0).is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn a_kernel_is_a_path_and_perhaps_an_entry() {
+        for text in ["/k", "path=/k", "/k,entry=auto"] {
+            assert_eq!(kernel(text).unwrap(), ("/k".into(), KernelEntry::Auto));
+        }
+        assert_eq!(
+            kernel("\"/a,b\",entry=linux64").unwrap(),
+            ("/a,b".into(), KernelEntry::Linux64)
+        );
+        assert!(kernel("/k,entry=uefi").is_err());
+        assert!(kernel("").is_err());
+    }
+
+    #[test]
+    fn serial_names_one_place() {
+        assert_eq!(serial("tty").unwrap(), SerialConfig::Tty);
+        assert_eq!(serial("file=/s").unwrap(), SerialConfig::File("/s".into()));
+        assert_eq!(
+            serial("ttyy").unwrap_err().to_string(),
+            "--serial: unknown value 'ttyy' (nearest: 'tty')"
+        );
+        assert!(serial("file=").is_err());
+        assert!(serial("").is_err());
+    }
+
+    #[test]
+    fn both_long_and_short_forms() {
+        assert_eq!(cpus("boot=4").unwrap(), cpus("4").unwrap());
+        assert_eq!(memory("size=1G").unwrap(), memory("1G").unwrap());
+        assert_eq!(api_socket("path=/a").unwrap(), api_socket("/a").unwrap());
+        assert_eq!(
+            rng("src=/dev/urandom").unwrap(),
+            rng("/dev/urandom").unwrap()
+        );
+    }
+
+    #[test]
+    fn what_is_not_done_says_so() {
+        assert!(
+            disk("vhost_user=off,socket=/d", 0)
+                .unwrap_err()
+                .to_string()
+                .contains("vhost_user=off is not supported")
+        );
+        assert!(memory("size=1G,shared=off").is_err());
+        assert!(memory("hugepages=on").is_err());
+    }
+
+    #[test]
+    fn a_root_port_vendor_is_a_vendor_id() {
+        assert_eq!(
+            platform("root_port_vendor=0x1106")
+                .unwrap()
+                .root_port_vendor,
+            0x1106
+        );
+        for text in ["0xffff", "0", "70000", "x"] {
+            assert!(
+                platform(&format!("root_port_vendor={text}")).is_err(),
+                "{text}"
+            );
+        }
+    }
+}

@@ -1,0 +1,361 @@
+//! Holds a configuration against the rules of the machine and the limits of the host.
+//!
+//! Pure: what it must know of the host comes in a [`Host`]. Files and sockets are tried where they are
+//! opened, not here.
+
+#![forbid(unsafe_code)]
+
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
+
+use super::{VhostUserConfig, VmConfig};
+use crate::memory::layout::{MMIO64_LEN, mmio64_start};
+
+/// vCPUs of a guest, at most.
+pub const MAX_VCPUS: u8 = 64;
+/// Guest RAM comes in pieces of this size.
+pub const MEMORY_UNIT: u64 = 2 << 20;
+/// Least RAM that a guest can have: boot structures and ACPI lie in the first MiB, a kernel above.
+pub const MIN_MEMORY: u64 = 16 << 20;
+/// Longest command line, without its NUL: what x86 kernels keep.
+pub const MAX_CMDLINE: usize = 2047;
+/// Devices below root ports, at most: bus 0 has 32 slots, four of them taken.
+pub const MAX_EXTERNAL_DEVICES: usize = 28;
+
+/// What is known of the host.
+#[derive(Debug, Clone, Copy)]
+pub struct Host {
+    /// Bits of a physical address.
+    pub physical_bits: u32,
+    /// RAM and swap in bytes.
+    pub memory_bytes: u64,
+}
+
+/// A configuration that cannot be run (exit code 1).
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+pub enum Error {
+    /// Too few or too many vCPUs.
+    #[error("--cpus: boot must be 1 to {MAX_VCPUS}")]
+    Vcpus,
+    /// No memory, or too little.
+    #[error("--memory: size={size_bytes} bytes is too small, {} MiB is the least", MIN_MEMORY >> 20)]
+    MemoryTooSmall {
+        /// Size asked for.
+        size_bytes: u64,
+    },
+    /// Not whole pieces.
+    #[error("--memory: size={size_bytes} bytes is not a multiple of 2 MiB")]
+    MemoryOdd {
+        /// Size asked for.
+        size_bytes: u64,
+    },
+    /// More than a guest can address.
+    #[error(
+        "--memory: size of {} GiB does not fit the host's {physical_bits}-bit physical addresses",
+        size_bytes >> 30
+    )]
+    MemoryUnaddressable {
+        /// Size asked for.
+        size_bytes: u64,
+        /// The host's width.
+        physical_bits: u32,
+    },
+    /// More than there is.
+    #[error(
+        "--memory: size of {} MiB is more than the host's memory and swap of {} MiB",
+        size_bytes >> 20, host_bytes >> 20
+    )]
+    MemoryAbsent {
+        /// Size asked for.
+        size_bytes: u64,
+        /// What the host has.
+        host_bytes: u64,
+    },
+    /// Command line too long.
+    #[error("--cmdline: {len} bytes, a kernel takes at most {MAX_CMDLINE}")]
+    CmdlineTooLong {
+        /// Its length.
+        len: usize,
+    },
+    /// A NUL would cut it.
+    #[error("--cmdline: holds a NUL byte")]
+    CmdlineNul,
+    /// An id that is empty or not a plain word.
+    #[error("id='{id}' must be 1 to 40 letters, digits, '_', '-' or '.'")]
+    BadId {
+        /// The id.
+        id: String,
+    },
+    /// Two devices, one id.
+    #[error("id='{id}' is used by two devices")]
+    IdTwice {
+        /// The id.
+        id: String,
+    },
+    /// Two users of one socket.
+    #[error("socket {} is given twice", .path.display())]
+    SocketTwice {
+        /// The socket.
+        path: PathBuf,
+    },
+    /// The path of a socket does not fit sockaddr_un.
+    #[error("socket path {} is longer than 107 bytes", .path.display())]
+    SocketTooLong {
+        /// The path.
+        path: PathBuf,
+    },
+    /// Queue count out of range.
+    #[error("{id}: num_queues={num_queues} must be {expected}")]
+    Queues {
+        /// The device.
+        id: String,
+        /// As asked.
+        num_queues: u16,
+        /// What may be.
+        expected: &'static str,
+    },
+    /// Queue size not a power of two in range.
+    #[error("{id}: queue_size={queue_size} must be a power of two from 2 to 32768")]
+    QueueSize {
+        /// The device.
+        id: String,
+        /// As asked.
+        queue_size: u16,
+    },
+    /// More devices than slots.
+    #[error("{count} disks and network cards, at most {MAX_EXTERNAL_DEVICES} fit the PCI bus")]
+    TooManyDevices {
+        /// How many.
+        count: usize,
+    },
+}
+
+/// Checks everything that the configuration alone and the host's limits decide.
+pub fn validate(config: &VmConfig, api_socket: Option<&Path>, host: Host) -> Result<(), Error> {
+    if config.cpus.boot == 0 || config.cpus.boot > MAX_VCPUS {
+        return Err(Error::Vcpus);
+    }
+    memory(config.memory.size_bytes, host)?;
+    cmdline(&config.payload.cmdline)?;
+    devices(config)?;
+    sockets(config, api_socket)
+}
+
+fn memory(size_bytes: u64, host: Host) -> Result<(), Error> {
+    if size_bytes < MIN_MEMORY {
+        return Err(Error::MemoryTooSmall { size_bytes });
+    }
+    if !size_bytes.is_multiple_of(MEMORY_UNIT) {
+        return Err(Error::MemoryOdd { size_bytes });
+    }
+    // 2^52 is the most that the architecture has, which also keeps the sum below from wrapping.
+    let address_space = 1u64 << host.physical_bits.min(52);
+    if size_bytes > address_space || mmio64_start(size_bytes) + MMIO64_LEN > address_space {
+        return Err(Error::MemoryUnaddressable {
+            size_bytes,
+            physical_bits: host.physical_bits,
+        });
+    }
+    if size_bytes > host.memory_bytes {
+        return Err(Error::MemoryAbsent {
+            size_bytes,
+            host_bytes: host.memory_bytes,
+        });
+    }
+    Ok(())
+}
+
+fn cmdline(cmdline: &str) -> Result<(), Error> {
+    if cmdline.len() > MAX_CMDLINE {
+        return Err(Error::CmdlineTooLong { len: cmdline.len() });
+    }
+    if cmdline.contains('\0') {
+        return Err(Error::CmdlineNul);
+    }
+    Ok(())
+}
+
+fn devices(config: &VmConfig) -> Result<(), Error> {
+    let count = config.disks.len() + config.nets.len();
+    if count > MAX_EXTERNAL_DEVICES {
+        return Err(Error::TooManyDevices { count });
+    }
+    let mut ids = BTreeSet::new();
+    let all = config.disks.iter().map(|disk| &disk.id);
+    for id in all.chain(config.nets.iter().map(|net| &net.id)) {
+        let plain = |c: char| c.is_ascii_alphanumeric() || "_-.".contains(c);
+        if id.is_empty() || id.len() > 40 || !id.chars().all(plain) {
+            return Err(Error::BadId { id: id.clone() });
+        }
+        let reserved = id == "vmm" || id == "rng" || id.starts_with("vcpu");
+        if reserved || !ids.insert(id) {
+            return Err(Error::IdTwice { id: id.clone() });
+        }
+    }
+    for disk in &config.disks {
+        let one_to_64 = (1..=64).contains(&disk.backend.num_queues);
+        queues(&disk.id, &disk.backend, one_to_64, "1 to 64")?;
+    }
+    for net in &config.nets {
+        let pairs =
+            (2..=64).contains(&net.backend.num_queues) && net.backend.num_queues.is_multiple_of(2);
+        queues(
+            &net.id,
+            &net.backend,
+            pairs,
+            "even, 2 to 64 (receive and transmit together)",
+        )?;
+    }
+    Ok(())
+}
+
+fn queues(
+    id: &str,
+    backend: &VhostUserConfig,
+    count_fits: bool,
+    expected: &'static str,
+) -> Result<(), Error> {
+    if !count_fits {
+        return Err(Error::Queues {
+            id: id.to_owned(),
+            num_queues: backend.num_queues,
+            expected,
+        });
+    }
+    let size = backend.queue_size;
+    if !size.is_power_of_two() || !(2..=32768).contains(&size) {
+        return Err(Error::QueueSize {
+            id: id.to_owned(),
+            queue_size: size,
+        });
+    }
+    Ok(())
+}
+
+fn sockets(config: &VmConfig, api_socket: Option<&Path>) -> Result<(), Error> {
+    let serial = match &config.serial {
+        super::SerialConfig::Socket(path) => Some(path.as_path()),
+        _ => None,
+    };
+    let disks = config
+        .disks
+        .iter()
+        .map(|disk| disk.backend.socket.as_path());
+    let nets = config.nets.iter().map(|net| net.backend.socket.as_path());
+    let mut seen = BTreeSet::new();
+    for path in disks.chain(nets).chain(serial).chain(api_socket) {
+        if path.as_os_str().len() > 107 {
+            return Err(Error::SocketTooLong { path: path.into() });
+        }
+        if !seen.insert(path) {
+            return Err(Error::SocketTwice { path: path.into() });
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::{
+        CpusConfig, DiskConfig, KernelEntry, MemoryConfig, PayloadConfig, PlatformConfig,
+        RngConfig, SerialConfig, convert,
+    };
+
+    const HOST: Host = Host {
+        physical_bits: 40,
+        memory_bytes: 32 << 30,
+    };
+
+    fn config() -> VmConfig {
+        VmConfig {
+            cpus: CpusConfig { boot: 1 },
+            memory: MemoryConfig {
+                size_bytes: 512 << 20,
+                hugepages: false,
+            },
+            payload: PayloadConfig {
+                kernel: "/k".into(),
+                entry: KernelEntry::Auto,
+                initramfs: None,
+                cmdline: String::new(),
+            },
+            disks: vec![disk("socket=/d0"), disk("socket=/d1,id=second")],
+            nets: vec![convert::net("socket=/n", 0).unwrap()],
+            serial: SerialConfig::Null,
+            rng: RngConfig {
+                src: "/dev/urandom".into(),
+            },
+            platform: PlatformConfig {
+                root_port_vendor: 1,
+            },
+        }
+    }
+
+    fn disk(text: &str) -> DiskConfig {
+        convert::disk(text, 0).unwrap()
+    }
+
+    fn check(change: impl FnOnce(&mut VmConfig)) -> Result<(), String> {
+        let mut config = config();
+        change(&mut config);
+        validate(&config, Some(Path::new("/api")), HOST).map_err(|error| error.to_string())
+    }
+
+    #[test]
+    fn an_ordinary_guest_passes() {
+        assert_eq!(check(|_| ()), Ok(()));
+        assert_eq!(check(|c| c.memory.size_bytes = 5 << 30), Ok(()));
+        assert_eq!(check(|c| c.cpus.boot = 64), Ok(()));
+    }
+
+    #[test]
+    fn vcpu_counts() {
+        for boot in [0, 65, 255] {
+            assert!(check(|c| c.cpus.boot = boot).is_err(), "{boot}");
+        }
+    }
+
+    #[test]
+    fn memory_sizes() {
+        for (size, message) in [
+            (0, "is too small"),
+            (1 << 20, "is too small"),
+            ((512 << 20) + 4096, "is not a multiple of 2 MiB"),
+            (
+                64 << 30,
+                "more than the host's memory and swap of 32768 MiB",
+            ),
+            (1 << 40, "does not fit the host's 40-bit physical addresses"),
+            (u64::MAX - (2 << 20) + 1, "does not fit"),
+        ] {
+            let error = check(|c| c.memory.size_bytes = size).unwrap_err();
+            assert!(error.contains(message), "{size}: {error}");
+        }
+    }
+
+    #[test]
+    fn two_of_a_thing() {
+        let error = check(|c| c.disks[1].id = "_disk0".into()).unwrap_err();
+        assert_eq!(error, "id='_disk0' is used by two devices");
+        let error = check(|c| c.nets[0].backend.socket = "/d1".into()).unwrap_err();
+        assert_eq!(error, "socket /d1 is given twice");
+        assert!(check(|c| c.serial = SerialConfig::Socket("/api".into())).is_err());
+    }
+
+    #[test]
+    fn queues_and_ids() {
+        assert!(check(|c| c.disks[0].backend.num_queues = 0).is_err());
+        assert!(check(|c| c.nets[0].backend.num_queues = 3).is_err());
+        assert!(check(|c| c.disks[0].backend.queue_size = 100).is_err());
+        assert!(check(|c| c.disks[0].id = "a b".into()).is_err());
+        assert!(check(|c| c.disks[0].id = "vcpu0".into()).is_err());
+    }
+
+    #[test]
+    fn command_lines() {
+        assert!(check(|c| c.payload.cmdline = "x".repeat(2048)).is_err());
+        assert!(check(|c| c.payload.cmdline = "a\0b".into()).is_err());
+        assert_eq!(check(|c| c.payload.cmdline = "x".repeat(2047)), Ok(()));
+    }
+}
