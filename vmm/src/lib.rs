@@ -25,5 +25,6 @@ pub mod devices;
 pub mod event_loop;
 pub mod memory;
 pub mod pci;
+pub mod socket;
 pub mod vhost_user;
 pub mod vm;

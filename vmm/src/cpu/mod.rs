@@ -1,6 +1,21 @@
 //! vCPUs: identity, registers, threads.
+//!
+//! ```text
+//!   Vcpus ── pause, resume ─▶ Gate ◀── pass ── thread vcpuN ── KVM_RUN ─▶ exits ─▶ Bus
+//!     └──── kick (immediate_exit, signal) ───────────▲              └─▶ GuestEvents (a dead vCPU)
+//! ```
 
+mod counters;
 pub mod cpuid;
+mod dump;
+mod exits;
+mod gate;
 pub mod msr;
+mod perf;
 pub mod regs;
+mod stats;
 pub mod topology;
+mod vcpu;
+
+pub use exits::Buses;
+pub use vcpu::{Error, Vcpus};

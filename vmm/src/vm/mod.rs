@@ -1,1 +1,5 @@
-//! Assembly and life of one guest.
+//! Life of one guest.
+
+mod events;
+
+pub use events::{GuestEvent, GuestEvents};
