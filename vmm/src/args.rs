@@ -97,7 +97,7 @@ struct Flags {
     /// File for the log, else standard error
     #[arg(long, value_name = "PATH")]
     log_file: Option<PathBuf>,
-    /// More log: info, debug (-vv), trace (-vvv); RUST_LOG overrides
+    /// More log: debug, trace (-vv); RUST_LOG overrides
     #[arg(short, action = ArgAction::Count)]
     verbose: u8,
 }

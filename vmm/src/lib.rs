@@ -23,6 +23,7 @@ pub mod config;
 pub mod cpu;
 pub mod devices;
 pub mod event_loop;
+pub mod kvm;
 pub mod memory;
 pub mod pci;
 pub mod socket;

@@ -1,2 +1,87 @@
-//! Entry point.
-fn main() {}
+//! `berth-vmm`: reads the command line, runs the guest, ends with 0, 1 or 2.
+
+#![forbid(unsafe_code)]
+
+use std::fs::{File, OpenOptions};
+use std::io::{self, IsTerminal};
+use std::path::Path;
+use std::process::ExitCode;
+
+use anyhow::Context;
+use berth_vmm::args::{self, Options, Stop};
+use berth_vmm::config::validate::validate;
+use berth_vmm::devices::serial::host::SerialHost;
+use berth_vmm::vm::requests::Requests;
+use berth_vmm::vm::{Driver, Signals};
+use berth_vmm::{api, kvm};
+use tracing_subscriber::EnvFilter;
+
+fn main() -> ExitCode {
+    let options = match args::parse(std::env::args_os()) {
+        Ok(options) => options,
+        Err(Stop::Print(text)) => {
+            print!("{text}");
+            return ExitCode::SUCCESS;
+        }
+        Err(Stop::Usage(line)) => {
+            eprintln!("berth-vmm: {line}");
+            return ExitCode::from(2);
+        }
+    };
+    match run(options) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("berth-vmm: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(options: Options) -> anyhow::Result<()> {
+    start_log(options.log_file.as_deref(), options.verbosity)?;
+    let signals = Signals::new().context("cannot take over signals")?;
+    let host = kvm::host().context("cannot ask the host for its limits")?;
+    validate(&options.config, options.api_socket.as_deref(), host)?;
+    kvm::open()?;
+    let (sender, requests) = Requests::new().context("cannot make the request queue")?;
+    let _api = options
+        .api_socket
+        .as_deref()
+        .map(|path| api::start(path, sender.clone()))
+        .transpose()?;
+    let serial = SerialHost::open(&options.config.serial)?;
+    if let Some(path) = serial.pty_path() {
+        tracing::info!(path = %path.display(), "the serial port is a pseudo-terminal");
+    }
+    Driver::new(options.config, serial, signals, (sender, requests))?.run()?;
+    Ok(())
+}
+
+fn start_log(path: Option<&Path>, verbosity: u8) -> anyhow::Result<()> {
+    let default = match verbosity {
+        0 => "info",
+        1 => "debug",
+        _ => "trace",
+    };
+    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(default));
+    let log = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_target(false);
+    match path {
+        None => log
+            .with_ansi(io::stderr().is_terminal())
+            .with_writer(io::stderr)
+            .without_time()
+            .init(),
+        Some(path) => log.with_ansi(false).with_writer(open_log(path)?).init(),
+    }
+    Ok(())
+}
+
+fn open_log(path: &Path) -> anyhow::Result<File> {
+    OpenOptions::new()
+        .create(true)
+        .append(true)
+        .open(path)
+        .with_context(|| format!("cannot open the log file {}", path.display()))
+}

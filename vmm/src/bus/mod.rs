@@ -78,6 +78,15 @@ impl Bus {
             .is_some()
     }
 
+    /// Gives up all ranges: devices that hold the bus are let go with it.
+    pub fn clear(&self) {
+        let mut claims = self.claims.write().unwrap_or_else(PoisonError::into_inner);
+        let all = std::mem::take(&mut *claims);
+        // A device may use the bus while it is dropped.
+        drop(claims);
+        drop(all);
+    }
+
     /// Reads at `address`; returns whether a device answered. `data` is all ones where none did.
     pub fn read(&self, address: u64, data: &mut [u8]) -> bool {
         let Some((device, offset)) = self.find(address) else {

@@ -7,7 +7,6 @@
 
 mod counters;
 pub mod cpuid;
-mod dump;
 mod exits;
 mod gate;
 pub mod msr;

@@ -153,7 +153,7 @@ mod tests {
     fn a_file_that_ends_early_is_an_error() {
         let bytes = file(48, &[(0, 0, "exits")]);
         for len in 0..bytes.len() {
-            if len < 24 || len >= 24 + 48 {
+            if !(24..24 + 48).contains(&len) {
                 assert!(parse(&bytes[..len]).is_err(), "{len}");
             }
         }

@@ -25,7 +25,7 @@ use super::counters::ExitCounters;
 use super::exits::{Buses, Next, run_once};
 use super::gate::{Gate, Pass};
 use super::stats::KernelStats;
-use super::{dump, perf};
+use super::{perf, regs};
 use crate::vm::{GuestEvent, GuestEvents};
 
 /// How long all vCPUs together may take to come out of the guest.
@@ -250,7 +250,7 @@ impl Runner {
     }
 
     fn die(self, exit: &str) {
-        let registers = dump::registers(&self.fd);
+        let registers = regs::dump(&self.fd);
         self.shared.immediate_exit().0 = None;
         self.events.send(GuestEvent::Fatal(format!(
             "vcpu{}: {exit}\n{registers}",

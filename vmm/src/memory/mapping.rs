@@ -12,7 +12,9 @@
 use std::ffi::CStr;
 use std::fs::File;
 use std::io;
+use std::mem::ManuallyDrop;
 use std::os::fd::{AsRawFd, FromRawFd};
+use std::sync::Arc;
 
 use kvm_bindings::kvm_userspace_memory_region;
 use kvm_ioctls::VmFd;
@@ -179,10 +181,13 @@ impl GuestRam {
         self.zero(layout::HIGH_RAM_START, self.high_len())
     }
 
-    /// Gives the memory to a VM, one slot a piece. The mapping then stays to the end of the process,
-    /// because KVM uses it as long as anything holds the VM's file.
-    pub fn register(&self, vm: &VmFd) -> Result<(), Error> {
-        std::mem::forget(self.memory.clone());
+    /// Gives the memory to a VM, one slot a piece, until the returned value is dropped.
+    pub fn register(&self, vm: &Arc<VmFd>) -> Result<RamSlots, Error> {
+        let mut slots = RamSlots {
+            vm: Arc::clone(vm),
+            registered: 0,
+            memory: ManuallyDrop::new(self.memory.clone()),
+        };
         for (slot, region) in (0..).zip(self.memory.iter()) {
             let slot_region = kvm_userspace_memory_region {
                 slot,
@@ -191,8 +196,8 @@ impl GuestRam {
                 memory_size: region.len(),
                 userspace_addr: region.as_ptr() as u64,
             };
-            // SAFETY: the range is a live mapping of exactly this length, and the forgotten clone above
-            // keeps it mapped until the process ends. Nothing in this process makes references to it.
+            // SAFETY: the range is a live mapping of exactly this length, and `slots` keeps it mapped
+            // until KVM has let go of it. Nothing in this process makes references to it.
             unsafe { vm.set_user_memory_region(slot_region) }.map_err(|source| {
                 Error::Register {
                     slot,
@@ -201,8 +206,36 @@ impl GuestRam {
                     source,
                 }
             })?;
+            slots.registered += 1;
         }
-        Ok(())
+        Ok(slots)
+    }
+}
+
+/// KVM's use of guest RAM. Dropped, it takes the slots back and then unmaps; where KVM does not let go,
+/// the memory stays mapped to the end of the process.
+#[derive(Debug)]
+pub struct RamSlots {
+    vm: Arc<VmFd>,
+    registered: u32,
+    memory: ManuallyDrop<GuestMemoryMmap>,
+}
+
+impl Drop for RamSlots {
+    fn drop(&mut self) {
+        for slot in 0..self.registered {
+            let empty = kvm_userspace_memory_region {
+                slot,
+                ..Default::default()
+            };
+            // SAFETY: a slot of size 0 is removed; it refers to no memory.
+            if let Err(error) = unsafe { self.vm.set_user_memory_region(empty) } {
+                tracing::warn!(slot, %error, "KVM keeps a memory slot; its memory stays mapped");
+                return;
+            }
+        }
+        // SAFETY: dropped here only, and not used after.
+        unsafe { ManuallyDrop::drop(&mut self.memory) };
     }
 }
 

@@ -10,4 +10,4 @@
 pub mod layout;
 mod mapping;
 
-pub use mapping::{Error, GuestRam};
+pub use mapping::{Error, GuestRam, RamSlots};

@@ -1,5 +1,17 @@
-//! Life of one guest.
+//! Life of one guest: how its machine is put together, run, and taken apart.
+//!
+//! [`builder`] assembles a [`Machine`], [`Driver`] owns it and is the only one to change its state,
+//! [`state`] says what is accepted when, [`requests`] is the way to the driver.
 
+pub mod builder;
+mod driver;
 mod events;
+mod machine;
+pub mod requests;
+mod signals;
+pub mod state;
 
+pub use driver::{Driver, Error};
 pub use events::{GuestEvent, GuestEvents};
+pub use machine::Machine;
+pub use signals::Signals;

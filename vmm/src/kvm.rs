@@ -1,0 +1,111 @@
+//! /dev/kvm, opened; where that fails, with what to do about it.
+
+#![forbid(unsafe_code)]
+
+use std::io;
+
+use kvm_ioctls::{Cap, Kvm};
+
+use crate::config::validate::Host;
+
+/// The only version that KVM has had since Linux 2.6.22.
+const API_VERSION: i32 = 12;
+/// What the machine cannot be built without.
+const REQUIRED: [(Cap, &str); 7] = [
+    (Cap::UserMemory, "KVM_CAP_USER_MEMORY"),
+    (Cap::Irqchip, "KVM_CAP_IRQCHIP"),
+    (Cap::Pit2, "KVM_CAP_PIT2"),
+    (Cap::Irqfd, "KVM_CAP_IRQFD"),
+    (Cap::IrqfdResample, "KVM_CAP_IRQFD_RESAMPLE"),
+    (Cap::Ioeventfd, "KVM_CAP_IOEVENTFD"),
+    (Cap::ImmediateExit, "KVM_CAP_IMMEDIATE_EXIT"),
+];
+
+/// Why there is no KVM.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// No /dev/kvm.
+    #[error(
+        "there is no /dev/kvm: load KVM with 'modprobe kvm_intel' or 'modprobe kvm_amd', and check that \
+         virtualisation is enabled in the firmware"
+    )]
+    Absent,
+    /// No right to it.
+    #[error(
+        "no permission for /dev/kvm: add the user to its group with 'usermod -aG kvm USER' and log in \
+         again, or run as root"
+    )]
+    Forbidden,
+    /// Something else.
+    #[error("cannot open /dev/kvm")]
+    Open(#[source] kvm_ioctls::Error),
+    /// Not a KVM that we know.
+    #[error("/dev/kvm has API version {0}, not {API_VERSION}")]
+    Version(i32),
+    /// Too old, or made for something else.
+    #[error("this host's KVM lacks {0}")]
+    Lacks(&'static str),
+}
+
+/// Opens /dev/kvm and checks that it can do what every machine needs.
+pub fn open() -> Result<Kvm, Error> {
+    let kvm = Kvm::new().map_err(|error| match error.errno() {
+        libc::ENOENT | libc::ENXIO | libc::ENODEV => Error::Absent,
+        libc::EACCES | libc::EPERM => Error::Forbidden,
+        _ => Error::Open(error),
+    })?;
+    let version = kvm.get_api_version();
+    if version != API_VERSION {
+        return Err(Error::Version(version));
+    }
+    for (cap, name) in REQUIRED {
+        if !kvm.check_extension(cap) {
+            return Err(Error::Lacks(name));
+        }
+    }
+    Ok(kvm)
+}
+
+/// The host's limits.
+pub fn host() -> io::Result<Host> {
+    Ok(Host {
+        physical_bits: physical_bits(&std::fs::read_to_string("/proc/cpuinfo")?),
+        memory_bytes: memory_bytes(&std::fs::read_to_string("/proc/meminfo")?),
+    })
+}
+
+/// From a line such as `address sizes : 46 bits physical, 48 bits virtual`; 36 where there is none.
+fn physical_bits(cpuinfo: &str) -> u32 {
+    cpuinfo
+        .lines()
+        .find_map(|line| line.strip_prefix("address sizes"))
+        .and_then(|rest| rest.trim_start_matches([' ', '\t', ':']).split(' ').next())
+        .and_then(|bits| bits.parse().ok())
+        .unwrap_or(36)
+}
+
+/// RAM and swap.
+fn memory_bytes(meminfo: &str) -> u64 {
+    let field = |name: &str| {
+        let value = meminfo
+            .lines()
+            .find_map(|line| line.strip_prefix(name))
+            .and_then(|rest| rest.split_whitespace().next());
+        value.and_then(|kib| kib.parse::<u64>().ok()).unwrap_or(0) << 10
+    };
+    field("MemTotal:") + field("SwapTotal:")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn limits_are_read_from_proc() {
+        let cpuinfo = "processor\t: 0\naddress sizes\t: 46 bits physical, 48 bits virtual\n";
+        assert_eq!(physical_bits(cpuinfo), 46);
+        assert_eq!(physical_bits("flags : none"), 36);
+        let meminfo = "MemTotal:       1024 kB\nMemFree: 5 kB\nSwapTotal:         1 kB\n";
+        assert_eq!(memory_bytes(meminfo), 1025 << 10);
+    }
+}

@@ -1,0 +1,222 @@
+//! Puts a machine together: short named steps, in boot order.
+//!
+//! Runs on the thread `boot`. What can fail for the operator's reasons (files, memory, KVM) comes before
+//! what has to be waited for (backends).
+
+#![forbid(unsafe_code)]
+
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+
+use berth_irqchip::{Chip, Trigger};
+use kvm_ioctls::{Kvm, VcpuFd, VmFd};
+use vm_memory::GuestAddress;
+
+use super::events::GuestEvents;
+use super::machine::ClearedBuses;
+pub use super::machine::Machine;
+use crate::boot::acpi::{self, AcpiInput};
+use crate::boot::{self, Entry};
+use crate::config::{SerialConfig, VmConfig};
+use crate::cpu::{self, Buses, Vcpus, cpuid, msr, regs};
+use crate::devices::power::{
+    self, I8042_COMMAND_PORT, KeyboardController, PM_BLOCK_LEN, PowerBlock, ResetRegister,
+};
+use crate::devices::rtc::{self, Rtc};
+use crate::devices::serial::output::Output;
+use crate::devices::serial::port::{Input, RaiseInterrupt, SerialPort};
+use crate::devices::serial::{PIN, PORT, PORT_LEN};
+use crate::devices::virtio::rng;
+use crate::memory::layout::{
+    KVM_IDENTITY_MAP, KVM_TSS, PM1A_EVT_PORT, RESET_PORT, SCI_PIN, mmio64_start,
+};
+use crate::memory::{self, GuestRam};
+use crate::pci::{self, Pci, PciContext, PciHost};
+use crate::{bus, kvm};
+
+/// Why there is no machine.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// /dev/kvm.
+    #[error(transparent)]
+    Kvm(#[from] kvm::Error),
+    /// KVM did not make what it should.
+    #[error("KVM refused to {what}")]
+    Refused {
+        /// What.
+        what: &'static str,
+        /// KVM's answer.
+        source: kvm_ioctls::Error,
+    },
+    /// Guest RAM.
+    #[error(transparent)]
+    Memory(#[from] memory::Error),
+    /// Interrupts.
+    #[error(transparent)]
+    Irqchip(#[from] berth_irqchip::Error),
+    /// Two devices at one address; the layout is wrong.
+    #[error(transparent)]
+    Bus(#[from] bus::Error),
+    /// Kernel, initramfs, command line.
+    #[error(transparent)]
+    Boot(#[from] boot::Error),
+    /// ACPI tables.
+    #[error(transparent)]
+    Acpi(#[from] acpi::Error),
+    /// CPUID.
+    #[error(transparent)]
+    Cpuid(#[from] cpuid::Error),
+    /// MSRs.
+    #[error(transparent)]
+    Msr(#[from] msr::Error),
+    /// Registers.
+    #[error(transparent)]
+    Regs(#[from] regs::Error),
+    /// vCPU threads.
+    #[error(transparent)]
+    Vcpus(#[from] cpu::Error),
+    /// PCI.
+    #[error(transparent)]
+    Pci(#[from] pci::Error),
+    /// Entropy.
+    #[error(transparent)]
+    Rng(#[from] rng::Error),
+}
+
+fn refused(what: &'static str) -> impl Fn(kvm_ioctls::Error) -> Error {
+    move |source| Error::Refused { what, source }
+}
+
+/// What a machine is made from.
+pub struct Parts {
+    /// The configuration, validated.
+    pub config: Arc<VmConfig>,
+    /// The queues behind the serial port; none, no port.
+    pub serial: Option<(Output, Arc<Input>)>,
+    /// Where the guest's events go.
+    pub events: GuestEvents,
+    /// Set when nobody waits for this machine any more.
+    pub cancel: Arc<AtomicBool>,
+}
+
+/// Builds the machine; its vCPUs wait for [`Machine::resume`].
+pub fn build(parts: Parts) -> Result<Machine, Error> {
+    let config = &*parts.config;
+    let kvm = kvm::open()?;
+    let vm = create_vm(&kvm)?;
+    let ram = GuestRam::new(&config.memory)?;
+    let slots = ram.register(&vm)?;
+    let chip = Chip::new(Arc::clone(&vm))?;
+    let rsdp = write_acpi(&ram, config)?;
+    let entry = boot::load(&ram, &config.payload, rsdp)?;
+    let fds = create_vcpus(&kvm, &vm, config, &ram, &entry)?;
+
+    let buses = Buses::default();
+    let sci = Arc::new(chip.line(SCI_PIN, Trigger::Level)?);
+    let power = add_power(&buses, &sci, &parts.events)?;
+    add_clock(&buses, config)?;
+    let serial = add_serial(&buses, &chip, &parts)?;
+    let pci = add_pci(&buses, &chip, &ram, &parts)?;
+    let vcpus = Vcpus::start(fds, &buses, &parts.events)?;
+    Ok(Machine {
+        vcpus,
+        _buses: ClearedBuses(buses),
+        serial,
+        power,
+        sci,
+        pci,
+        chip,
+        _slots: slots,
+    })
+}
+
+fn create_vm(kvm: &Kvm) -> Result<Arc<VmFd>, Error> {
+    let vm = kvm.create_vm().map_err(refused("create a VM"))?;
+    vm.set_identity_map_address(KVM_IDENTITY_MAP)
+        .map_err(refused("place its identity map"))?;
+    vm.set_tss_address(KVM_TSS as usize)
+        .map_err(refused("place its TSS"))?;
+    Ok(Arc::new(vm))
+}
+
+fn write_acpi(ram: &GuestRam, config: &VmConfig) -> Result<GuestAddress, Error> {
+    let input = AcpiInput {
+        vcpus: config.cpus.boot,
+        serial: config.serial != SerialConfig::Off,
+    };
+    Ok(acpi::build(ram, &input)?)
+}
+
+fn create_vcpus(
+    kvm: &Kvm,
+    vm: &VmFd,
+    config: &VmConfig,
+    ram: &GuestRam,
+    entry: &Entry,
+) -> Result<Vec<VcpuFd>, Error> {
+    let mut fds = Vec::new();
+    for id in 0..config.cpus.boot {
+        let fd = vm
+            .create_vcpu(id.into())
+            .map_err(refused("create a vCPU"))?;
+        let cpuid = cpuid::for_vcpu(kvm, &config.cpus, id)?;
+        fd.set_cpuid2(&cpuid)
+            .map_err(refused("take a vCPU's CPUID"))?;
+        msr::boot(&fd)?;
+        fds.push(fd);
+    }
+    regs::setup(&fds[0], ram, entry)?;
+    Ok(fds)
+}
+
+fn add_power(
+    buses: &Buses,
+    sci: &Arc<berth_irqchip::Line>,
+    events: &GuestEvents,
+) -> Result<Arc<PowerBlock>, Error> {
+    let line = Arc::clone(sci);
+    let raise: power::RaiseSci = Box::new(move || line.raise());
+    let block = Arc::new(PowerBlock::new(raise, events.clone()));
+    let pio = &buses.pio;
+    pio.insert(PM1A_EVT_PORT.into(), PM_BLOCK_LEN, Arc::clone(&block) as _)?;
+    let reset = ResetRegister::new(events.clone());
+    pio.insert(RESET_PORT.into(), 1, Arc::new(reset))?;
+    let keyboard = KeyboardController::new(events.clone());
+    pio.insert(I8042_COMMAND_PORT, 1, Arc::new(keyboard))?;
+    Ok(block)
+}
+
+fn add_clock(buses: &Buses, config: &VmConfig) -> Result<(), Error> {
+    let rtc = Arc::new(Rtc::new(config.memory.size_bytes));
+    Ok(buses.pio.insert(rtc::PORT, 2, rtc)?)
+}
+
+fn add_serial(
+    buses: &Buses,
+    chip: &Arc<Chip>,
+    parts: &Parts,
+) -> Result<Option<Arc<SerialPort>>, Error> {
+    let Some((output, input)) = &parts.serial else {
+        return Ok(None);
+    };
+    let line = chip.line(PIN, Trigger::Edge)?;
+    let interrupt = RaiseInterrupt(Box::new(move || line.raise()));
+    let port = SerialPort::new(interrupt, output.clone(), Arc::clone(input));
+    let port = Arc::new(port);
+    buses.pio.insert(PORT, PORT_LEN, Arc::clone(&port) as _)?;
+    Ok(Some(port))
+}
+
+fn add_pci(buses: &Buses, chip: &Arc<Chip>, ram: &GuestRam, parts: &Parts) -> Result<Pci, Error> {
+    let config = &*parts.config;
+    let mut host = PciHost::new(PciContext {
+        wiring: Arc::new(Arc::clone(chip)),
+        memory: ram.memory().clone(),
+        mmio: Arc::clone(&buses.mmio),
+        ports: Arc::clone(&buses.pio),
+        mmio64_start: mmio64_start(ram.size_bytes()),
+    });
+    let rng = rng::Rng::new("_rng", &config.rng.src)?;
+    host.add_builtin("_rng", Box::new(rng))?;
+    Ok(host.finish()?)
+}

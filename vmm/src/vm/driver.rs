@@ -1,0 +1,333 @@
+//! The one writer of VM state: the main thread's loop.
+//!
+//! ```text
+//!  API, vCPUs, boot thread ─▶ Requests ─┐
+//!  SIGTERM … ─▶ Signals ────────────────┼─▶ Driver ─▶ state, Machine, exit
+//!  terminal, pty, socket ─▶ SerialHost ─┘
+//! ```
+//!
+//! A machine is built by the thread `boot` and taken apart by the thread `teardown`: both may wait for
+//! a backend, and the driver waits for neither. What they bring back carries the number of its boot, so
+//! that an answer to a question nobody asks any more is dropped.
+
+#![forbid(unsafe_code)]
+
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::thread;
+use std::time::Duration;
+
+use super::builder;
+use super::events::{GuestEvent, GuestEvents};
+use super::machine::Machine;
+use super::requests::{
+    Command, CounterGroups, Failure, Info, Reply, Request, RequestSender, Requests,
+};
+use super::signals::Signals;
+use super::state::{Action, VmState, accept};
+use crate::config::{SerialConfig, VmConfig};
+use crate::devices::serial::host::SerialHost;
+use crate::event_loop::{EventLoop, Token};
+
+/// How long the end of the process waits for the machine to be taken apart.
+const TEARDOWN_PATIENCE: Duration = Duration::from_secs(2);
+
+/// Why the process ends other than by intent.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The guest died.
+    #[error("the guest died: {0}")]
+    Guest(String),
+    /// The machine cannot be made.
+    #[error(transparent)]
+    Build(#[from] builder::Error),
+    /// The main thread's own files.
+    #[error("{what}")]
+    Host {
+        /// What was being done.
+        what: &'static str,
+        /// The system's answer.
+        source: io::Error,
+    },
+}
+
+fn host(what: &'static str) -> impl Fn(io::Error) -> Error {
+    move |source| Error::Host { what, source }
+}
+
+/// Owner of the VM.
+pub struct Driver {
+    config: Arc<VmConfig>,
+    host: SerialHost,
+    events: EventLoop,
+    signals: Signals,
+    sender: RequestSender,
+    requests: Requests,
+    state: VmState,
+    machine: Option<Box<Machine>>,
+    /// Number of this boot.
+    boot: u64,
+    /// Tells the boot thread that nobody waits for its machine any more.
+    cancel: Arc<AtomicBool>,
+    /// Set once the process is to end.
+    exit: Option<Result<(), Error>>,
+}
+
+impl Driver {
+    /// A driver for that guest, which is not built yet.
+    pub fn new(
+        config: VmConfig,
+        host: SerialHost,
+        signals: Signals,
+        (sender, requests): (RequestSender, Requests),
+    ) -> Result<Self, Error> {
+        let setup = self::host("cannot set up the event loop");
+        let events = EventLoop::new().map_err(&setup)?;
+        events.add(&signals, Token::Signal).map_err(&setup)?;
+        events
+            .add(requests.event(), Token::Requests)
+            .map_err(&setup)?;
+        host.watch(&events).map_err(&setup)?;
+        Ok(Self {
+            config: Arc::new(config),
+            host,
+            events,
+            signals,
+            sender,
+            requests,
+            state: VmState::Shutdown,
+            machine: None,
+            boot: 0,
+            cancel: Arc::default(),
+            exit: None,
+        })
+    }
+
+    /// Builds and runs the guest until the process is to end.
+    pub fn run(mut self) -> Result<(), Error> {
+        self.start_boot()?;
+        let result = loop {
+            if let Some(result) = self.exit.take() {
+                break result;
+            }
+            for token in self.events.wait().map_err(host("cannot wait for events"))? {
+                self.process(token)?;
+            }
+        };
+        if let Some(gone) = self.stop_machine()?
+            && gone.recv_timeout(TEARDOWN_PATIENCE).is_err()
+        {
+            tracing::warn!("a device did not stop in time");
+        }
+        self.host.flush();
+        result
+    }
+
+    fn process(&mut self, token: Token) -> Result<(), Error> {
+        let serial = host("serial port");
+        match token {
+            Token::Signal => self.process_signals(),
+            Token::Requests => {
+                for request in self.requests.take() {
+                    self.process_request(request)?;
+                }
+            }
+            Token::SerialInput => {
+                self.host.process_input(&self.events).map_err(serial)?;
+                if let Some(machine) = &self.machine {
+                    machine.serial_input();
+                }
+            }
+            Token::SerialListener => self.host.process_listener(&self.events).map_err(serial)?,
+            Token::SerialRoom => self.host.process_room(&self.events).map_err(serial)?,
+            Token::SciResample => {
+                if let Some(machine) = &self.machine {
+                    machine.process_sci_resample();
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn process_signals(&mut self) {
+        while let Some(signal) = self.signals.take() {
+            tracing::info!(signal, "told to end by a signal");
+            self.exit = Some(Ok(()));
+        }
+    }
+
+    fn process_request(&mut self, request: Request) -> Result<(), Error> {
+        match request {
+            Request::Command(command, reply) => {
+                let answer = self.command(command)?;
+                // A client that has gone has no use for it.
+                let _ = reply.try_send(answer);
+            }
+            Request::Guest(boot, event) if boot == self.boot => self.guest_event(event)?,
+            Request::Built(boot, built) if boot == self.boot => self.built(built)?,
+            Request::Built(_, Ok(machine)) => drop(take_apart(machine)?),
+            Request::Guest(..) | Request::Built(..) => {}
+        }
+        Ok(())
+    }
+
+    fn command(&mut self, command: Command) -> Result<Result<Reply, Failure>, Error> {
+        Ok(match command {
+            Command::Act(action) => match accept(self.state, action) {
+                Ok(next) => self.act(action, next)?.map(|()| Reply::Done),
+                Err(refusal) => Err(refusal.into()),
+            },
+            Command::Info => Ok(Reply::Info(Box::new(self.info()))),
+            Command::Counters => Ok(Reply::Counters(self.counters())),
+            Command::VmmShutdown => {
+                tracing::info!("told to end by the API");
+                self.exit = Some(Ok(()));
+                Ok(Reply::Done)
+            }
+        })
+    }
+
+    /// Does what was accepted; the outer error ends the process, the inner one is the client's.
+    fn act(&mut self, action: Action, next: VmState) -> Result<Result<(), Failure>, Error> {
+        let machine = self.machine.as_deref();
+        match (action, machine) {
+            (Action::PowerButton, Some(machine)) => machine.press_power_button(),
+            (Action::Pause, Some(machine)) => {
+                if let Err(error) = machine.pause() {
+                    return Ok(Err(Failure::Failed(error.to_string())));
+                }
+            }
+            (Action::Resume, Some(machine)) => machine.resume(),
+            (Action::Shutdown, _) => drop(self.stop_machine()?),
+            // Sets the state itself.
+            (Action::Boot | Action::Reboot, _) => return self.start_boot().map(Ok),
+            (Action::PowerButton | Action::Pause | Action::Resume, None) => {}
+        }
+        tracing::info!(?action, state = ?next, "the guest's state was changed by the API");
+        self.state = next;
+        Ok(Ok(()))
+    }
+
+    fn guest_event(&mut self, event: GuestEvent) -> Result<(), Error> {
+        match event {
+            GuestEvent::PowerOff => {
+                tracing::info!("the guest powered off");
+                self.exit = Some(Ok(()));
+            }
+            GuestEvent::Reset => {
+                tracing::info!("the guest reset its machine");
+                self.start_boot()?;
+            }
+            GuestEvent::Fatal(what) => self.exit = Some(Err(Error::Guest(what))),
+        }
+        Ok(())
+    }
+
+    /// Takes the machine apart, if there is one, and has a new one built from scratch.
+    fn start_boot(&mut self) -> Result<(), Error> {
+        let gone = self.stop_machine()?;
+        self.state = VmState::Created;
+        let boot = self.boot;
+        let sender = self.sender.clone();
+        let events = {
+            let sender = sender.clone();
+            GuestEvents::new(move |event| sender.send(Request::Guest(boot, event)))
+        };
+        let parts = builder::Parts {
+            config: Arc::clone(&self.config),
+            serial: (self.config.serial != SerialConfig::Off)
+                .then(|| (self.host.output(), self.host.input())),
+            events,
+            cancel: Arc::clone(&self.cancel),
+        };
+        thread::Builder::new()
+            .name("boot".into())
+            .spawn(move || {
+                // The backends serve one connection at a time: the old ones must have ended.
+                if let Some(gone) = gone {
+                    let _ = gone.recv();
+                }
+                let built = builder::build(parts).map(Box::new);
+                sender.send(Request::Built(boot, built));
+            })
+            .map_err(host("cannot start the boot thread"))?;
+        Ok(())
+    }
+
+    fn built(&mut self, built: Result<Box<Machine>, builder::Error>) -> Result<(), Error> {
+        match built {
+            Ok(machine) => {
+                if let Some(resample) = machine.sci_resample() {
+                    self.events
+                        .add(resample, Token::SciResample)
+                        .map_err(host("cannot watch the ACPI interrupt"))?;
+                }
+                machine.serial_input();
+                machine.resume();
+                self.machine = Some(machine);
+                self.state = VmState::Running;
+                tracing::info!("the guest runs");
+            }
+            Err(error) => self.exit = Some(Err(error.into())),
+        }
+        Ok(())
+    }
+
+    /// Stops the guest of this boot at once, and leaves the rest to a thread whose end is reported
+    /// through what is returned.
+    fn stop_machine(&mut self) -> Result<Option<Receiver<()>>, Error> {
+        self.cancel.store(true, Ordering::Release);
+        self.cancel = Arc::default();
+        self.boot += 1;
+        let Some(machine) = self.machine.take() else {
+            return Ok(None);
+        };
+        if let Some(resample) = machine.sci_resample() {
+            self.events.remove(resample);
+        }
+        if let Err(error) = machine.pause() {
+            tracing::warn!(%error, "while stopping the guest");
+        }
+        take_apart(machine).map(Some)
+    }
+
+    fn info(&self) -> Info {
+        Info {
+            state: self.state,
+            config: (*self.config).clone(),
+            pty: self.host.pty_path().map(Into::into),
+            devices: self
+                .machine
+                .as_deref()
+                .map(Machine::devices)
+                .unwrap_or_default(),
+        }
+    }
+
+    fn counters(&self) -> CounterGroups {
+        let machine = self.machine.as_deref();
+        let mut groups = machine.map(Machine::counters).unwrap_or_default();
+        let own = [
+            ("boots", self.boot),
+            ("serial_dropped_bytes", self.host.output().dropped()),
+        ];
+        let own = own.map(|(name, value)| (name.to_owned(), value));
+        groups.insert("vmm".to_owned(), own.into());
+        groups
+    }
+}
+
+fn take_apart(machine: Box<Machine>) -> Result<Receiver<()>, Error> {
+    let (done, gone): (SyncSender<()>, _) = sync_channel(1);
+    thread::Builder::new()
+        .name("teardown".into())
+        .spawn(move || {
+            drop(machine);
+            // The driver may have stopped listening.
+            let _ = done.try_send(());
+        })
+        .map_err(host("cannot start the teardown thread"))?;
+    Ok(gone)
+}
