@@ -89,14 +89,19 @@ fn fails_as(context: &Context, command: Command, what: &str, attempt: &Attempt<'
 }
 
 fn bad_input(context: &Context) -> Result<()> {
-    context.check("bad.flags_and_keys", || flags_and_keys(context))?;
-    context.check("bad.cpus_and_memory", || cpus_and_memory(context))?;
-    context.check("bad.kernels", || kernels(context))?;
-    context.check("bad.initramfs", || initramfs(context))?;
-    context.check("bad.sockets", || sockets(context))?;
-    context.check("bad.images", || images(context))?;
-    context.check("bad.taps", || taps(context))?;
-    context.check("bad.kvm", || kvm(context))
+    context.check("bad.flags_and_keys", || alone(flags_and_keys(context)))?;
+    context.check("bad.cpus_and_memory", || alone(cpus_and_memory(context)))?;
+    context.check("bad.kernels", || alone(kernels(context)))?;
+    context.check("bad.initramfs", || alone(initramfs(context)))?;
+    context.check("bad.sockets", || alone(sockets(context)))?;
+    context.check("bad.images", || alone(images(context)))?;
+    context.check("bad.taps", || alone(taps(context)))?;
+    context.check("bad.kvm", || alone(kvm(context)))
+}
+
+/// A failure here says nothing about the questions after it, even where a daemon did not start.
+fn alone(result: Result<()>) -> Result<()> {
+    result.map_err(|error| anyhow::anyhow!("{error:#}"))
 }
 
 fn kernel(context: &Context) -> String {

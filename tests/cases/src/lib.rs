@@ -8,6 +8,7 @@
 pub mod backend_loss;
 pub mod bad_input;
 pub mod boot;
+pub mod counters;
 mod cpu;
 pub mod disk;
 pub mod interop_qemu;
@@ -25,6 +26,7 @@ pub fn stories() -> Vec<Story> {
         net::STORIES,
         disk::STORIES,
         boot::STORIES,
+        counters::STORIES,
         backend_loss::STORIES,
         pci::STORIES,
         power::STORIES,

@@ -25,18 +25,20 @@ pub const STORIES: &[Story] = &[Story {
 
 /// A function of the guest and its first memory BAR.
 #[derive(Debug, Clone)]
-struct Function {
+pub(crate) struct Function {
     /// `0000:01:00.0`.
     address: String,
     /// Index of the BAR's first register.
     bar: usize,
-    start: u64,
-    size: u64,
+    /// Address of its first byte.
+    pub(crate) start: u64,
+    /// Bytes.
+    pub(crate) size: u64,
 }
 
 impl Function {
     /// The function behind a disk of the guest.
-    fn of_disk(console: &mut Console, disk: &str) -> Result<Self> {
+    pub(crate) fn of_disk(console: &mut Console, disk: &str) -> Result<Self> {
         let path = console.sh(&format!(
             "basename $(readlink -f /sys/block/{disk}/device/..)"
         ))?;

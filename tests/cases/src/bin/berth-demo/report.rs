@@ -7,7 +7,9 @@ use anyhow::{Context as _, Result};
 use berth_tests_framework::process::Process;
 use serde_json::{Value, json};
 
-use crate::measure::{DataPath, Notifications};
+use berth_tests_cases::counters::DataPath;
+
+use crate::measure::Notifications;
 
 /// Memory of one process in KiB.
 #[derive(Debug)]
@@ -105,7 +107,7 @@ impl Outcome {
             "processes": processes,
             "notifications": notifications,
             "data_path": { "requests": path.requests, "doorbells_ioeventfd": path.doorbells,
-                           "interrupts_irqfd": path.interrupts, "io_exits": path.io_exits,
+                           "interrupts_irqfd": path.interrupts, "port_exits": path.port_exits,
                            "mmio_exits": path.mmio_exits },
             "file_system_clean": true,
             "file_md5": self.proof,
@@ -150,7 +152,7 @@ impl Outcome {
         row("  interrupts through irqfd", path.interrupts.to_string());
         row(
             "  I/O exits to user space (ports, MMIO)",
-            format!("{}, {}", path.io_exits, path.mmio_exits),
+            format!("{}, {}", path.port_exits, path.mmio_exits),
         );
         row(
             "page host to guest, guest to host",

@@ -14,7 +14,9 @@ use berth_tests_framework::story::Context;
 use berth_tests_framework::vmm::{Vm, VmBuilder};
 use berth_tests_framework::wait::{seconds, until};
 
-use crate::measure::{self, DataPath};
+use berth_tests_cases::counters::DataPath;
+
+use crate::measure;
 use crate::report::{Outcome, ProcessMemory};
 
 /// The host's end of the tap, and the guest's.
