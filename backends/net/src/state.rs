@@ -108,11 +108,17 @@ impl DeviceState {
         &self.port
     }
 
-    /// The configuration space now.
+    /// The configuration space now. A frontend that cannot be told of changes is not shown a link
+    /// that is down: its guest would never hear that it came up.
     #[must_use]
     pub fn config(&self) -> [u8; CONFIG_LEN] {
-        let mac = lock(&self.driver).mac;
-        config_space(mac, self.link_up.load(Ordering::Relaxed), &self.identity)
+        let driver = lock(&self.driver);
+        let hears = driver
+            .session
+            .as_ref()
+            .is_some_and(SessionHandle::has_channel);
+        let link_up = !hears || self.link_up.load(Ordering::Relaxed);
+        config_space(driver.mac, link_up, &self.identity)
     }
 
     /// A frontend connected.

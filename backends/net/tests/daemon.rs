@@ -34,17 +34,20 @@ fn from_host(header: [u8; 10], frame: &[u8]) -> Vec<u8> {
     [&header[..], frame].concat()
 }
 
-fn make_tap(options: &str) {
+/// Makes tap0 with these options, and a daemon on it with these arguments. The tap comes up last:
+/// one that is up and gets its carrier later drops frames until the kernel's next look at links.
+fn start_on_tap(options: &str, args: &[&str]) -> Daemon {
     ip(&format!("tuntap add tap0 mode tap {options}"));
+    let daemon = Daemon::start(&[&["--tap=tap0"], args].concat());
     ip("link set tap0 up");
+    daemon
 }
 
 #[test]
 fn frames_go_in_and_out_of_an_existing_tap() {
     in_namespace(|| {
         // Arrange
-        make_tap("");
-        let daemon = Daemon::start(&["--tap=tap0", MAC]);
+        let daemon = start_on_tap("", &[MAC]);
         let host = PacketSocket::new("tap0", EXPERIMENT);
         let mut guest = Guest::connect(daemon.socket(), 1, &[]);
         guest.post(0, 64);
@@ -75,8 +78,7 @@ fn frames_go_in_and_out_of_an_existing_tap() {
 #[test]
 fn segmentation_is_left_to_the_host_when_the_guest_sends() {
     in_namespace(|| {
-        make_tap("");
-        let daemon = Daemon::start(&["--tap=tap0"]);
+        let daemon = start_on_tap("", &[]);
         let host = PacketSocket::new("tap0", IPV4);
         let mut guest = Guest::connect(daemon.socket(), 1, &[]);
         let long = tcp(HOST, GUEST, (1000, 2000), 65_000);
@@ -92,8 +94,7 @@ fn segmentation_is_left_to_the_host_when_the_guest_sends() {
 fn long_segments_reach_a_guest_that_takes_them() {
     in_namespace(|| {
         // Arrange
-        make_tap("");
-        let daemon = Daemon::start(&["--tap=tap0"]);
+        let daemon = start_on_tap("", &[]);
         let host = PacketSocket::new("tap0", IPV4);
         let mut guest = Guest::connect(daemon.socket(), 1, &[]);
         guest.post(0, 250);
@@ -119,8 +120,7 @@ fn long_segments_reach_a_guest_that_takes_them() {
 fn the_host_cuts_segments_for_a_guest_that_does_not_take_long_ones() {
     in_namespace(|| {
         // Arrange
-        make_tap("");
-        let daemon = Daemon::start(&["--tap=tap0"]);
+        let daemon = start_on_tap("", &[]);
         let host = PacketSocket::new("tap0", IPV4);
         let mut guest = Guest::connect(daemon.socket(), 1, &[VIRTIO_NET_F_GUEST_TSO4]);
         guest.post(0, 250);
@@ -140,8 +140,7 @@ fn the_host_cuts_segments_for_a_guest_that_does_not_take_long_ones() {
 fn offloads_change_while_the_guest_runs() {
     in_namespace(|| {
         // Arrange
-        make_tap("");
-        let daemon = Daemon::start(&["--tap=tap0"]);
+        let daemon = start_on_tap("", &[]);
         let host = PacketSocket::new("tap0", IPV4);
         let mut guest = Guest::connect(daemon.socket(), 1, &[]);
         guest.post(0, 250);
@@ -166,8 +165,7 @@ fn offloads_change_while_the_guest_runs() {
 #[test]
 fn hostile_headers_cost_their_frame_only() {
     in_namespace(|| {
-        make_tap("");
-        let daemon = Daemon::start(&["--tap=tap0"]);
+        let daemon = start_on_tap("", &[]);
         let host = PacketSocket::new("tap0", EXPERIMENT);
         let mut guest = Guest::connect(daemon.socket(), 1, &[]);
         let good = frame(HOST, GUEST, EXPERIMENT, 100);
@@ -188,8 +186,7 @@ fn hostile_headers_cost_their_frame_only() {
 #[test]
 fn frames_wait_in_the_tap_for_receive_buffers() {
     in_namespace(|| {
-        make_tap("");
-        let daemon = Daemon::start(&["--tap=tap0"]);
+        let daemon = start_on_tap("", &[]);
         let host = PacketSocket::new("tap0", EXPERIMENT);
         let mut guest = Guest::connect(daemon.socket(), 1, &[]);
         for len in 100..300 {
@@ -208,8 +205,7 @@ fn frames_wait_in_the_tap_for_receive_buffers() {
 #[test]
 fn one_pair_on_a_multi_queue_tap() {
     in_namespace(|| {
-        make_tap("multi_queue");
-        let daemon = Daemon::start(&["--tap=tap0"]);
+        let daemon = start_on_tap("multi_queue", &[]);
         let host = PacketSocket::new("tap0", EXPERIMENT);
         let mut guest = Guest::connect(daemon.socket(), 1, &[]);
         guest.post(0, 8);
@@ -222,8 +218,7 @@ fn one_pair_on_a_multi_queue_tap() {
 fn flows_go_to_the_pairs_that_the_guest_uses() {
     in_namespace(|| {
         // Arrange: two pairs, both with buffers; the guest uses one
-        make_tap("multi_queue");
-        let daemon = Daemon::start(&["--tap=tap0", "--num-queues=2"]);
+        let daemon = start_on_tap("multi_queue", &["--num-queues=2"]);
         let host = PacketSocket::new("tap0", IPV4);
         let mut guest = Guest::connect(daemon.socket(), 2, &[]);
         guest.post(0, 100);
@@ -287,8 +282,7 @@ fn a_created_tap_is_up_and_goes_with_the_daemon() {
 #[test]
 fn create_takes_a_tap_that_is_there_and_leaves_it() {
     in_namespace(|| {
-        make_tap("");
-        let daemon = Daemon::start(&["--tap=tap0", "--create"]);
+        let daemon = start_on_tap("", &["--create"]);
         daemon.end(libc::SIGTERM);
         assert!(exists("tap0"));
     });
@@ -298,8 +292,7 @@ fn create_takes_a_tap_that_is_there_and_leaves_it() {
 fn the_guest_hears_of_the_link() {
     in_namespace(|| {
         // Arrange
-        make_tap("");
-        let daemon = Daemon::start(&["--tap=tap0"]);
+        let daemon = start_on_tap("", &[]);
         let mut guest = Guest::connect(daemon.socket(), 1, &[]);
         let (ours, theirs) = UnixStream::pair().unwrap();
         ours.set_read_timeout(Some(Duration::from_secs(20)))
@@ -322,11 +315,21 @@ fn the_guest_hears_of_the_link() {
 }
 
 #[test]
+fn a_frontend_that_cannot_hear_of_the_link_sees_it_up() {
+    in_namespace(|| {
+        let daemon = start_on_tap("", &[]);
+        let mut guest = Guest::connect(daemon.socket(), 1, &[]);
+        ip("link set tap0 down");
+        daemon.wait_for_line("link changed");
+        assert_eq!(guest.driver.frontend.get_config(6, 2), [1, 0]);
+    });
+}
+
+#[test]
 fn a_tap_that_is_removed_does_not_keep_the_daemon_busy() {
     in_namespace(|| {
         // Arrange
-        make_tap("");
-        let daemon = Daemon::start(&["--tap=tap0"]);
+        let daemon = start_on_tap("", &[]);
         let mut guest = Guest::connect(daemon.socket(), 1, &[]);
         guest.post(0, 8);
         // Act
@@ -345,8 +348,7 @@ fn a_tap_that_is_removed_does_not_keep_the_daemon_busy() {
 #[test]
 fn a_second_guest_is_served_after_the_first() {
     in_namespace(|| {
-        make_tap("");
-        let daemon = Daemon::start(&["--tap=tap0", MAC]);
+        let daemon = start_on_tap("", &[MAC]);
         let host = PacketSocket::new("tap0", EXPERIMENT);
         let mut first = Guest::connect(daemon.socket(), 1, &[]);
         first.post(0, 8);

@@ -21,6 +21,7 @@ use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use tracing::debug;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
@@ -118,6 +119,7 @@ type Handled = Result<Answer, Refusal>;
 #[derive(Clone, Debug)]
 pub struct SessionHandle {
     config_changed: Arc<EventFd>,
+    has_channel: Arc<AtomicBool>,
 }
 
 impl SessionHandle {
@@ -126,6 +128,11 @@ impl SessionHandle {
     pub fn config_changed(&self) {
         // A full counter is readable, which is all that is needed.
         let _ = self.config_changed.write(1);
+    }
+
+    /// Whether the frontend gave a backend channel, and so can hear of a change.
+    pub fn has_channel(&self) -> bool {
+        self.has_channel.load(Ordering::Relaxed)
     }
 }
 
@@ -140,6 +147,7 @@ pub struct Session<D: Device> {
     vrings: Vec<Vring>,
     backend_channel: Option<OwnedFd>,
     config_changed: Arc<EventFd>,
+    has_channel: Arc<AtomicBool>,
 }
 
 impl<D: Device> Session<D> {
@@ -147,8 +155,10 @@ impl<D: Device> Session<D> {
     pub fn new(device: Arc<D>, metrics: Metrics, stream: UnixStream) -> io::Result<Session<D>> {
         let connection = Connection::new(stream)?;
         let config_changed = Arc::new(EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK)?);
+        let has_channel = Arc::new(AtomicBool::new(false));
         device.session_started(SessionHandle {
             config_changed: Arc::clone(&config_changed),
+            has_channel: Arc::clone(&has_channel),
         });
         let vrings = (0..device.num_queues()).map(Vring::new).collect();
         Ok(Session {
@@ -161,6 +171,7 @@ impl<D: Device> Session<D> {
             vrings,
             backend_channel: None,
             config_changed,
+            has_channel,
         })
     }
 
@@ -191,8 +202,13 @@ impl<D: Device> Session<D> {
         let bytes = message::backend_request(BackendReq::CONFIG_CHANGE_MSG);
         if let Err(error) = send_with_fds(channel.as_fd(), &bytes, &[]) {
             debug!(%error, "cannot tell the frontend that the configuration changed");
-            self.backend_channel = None;
+            self.set_backend_channel(None);
         }
+    }
+
+    fn set_backend_channel(&mut self, channel: Option<OwnedFd>) {
+        self.has_channel.store(channel.is_some(), Ordering::Relaxed);
+        self.backend_channel = channel;
     }
 
     fn handle(&mut self, message: Message) -> Result<(), SessionError> {
@@ -268,7 +284,7 @@ impl<D: Device> Session<D> {
                 Ok(Answer::Done)
             }
             R::SetBackendReqFd => {
-                self.backend_channel = fds.into_iter().next();
+                self.set_backend_channel(fds.into_iter().next());
                 Ok(Answer::Done)
             }
             R::SendRarp(mac) => {
