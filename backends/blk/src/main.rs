@@ -1,2 +1,47 @@
-//! Entry point.
-fn main() {}
+//! Entry point of `berth-blk`: arguments, image, run.
+
+use std::process::ExitCode;
+
+use berth_blk::BlkDevice;
+use berth_blk::args::Args;
+use berth_blk::image::{Disk, OpenOptions};
+use berth_queue_worker::{fail, init_logging, run};
+use clap::Parser;
+
+fn main() -> ExitCode {
+    let args = Args::parse();
+    if args.print_capabilities {
+        let features = ["read-only", "blk-file"];
+        println!(
+            "{}",
+            serde_json::json!({"type": "block", "features": features})
+        );
+        return ExitCode::SUCCESS;
+    }
+    init_logging();
+    match serve(&args) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => fail("berth-blk", error.as_ref()),
+    }
+}
+
+fn serve(args: &Args) -> Result<(), Box<dyn std::error::Error>> {
+    let options = OpenOptions {
+        // clap requires it unless --print-capabilities is there, which does not come here.
+        path: args.blk_file.clone().unwrap_or_default(),
+        read_only: args.read_only,
+        cache: args.cache,
+    };
+    let disk = Disk::open(&options)?;
+    tracing::info!(
+        image = %options.path.display(),
+        sectors = disk.capacity_sectors(),
+        read_only = args.read_only,
+        cache = ?args.cache,
+        "disk opened"
+    );
+    let serial = args.serial_bytes();
+    let device = BlkDevice::new(disk, serial, args.num_queues, args.queue_size);
+    run(&args.daemon, device)?;
+    Ok(())
+}

@@ -238,6 +238,9 @@ pub enum QueueError {
     /// The driver wrote nonsense into the ring.
     #[error("the driver broke the ring")]
     Ring(#[from] RingError),
+    /// A request that cannot even be answered with an error: no room for a status, no header.
+    #[error("the driver sent a malformed request: {0}")]
+    Request(&'static str),
     /// The device's own resource failed (tap gone, io_uring refused).
     #[error("{what} failed")]
     Device {

@@ -138,6 +138,9 @@ impl Drop for IoRing {
         while self.in_flight() > 0 && self.wait().is_ok() {
             self.take_completions(|_, _| {});
         }
+        // The kernel tears a closed ring down later, on a thread of its own. Registered files, and
+        // the locks on them, must not outlast this value. No file registered is fine.
+        let _ = self.ring.submitter().unregister_files();
     }
 }
 

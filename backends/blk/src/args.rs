@@ -1,0 +1,91 @@
+//! The command line as typed. Follows QEMU's conventions for vhost-user backend programs
+//! (docs/interop/vhost-user.rst, "Backend program conventions").
+#![forbid(unsafe_code)]
+
+use std::path::PathBuf;
+
+use berth_queue_worker::DaemonArgs;
+
+use crate::device::{MAX_QUEUE_SIZE, MAX_QUEUES, SERIAL_LEN};
+use crate::image::Cache;
+
+const EXAMPLES: &str = "\
+Examples:
+  Serve an image on a socket, for one frontend after the other:
+    berth-blk --socket-path=/run/disk0.sock --blk-file=disk.img --num-queues=2
+
+  The same, read-only and past the host's page cache:
+    berth-blk --socket-path=/run/disk0.sock --blk-file=/dev/vg0/root --read-only --cache=none
+
+  Its guest, under QEMU:
+    qemu-system-x86_64 -object memory-backend-memfd,id=m,size=1G,share=on -numa node,memdev=m \\
+      -chardev socket,id=c,path=/run/disk0.sock -device vhost-user-blk-pci,chardev=c …
+
+RUST_LOG sets the log level (error, warn, info, debug, trace). SIGTERM shuts down cleanly.";
+
+/// A disk for virtual machines, as a vhost-user device process.
+#[derive(Clone, Debug, clap::Parser)]
+#[command(name = "berth-blk", version, about, after_help = EXAMPLES)]
+pub struct Args {
+    /// Where to serve.
+    #[command(flatten)]
+    pub daemon: DaemonArgs,
+
+    /// The disk image: a raw file or a block device
+    #[arg(
+        long,
+        value_name = "PATH",
+        required_unless_present = "print_capabilities"
+    )]
+    pub blk_file: Option<PathBuf>,
+
+    /// Refuse writes, and lock the image for reading only
+    #[arg(long)]
+    pub read_only: bool,
+
+    /// How the host caches the image
+    #[arg(long, value_enum, default_value = "writeback")]
+    pub cache: Cache,
+
+    /// Number of virtqueues
+    #[arg(long, value_name = "N", default_value_t = 1,
+          value_parser = clap::value_parser!(u16).range(1..=i64::from(MAX_QUEUES)))]
+    pub num_queues: u16,
+
+    /// Largest ring a frontend may set up, a power of two
+    #[arg(long, value_name = "N", default_value_t = MAX_QUEUE_SIZE, value_parser = queue_size)]
+    pub queue_size: u16,
+
+    /// What the guest sees as the disk's serial, up to 20 bytes
+    #[arg(long, value_name = "ID", default_value = "", value_parser = serial)]
+    pub serial_id: String,
+
+    /// Print what this program can do, as JSON for management software, and exit
+    #[arg(long)]
+    pub print_capabilities: bool,
+}
+
+fn queue_size(text: &str) -> Result<u16, String> {
+    match text.parse::<u16>() {
+        Ok(size) if size.is_power_of_two() && (2..=MAX_QUEUE_SIZE).contains(&size) => Ok(size),
+        _ => Err(format!(
+            "expected a power of two from 2 to {MAX_QUEUE_SIZE}"
+        )),
+    }
+}
+
+fn serial(text: &str) -> Result<String, String> {
+    if text.len() > SERIAL_LEN {
+        return Err(format!("longer than {SERIAL_LEN} bytes"));
+    }
+    Ok(text.to_owned())
+}
+
+impl Args {
+    /// The serial as the device answers it, padded with zeros.
+    pub fn serial_bytes(&self) -> [u8; SERIAL_LEN] {
+        let mut serial = [0; SERIAL_LEN];
+        serial[..self.serial_id.len()].copy_from_slice(self.serial_id.as_bytes());
+        serial
+    }
+}

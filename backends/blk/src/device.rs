@@ -1,0 +1,183 @@
+//! The disk as a virtio device: features and configuration space. Spec: virtio 1.3, 5.2.3, 5.2.4.
+//!
+//! Configuration is answered on the control thread; the only thing the driver can change, the
+//! write cache setting, reaches the queue threads through an atomic in [`Shared`].
+#![forbid(unsafe_code)]
+
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use berth_queue_worker::{Device, QueueStart};
+use virtio_bindings::virtio_blk::{
+    VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_CONFIG_WCE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH,
+    VIRTIO_BLK_F_MQ, VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_SIZE_MAX,
+    VIRTIO_BLK_F_TOPOLOGY, VIRTIO_BLK_F_WRITE_ZEROES, VIRTIO_BLK_ID_BYTES,
+};
+
+use crate::image::Disk;
+use crate::request::{MAX_RANGE_SECTORS, MAX_RANGES, SECTOR_SIZE};
+use crate::worker::BlkWorker;
+
+/// Most queues a disk may have.
+pub const MAX_QUEUES: u16 = 16;
+/// Largest ring.
+pub const MAX_QUEUE_SIZE: u16 = 1024;
+/// Bytes of a serial (virtio 1.3, 5.2.6.1).
+pub const SERIAL_LEN: usize = VIRTIO_BLK_ID_BYTES as usize;
+/// Most bytes of one segment.
+const SIZE_MAX: u32 = 4 << 20;
+/// Most segments of one request, below what the smallest common ring holds beside header and
+/// status.
+const SEG_MAX: u32 = 126;
+/// Where `writeback` lies in the configuration space.
+const WCE_OFFSET: u32 = 32;
+/// Bytes of the configuration space up to and including the write-zeroes fields.
+const CONFIG_SIZE: usize = 60;
+
+/// What the queues have in common.
+#[derive(Debug)]
+pub struct Shared {
+    disk: Disk,
+    serial: [u8; SERIAL_LEN],
+    /// The driver's choice, if it negotiated CONFIG_WCE: true for write-back. One writer, the
+    /// control thread; a request that is taken at the same moment may see either value.
+    write_cache: AtomicBool,
+}
+
+impl Shared {
+    /// The image.
+    pub fn disk(&self) -> &Disk {
+        &self.disk
+    }
+
+    /// The serial, padded with zeros.
+    pub fn serial(&self) -> &[u8; SERIAL_LEN] {
+        &self.serial
+    }
+
+    /// Whether a write may complete before it is durable.
+    pub fn write_cache_enabled(&self) -> bool {
+        self.write_cache.load(Ordering::Relaxed)
+    }
+}
+
+/// A virtio block device on one image.
+#[derive(Debug)]
+pub struct BlkDevice {
+    shared: Arc<Shared>,
+    num_queues: u16,
+    queue_size: u16,
+}
+
+impl BlkDevice {
+    /// A device with `num_queues` queues of at most `queue_size` entries.
+    pub fn new(disk: Disk, serial: [u8; SERIAL_LEN], num_queues: u16, queue_size: u16) -> Self {
+        BlkDevice {
+            shared: Arc::new(Shared {
+                disk,
+                serial,
+                write_cache: AtomicBool::new(true),
+            }),
+            num_queues,
+            queue_size,
+        }
+    }
+
+    fn set_write_cache(&self, on: bool) {
+        self.shared.write_cache.store(on, Ordering::Relaxed);
+    }
+}
+
+impl Device for BlkDevice {
+    const NAME: &'static str = "blk";
+    type Worker = BlkWorker;
+
+    fn features(&self) -> u64 {
+        let mut bits = 1 << VIRTIO_BLK_F_SEG_MAX
+            | 1 << VIRTIO_BLK_F_SIZE_MAX
+            | 1 << VIRTIO_BLK_F_BLK_SIZE
+            | 1 << VIRTIO_BLK_F_TOPOLOGY
+            | 1 << VIRTIO_BLK_F_FLUSH
+            | 1 << VIRTIO_BLK_F_CONFIG_WCE
+            | 1 << VIRTIO_BLK_F_MQ;
+        bits |= if self.shared.disk.read_only() {
+            1 << VIRTIO_BLK_F_RO
+        } else {
+            1 << VIRTIO_BLK_F_DISCARD | 1 << VIRTIO_BLK_F_WRITE_ZEROES
+        };
+        bits
+    }
+
+    fn num_queues(&self) -> u16 {
+        self.num_queues
+    }
+
+    fn max_queue_size(&self) -> u16 {
+        self.queue_size
+    }
+
+    fn config(&self) -> Vec<u8> {
+        let disk = &self.shared.disk;
+        let block = disk.block_size();
+        let physical = disk.physical_block_size();
+        let exponent = (physical / block).max(1).ilog2() as u8;
+        let discard_alignment = (physical / SECTOR_SIZE as u32).max(1);
+        let mut config = Config::default();
+        config.put(0, &disk.capacity_sectors().to_le_bytes());
+        config.put(8, &SIZE_MAX.to_le_bytes());
+        let seg_max = SEG_MAX.min(u32::from(self.queue_size.saturating_sub(2)).max(1));
+        config.put(12, &seg_max.to_le_bytes());
+        config.put(20, &block.to_le_bytes());
+        // Topology: physical block exponent, alignment offset, minimal and optimal I/O size.
+        config.put(24, &[exponent, 0]);
+        config.put(26, &1u16.to_le_bytes());
+        config.put(28, &0u32.to_le_bytes());
+        config.put(32, &[u8::from(self.shared.write_cache_enabled())]);
+        config.put(34, &self.num_queues.to_le_bytes());
+        config.put(36, &MAX_RANGE_SECTORS.to_le_bytes());
+        config.put(40, &(MAX_RANGES as u32).to_le_bytes());
+        config.put(44, &discard_alignment.to_le_bytes());
+        config.put(48, &MAX_RANGE_SECTORS.to_le_bytes());
+        config.put(52, &(MAX_RANGES as u32).to_le_bytes());
+        config.put(56, &[1]);
+        config.0.to_vec()
+    }
+
+    fn write_config(&self, offset: u32, data: &[u8]) -> io::Result<()> {
+        match (offset, data) {
+            (WCE_OFFSET, [value @ (0 | 1)]) => {
+                self.set_write_cache(*value == 1);
+                Ok(())
+            }
+            _ => Err(io::ErrorKind::InvalidInput.into()),
+        }
+    }
+
+    fn new_worker(&self, start: &QueueStart) -> io::Result<BlkWorker> {
+        Ok(BlkWorker::new(Arc::clone(&self.shared), start))
+    }
+
+    fn session_ended(&self) {
+        self.set_write_cache(true);
+    }
+
+    fn reset(&self) {
+        self.set_write_cache(true);
+    }
+}
+
+/// The bytes of `struct virtio_blk_config`, little-endian.
+struct Config([u8; CONFIG_SIZE]);
+
+impl Default for Config {
+    fn default() -> Config {
+        Config([0; CONFIG_SIZE])
+    }
+}
+
+impl Config {
+    fn put(&mut self, offset: usize, bytes: &[u8]) {
+        self.0[offset..offset + bytes.len()].copy_from_slice(bytes);
+    }
+}

@@ -1,0 +1,96 @@
+//! What does the I/O of one queue: io_uring, or plain system calls where there is no io_uring.
+//!
+//! ```text
+//!   worker: start × n ─▶ submit ─▶ … completion source readable … ─▶ take_completions
+//! ```
+//!
+//! Two implementations: [`uring`] is the engine; [`sync`] takes over, with one warning, on a
+//! kernel or in a container without io_uring. Threads: made and used on the queue's worker thread.
+#![expect(
+    unsafe_code,
+    reason = "the trait's method that takes buffers by address is unsafe"
+)]
+
+pub mod sync;
+pub mod uring;
+
+use std::io;
+use std::os::fd::RawFd;
+use std::sync::Once;
+
+use tracing::warn;
+
+use crate::image::Disk;
+
+/// One operation on the disk's file.
+#[derive(Clone, Copy, Debug)]
+pub enum Io<'a> {
+    /// Scatter from byte `offset` into `iovecs`.
+    Read {
+        /// First byte of the file.
+        offset: u64,
+        /// Where to.
+        iovecs: &'a [libc::iovec],
+    },
+    /// Gather `iovecs` to byte `offset`; `durable`: on stable storage when complete.
+    Write {
+        /// First byte of the file.
+        offset: u64,
+        /// Where from.
+        iovecs: &'a [libc::iovec],
+        /// RWF_DSYNC.
+        durable: bool,
+    },
+    /// fdatasync.
+    Sync,
+    /// fallocate with `mode`.
+    Allocate {
+        /// FALLOC_FL_*.
+        mode: i32,
+        /// First byte of the file.
+        offset: u64,
+        /// Length in bytes.
+        len: u64,
+    },
+}
+
+/// I/O on one file, some of it in flight.
+pub trait DiskEngine {
+    /// Begins an operation; its completion carries `tag`. False where the engine is full: take
+    /// completions and try again. Does not block (the fallback engine does).
+    ///
+    /// # Safety
+    ///
+    /// The iovecs and the memory they name stay valid and where they are until the completion has
+    /// been taken or the engine has been dropped.
+    unsafe fn start(&mut self, tag: u64, io: &Io) -> bool;
+
+    /// Hands everything started to the kernel: one system call for a batch.
+    fn submit(&mut self) -> io::Result<()>;
+
+    /// Calls `each` with the tag and the result (bytes, or -errno) of what has completed.
+    fn take_completions(&mut self, each: &mut dyn FnMut(u64, i32));
+
+    /// Blocks until a completion can be taken; at once where nothing is in flight.
+    fn wait(&mut self) -> io::Result<()>;
+
+    /// Readable when a completion can be taken; none where `submit` completes everything.
+    fn completion_fd(&self) -> Option<RawFd>;
+
+    /// The completion fd was found readable: make it unreadable.
+    fn clear_event(&self) {}
+}
+
+/// The engine for one queue, with room for `depth` operations.
+pub fn open(disk: &Disk, depth: u16) -> Box<dyn DiskEngine> {
+    static WARNED: Once = Once::new();
+    match uring::UringEngine::new(disk, depth) {
+        Ok(engine) => Box::new(engine),
+        Err(error) => {
+            WARNED.call_once(|| {
+                warn!(%error, "no io_uring here, falling back to pread and pwrite");
+            });
+            Box::new(sync::SyncEngine::new(disk))
+        }
+    }
+}

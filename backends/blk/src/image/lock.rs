@@ -1,0 +1,192 @@
+//! Locks on an image, on the byte ranges that QEMU uses, so that QEMU, qemu-img and we see each
+//! other.
+//!
+//! ```text
+//!   byte 100 + P   held (shared) by whoever uses permission P
+//!   byte 200 + P   held (shared) by whoever lets nobody else use permission P
+//! ```
+//!
+//! First our own bytes are taken, then the others' are looked at: a conflict is somebody at
+//! 200 + P for a P we use, or at 100 + P for a P we do not share. Two that come at once may both
+//! give up, never both go on. The locks belong to the open file (OFD) and go when it, and all
+//! I/O on it, has ended. Facts: QEMU block/file-posix.c, RAW_LOCK_PERM_BASE, RAW_LOCK_SHARED_BASE.
+#![expect(unsafe_code, reason = "fcntl with F_OFD_SETLK and F_OFD_GETLK")]
+
+use std::fs::File;
+use std::io;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::MetadataExt;
+use std::time::{Duration, Instant};
+
+use tracing::info;
+
+const PERM_BASE: i64 = 100;
+const SHARED_BASE: i64 = 200;
+
+/// QEMU's permission bits, by number.
+const CONSISTENT_READ: i64 = 0;
+const WRITE: i64 = 1;
+const RESIZE: i64 = 3;
+
+/// Why an image could not be locked.
+#[derive(Debug, thiserror::Error)]
+pub enum LockError {
+    /// Somebody else uses the image in a way that excludes us.
+    #[error("the image is in use by {holder}")]
+    InUse {
+        /// The process that holds the lock, where /proc shows it.
+        holder: String,
+    },
+    /// fcntl failed.
+    #[error("cannot lock the image")]
+    System(#[from] io::Error),
+}
+
+/// How long a lock without a visible holder is waited for, and how often it is looked at.
+const PATIENCE: Duration = Duration::from_secs(30);
+const RETRY: Duration = Duration::from_millis(5);
+
+/// Takes the locks for reading, or for reading and writing. They last as long as `file`.
+///
+/// A lock that no process in /proc holds is most likely that of a killed predecessor whose last
+/// I/O is still under way in the kernel: it is waited for, since that I/O must not land after
+/// ours. A holder that is visible is an error at once.
+pub fn lock(file: &File, read_only: bool) -> Result<(), LockError> {
+    let start = Instant::now();
+    let mut told = false;
+    loop {
+        let Some(byte) = try_lock(file, read_only)? else {
+            return Ok(());
+        };
+        let holder = find_holder(file, byte);
+        if let Some(holder) = holder {
+            return Err(LockError::InUse { holder });
+        }
+        if start.elapsed() > PATIENCE {
+            let holder = "a process that /proc does not show".to_owned();
+            return Err(LockError::InUse { holder });
+        }
+        if !told && start.elapsed() > Duration::from_secs(1) {
+            told = true;
+            info!("the image is still locked by I/O of a process that has gone, waiting for it");
+        }
+        // Nothing announces the release of a shared OFD lock.
+        std::thread::sleep(RETRY);
+    }
+}
+
+/// Takes our bytes and looks at the others'; the byte of a conflict, if there is one.
+fn try_lock(file: &File, read_only: bool) -> Result<Option<i64>, LockError> {
+    let uses: &[i64] = if read_only {
+        &[CONSISTENT_READ]
+    } else {
+        &[CONSISTENT_READ, WRITE]
+    };
+    let refuses = [WRITE, RESIZE];
+    for perm in uses {
+        take(file, PERM_BASE + perm)?;
+    }
+    for perm in refuses {
+        take(file, SHARED_BASE + perm)?;
+    }
+    let conflicts = uses
+        .iter()
+        .map(|perm| SHARED_BASE + perm)
+        .chain(refuses.iter().map(|perm| PERM_BASE + perm));
+    for byte in conflicts {
+        if is_held_by_another(file, byte)? {
+            return Ok(Some(byte));
+        }
+    }
+    Ok(None)
+}
+
+fn flock(kind: i32, byte: i64) -> libc::flock {
+    libc::flock {
+        l_type: kind as libc::c_short,
+        l_whence: libc::SEEK_SET as libc::c_short,
+        l_start: byte,
+        l_len: 1,
+        l_pid: 0,
+    }
+}
+
+/// A shared lock on one byte. Fails only where somebody holds it exclusively, as QEMU never does.
+fn take(file: &File, byte: i64) -> io::Result<()> {
+    let lock = flock(libc::F_RDLCK, byte);
+    // SAFETY: lock is a valid flock, read by the call.
+    match unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_SETLK, &lock) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+fn is_held_by_another(file: &File, byte: i64) -> io::Result<bool> {
+    let mut lock = flock(libc::F_WRLCK, byte);
+    // SAFETY: lock is a valid flock, overwritten by the call.
+    match unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_GETLK, &mut lock) } {
+        0 => Ok(i32::from(lock.l_type) != libc::F_UNLCK),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+/// Who holds `byte`: F_OFD_GETLK and /proc/locks do not tell, the fdinfo of the holder's fd does.
+fn find_holder(file: &File, byte: i64) -> Option<String> {
+    let inode = file.metadata().ok()?.ino();
+    for process in std::fs::read_dir("/proc").ok()?.flatten() {
+        let Ok(pid) = process.file_name().to_string_lossy().parse::<u32>() else {
+            continue;
+        };
+        let Ok(infos) = std::fs::read_dir(process.path().join("fdinfo")) else {
+            continue;
+        };
+        for info in infos.flatten() {
+            let text = std::fs::read_to_string(info.path()).unwrap_or_default();
+            let ours = pid == std::process::id() && is_fd(&info, file);
+            if !ours && text.lines().any(|line| is_lock(line, inode, byte)) {
+                let name = std::fs::read_to_string(process.path().join("comm"));
+                let name = name.unwrap_or_default();
+                return Some(format!("process {pid} ({})", name.trim_end()));
+            }
+        }
+    }
+    None
+}
+
+fn is_fd(info: &std::fs::DirEntry, file: &File) -> bool {
+    info.file_name().to_string_lossy().parse() == Ok(file.as_raw_fd())
+}
+
+/// Whether a line of fdinfo is an OFD lock on `byte` of `inode`, as in
+/// `lock: 1: OFDLCK ADVISORY READ -1 fe:00:1234 101 101`.
+fn is_lock(line: &str, inode: u64, byte: i64) -> bool {
+    let Some(rest) = line.strip_prefix("lock:") else {
+        return false;
+    };
+    let fields: Vec<&str> = rest.split_whitespace().collect();
+    let [_, "OFDLCK", _, _, _, place, first, last] = fields[..] else {
+        return false;
+    };
+    let same_inode = place.rsplit(':').next().and_then(|i| i.parse().ok()) == Some(inode);
+    let first_ok = first.parse::<i64>().is_ok_and(|first| first <= byte);
+    let last_ok = last == "EOF" || last.parse::<i64>().is_ok_and(|last| last >= byte);
+    same_inode && first_ok && last_ok
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn fdinfo_line_of_the_byte_and_inode_is_found() {
+        let line = "lock:\t1: OFDLCK ADVISORY  READ -1 fe:00:1234 100 101";
+        assert!(is_lock(line, 1234, 101));
+        assert!(!is_lock(line, 1234, 102));
+        assert!(!is_lock(line, 1235, 101));
+        assert!(!is_lock(
+            "lock:\t1: POSIX ADVISORY READ 7 fe:00:1234 0 EOF",
+            1234,
+            101
+        ));
+    }
+}

@@ -1,0 +1,291 @@
+//! A raw image: a regular file or a block device, opened, checked and locked.
+//!
+//! Opening answers everything that does not change later: size, alignment for direct I/O, block
+//! sizes for the guest. Invariants: once open, the image is locked against other writers for as
+//! long as the [`Disk`] lives.
+#![expect(unsafe_code, reason = "block device ioctls and statx")]
+
+use std::fs::File;
+use std::io;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+use super::lock::{self, LockError};
+use crate::request::SECTOR_SIZE;
+
+/// Why an image cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum ImageError {
+    /// It cannot be opened or looked at.
+    #[error("cannot open image {path}")]
+    Open {
+        /// The image.
+        path: PathBuf,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// A directory, a FIFO, a character device, …
+    #[error("image {path} is {what}, expected a regular file or a block device")]
+    WrongKind {
+        /// The image.
+        path: PathBuf,
+        /// What it is.
+        what: &'static str,
+    },
+    /// The size is no whole number of sectors.
+    #[error("image {path} has {size_bytes} bytes, which is not a multiple of 512")]
+    BadSize {
+        /// The image.
+        path: PathBuf,
+        /// Its size.
+        size_bytes: u64,
+    },
+    /// No bytes at all.
+    #[error("image {path} is empty")]
+    Empty {
+        /// The image.
+        path: PathBuf,
+    },
+    /// O_DIRECT refused.
+    #[error("image {path} is on a file system without direct I/O: use --cache=writeback")]
+    NoDirect {
+        /// The image.
+        path: PathBuf,
+    },
+    /// Somebody else uses it.
+    #[error("cannot use image {path}")]
+    Lock {
+        /// The image.
+        path: PathBuf,
+        /// Why not.
+        source: LockError,
+    },
+}
+
+/// Whether the host's page cache is used.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum Cache {
+    /// Direct I/O (O_DIRECT)
+    None,
+    /// Through the page cache; a guest's flush makes it durable
+    Writeback,
+}
+
+/// How to open an image.
+#[derive(Clone, Debug)]
+pub struct OpenOptions {
+    /// The image.
+    pub path: PathBuf,
+    /// Refuse writes.
+    pub read_only: bool,
+    /// Use of the page cache.
+    pub cache: Cache,
+}
+
+/// What direct I/O on the image asks of buffers and offsets, in bytes; powers of two.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Direct {
+    /// Alignment of memory addresses.
+    pub mem_align: u64,
+    /// Alignment of file offsets and lengths.
+    pub offset_align: u64,
+}
+
+/// An open image.
+#[derive(Debug)]
+pub struct Disk {
+    file: File,
+    size_bytes: u64,
+    read_only: bool,
+    block_device: bool,
+    direct: Option<Direct>,
+    block_size: u32,
+    physical_block_size: u32,
+}
+
+impl Disk {
+    /// Opens, checks and locks an image.
+    pub fn open(options: &OpenOptions) -> Result<Disk, ImageError> {
+        let path = &options.path;
+        let open_error = |source| ImageError::Open {
+            path: path.clone(),
+            source,
+        };
+        // Before the open: opening a FIFO or a tape would block or act.
+        let kind = std::fs::metadata(path).map_err(open_error)?.file_type();
+        if !kind.is_file() && !kind.is_block_device() {
+            let what = kind_name(kind);
+            return Err(ImageError::WrongKind {
+                path: path.clone(),
+                what,
+            });
+        }
+        let file = open_file(options)?;
+        let block_device = kind.is_block_device();
+        let size_bytes = size_of_image(&file, block_device).map_err(open_error)?;
+        check_size(path, size_bytes)?;
+        lock::lock(&file, options.read_only).map_err(|source| ImageError::Lock {
+            path: path.clone(),
+            source,
+        })?;
+        let mut disk = Disk {
+            file,
+            size_bytes,
+            read_only: options.read_only,
+            block_device,
+            direct: None,
+            block_size: SECTOR_SIZE as u32,
+            physical_block_size: 4096,
+        };
+        disk.find_block_sizes(options.cache).map_err(open_error)?;
+        Ok(disk)
+    }
+
+    fn find_block_sizes(&mut self, cache: Cache) -> io::Result<()> {
+        if self.block_device {
+            self.block_size = ioctl_u32(&self.file, libc::BLKSSZGET)?;
+            self.physical_block_size = ioctl_u32(&self.file, libc::BLKPBSZGET)?;
+        }
+        if cache == Cache::None {
+            let direct = direct_limits(&self.file)?.unwrap_or(Direct {
+                // An old kernel does not say; these suit every disk of 4 KiB blocks or less.
+                mem_align: 4096,
+                offset_align: u64::from(self.block_size.max(512)),
+            });
+            // The guest must use whole blocks of direct I/O.
+            self.block_size = self.block_size.max(direct.offset_align as u32);
+            self.direct = Some(direct);
+        }
+        self.physical_block_size = self.physical_block_size.max(self.block_size);
+        Ok(())
+    }
+
+    /// The open file.
+    pub fn file(&self) -> &File {
+        &self.file
+    }
+
+    /// Size in sectors of 512 bytes.
+    pub fn capacity_sectors(&self) -> u64 {
+        self.size_bytes / SECTOR_SIZE
+    }
+
+    /// Whether writes are refused.
+    pub fn read_only(&self) -> bool {
+        self.read_only
+    }
+
+    /// Whether it is a block device.
+    pub fn is_block_device(&self) -> bool {
+        self.block_device
+    }
+
+    /// Alignment, where I/O bypasses the page cache.
+    pub fn direct(&self) -> Option<Direct> {
+        self.direct
+    }
+
+    /// Smallest unit of I/O that the guest should use, in bytes.
+    pub fn block_size(&self) -> u32 {
+        self.block_size
+    }
+
+    /// Unit that the medium writes at once, in bytes.
+    pub fn physical_block_size(&self) -> u32 {
+        self.physical_block_size
+    }
+
+    /// Discards a range of a block device whose driver knows no zeroing discard. Blocks.
+    pub fn discard_blocks(&self, offset: u64, len: u64) -> io::Result<()> {
+        const BLKDISCARD: libc::c_ulong = 0x1277;
+        let range = [offset, len];
+        // SAFETY: BLKDISCARD reads two u64, which `range` is.
+        match unsafe { libc::ioctl(self.file.as_raw_fd(), BLKDISCARD, range.as_ptr()) } {
+            0 => Ok(()),
+            _ => Err(io::Error::last_os_error()),
+        }
+    }
+}
+
+fn kind_name(kind: std::fs::FileType) -> &'static str {
+    if kind.is_dir() {
+        "a directory"
+    } else if kind.is_fifo() {
+        "a FIFO"
+    } else if kind.is_socket() {
+        "a socket"
+    } else {
+        "a character device"
+    }
+}
+
+fn open_file(options: &OpenOptions) -> Result<File, ImageError> {
+    let direct = options.cache == Cache::None;
+    let opened = std::fs::OpenOptions::new()
+        .read(true)
+        .write(!options.read_only)
+        .custom_flags(if direct { libc::O_DIRECT } else { 0 })
+        .open(&options.path);
+    opened.map_err(|source| {
+        let path = options.path.clone();
+        if direct && source.raw_os_error() == Some(libc::EINVAL) {
+            ImageError::NoDirect { path }
+        } else {
+            ImageError::Open { path, source }
+        }
+    })
+}
+
+fn check_size(path: &Path, size_bytes: u64) -> Result<(), ImageError> {
+    let path = path.to_owned();
+    if size_bytes == 0 {
+        return Err(ImageError::Empty { path });
+    }
+    if !size_bytes.is_multiple_of(SECTOR_SIZE) {
+        return Err(ImageError::BadSize { path, size_bytes });
+    }
+    Ok(())
+}
+
+fn size_of_image(file: &File, block_device: bool) -> io::Result<u64> {
+    if !block_device {
+        return Ok(file.metadata()?.len());
+    }
+    const BLKGETSIZE64: libc::c_ulong = 0x8008_1272;
+    let mut size = 0u64;
+    // SAFETY: BLKGETSIZE64 writes one u64.
+    match unsafe { libc::ioctl(file.as_raw_fd(), BLKGETSIZE64, &mut size) } {
+        0 => Ok(size),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+fn ioctl_u32(file: &File, request: libc::Ioctl) -> io::Result<u32> {
+    let mut value: libc::c_int = 0;
+    // SAFETY: BLKSSZGET and BLKPBSZGET write one int.
+    match unsafe { libc::ioctl(file.as_raw_fd(), request, &mut value) } {
+        0 => Ok(u32::try_from(value).unwrap_or(512)),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+/// What the kernel says about direct I/O on the file (statx, since 6.1); none where it does not.
+fn direct_limits(file: &File) -> io::Result<Option<Direct>> {
+    // SAFETY: statx is plain data, filled by the call; the path is an empty C string.
+    let stat = unsafe {
+        let mut stat: libc::statx = std::mem::zeroed();
+        let fd = file.as_raw_fd();
+        let flags = libc::AT_EMPTY_PATH;
+        let mask = libc::STATX_DIOALIGN;
+        if libc::statx(fd, c"".as_ptr(), flags, mask, &mut stat) != 0 {
+            return Err(io::Error::last_os_error());
+        }
+        stat
+    };
+    let known = stat.stx_mask & libc::STATX_DIOALIGN != 0 && stat.stx_dio_offset_align != 0;
+    Ok(known.then(|| Direct {
+        mem_align: u64::from(stat.stx_dio_mem_align).max(1),
+        offset_align: u64::from(stat.stx_dio_offset_align).max(SECTOR_SIZE),
+    }))
+}
