@@ -1,1 +1,216 @@
-//! vhost-user frontend: devices that live in another process.
+//! The vhost-user frontend: virtio devices that other processes serve.
+//!
+//! ```text
+//!  transport ─▶ Device ──wish──▶ Shared ◀──▶ vu-<id> thread: Session ─▶ Connection ─▶ Peer ─▶ backend
+//!                                   ▲             dial, deadline            vring        (vhost::Frontend)
+//!  VM's driver ─▶ Frontends ────────┘             kind: what the guest is offered of what is there
+//!
+//!  frontend                                             backend
+//!    SET_OWNER, GET_FEATURES, GET/SET_PROTOCOL_FEATURES ─▶
+//!    GET_QUEUE_NUM, SET_BACKEND_REQ_FD, GET_CONFIG ──────▶        live: the guest may find the device
+//!    SET_FEATURES, SET_MEM_TABLE, SET_VRING_* ───────────▶        DRIVER_OK
+//!    ◀─ CONFIG_CHANGE_MSG     GET_CONFIG ────────────────▶        config interrupt
+//!    SET_VRING_ENABLE 0, GET_VRING_BASE ─────────────────▶        device reset
+//! ```
+//!
+//! The data path is none of this: the guest's doorbells reach the backend by ioeventfd, its interrupts
+//! the guest by irqfd, and guest memory is mapped there.
+//!
+//! Threads: one for each session, so that a backend that is silent or stopped delays nobody else, and
+//! one for all deadlines. The transport and the VM's driver never wait for a backend, except where
+//! [`Frontends::wait_settled`] and [`Frontends::stop`] say so, and these for a bounded time.
+//!
+//! Reference: vhost-user protocol, QEMU docs/interop/vhost-user.rst; virtio 1.3, 5.1 and 5.2.
+
+mod backend_requests;
+mod connection;
+mod deadline;
+mod device;
+mod dial;
+mod kind;
+mod peer;
+mod session;
+mod shared;
+#[cfg(test)]
+mod tests;
+mod vring;
+mod wait;
+
+use std::io;
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::FileTypeExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::thread;
+use std::time::Duration;
+
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+
+use self::deadline::Deadlines;
+use self::device::Device;
+pub use self::kind::Kind;
+use self::session::Session;
+pub use self::shared::SessionState;
+use self::shared::{Roster, Shared};
+use crate::devices::virtio::device::VirtioDevice;
+
+/// Time after which a backend counts as silent.
+const OPERATION_LIMIT: Duration = Duration::from_secs(5);
+/// Longest name that a thread may have.
+const THREAD_NAME: usize = 15;
+
+/// Why a device could not be set up. A backend that is not there is no error: it is waited for.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The path is longer than a socket's can be.
+    #[error("{path}: a socket's path has at most {} bytes", dial::MAX_PATH)]
+    PathTooLong {
+        /// The path.
+        path: PathBuf,
+    },
+    /// Something else is at the path.
+    #[error("{path} is not a socket")]
+    NotASocket {
+        /// The path.
+        path: PathBuf,
+    },
+    /// The system refused a thread or a descriptor.
+    #[error("cannot start a session for {device}")]
+    Start {
+        /// The device's name.
+        device: String,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+}
+
+/// A session as `vm.info` shows it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SessionInfo {
+    /// The device's name.
+    pub id: String,
+    /// The backend's socket.
+    pub socket: PathBuf,
+    /// Where the session is.
+    pub state: SessionState,
+}
+
+/// All sessions of a VM; the VM's own handle on them.
+pub struct Frontends {
+    deadlines: Arc<Deadlines>,
+    roster: Arc<Roster>,
+    sessions: Vec<Arc<Shared>>,
+    operation_limit: Duration,
+}
+
+impl Frontends {
+    /// No sessions yet.
+    pub fn new() -> io::Result<Self> {
+        Self::with_operation_limit(OPERATION_LIMIT)
+    }
+
+    /// The same, with another time after which a backend counts as silent: a handshake, a start or a
+    /// stop has to be over by then.
+    pub fn with_operation_limit(operation_limit: Duration) -> io::Result<Self> {
+        Ok(Self {
+            operation_limit,
+            deadlines: Arc::new(Deadlines::new()?),
+            roster: Arc::default(),
+            sessions: Vec::new(),
+        })
+    }
+
+    /// Makes a device and starts to dial its backend, in the background.
+    pub fn connect(&mut self, kind: Kind) -> Result<Box<dyn VirtioDevice>, Error> {
+        check_socket(&kind.backend().socket)?;
+        let device = kind.id().to_owned();
+        let shared = self
+            .start(kind)
+            .map_err(|source| Error::Start { device, source })?;
+        self.sessions.push(Arc::clone(&shared));
+        Ok(Box::new(Device::new(shared)))
+    }
+
+    fn start(&self, kind: Kind) -> io::Result<Arc<Shared>> {
+        let wake = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?;
+        let name: String = format!("vu-{}", kind.id())
+            .chars()
+            .take(THREAD_NAME)
+            .collect();
+        let shared = Arc::new(Shared::new(kind, wake, Arc::clone(&self.roster)));
+        let deadlines = Arc::clone(&self.deadlines);
+        let session = Session::new(Arc::clone(&shared), deadlines, self.operation_limit)?;
+        // Counted before the thread can leave.
+        self.roster.change(|counts| {
+            counts.threads += 1;
+            counts.unsettled += 1;
+        });
+        let spawned = thread::Builder::new()
+            .name(name)
+            .spawn(move || session.run());
+        spawned.map(drop).inspect_err(|_| shared.leave())?;
+        Ok(shared)
+    }
+
+    /// Waits until each backend either serves its device or has failed to once; a backend that nobody
+    /// started yet is waited for. Returns whether all are there; call it again, or do something else
+    /// in between.
+    ///
+    /// A device whose backend failed does not keep the guest from booting: its driver is refused until
+    /// there is one that answers.
+    pub fn wait_settled(&self, timeout: Duration) -> bool {
+        self.roster.wait(timeout, |counts| counts.unsettled == 0)
+    }
+
+    /// Where each session is, in the order they were made.
+    pub fn sessions(&self) -> Vec<SessionInfo> {
+        let info = |shared: &Arc<Shared>| SessionInfo {
+            id: shared.id().to_owned(),
+            socket: shared.socket.clone(),
+            state: shared.state().session,
+        };
+        self.sessions.iter().map(info).collect()
+    }
+
+    /// Ends all sessions: rings are taken back from backends that give them back in time, then the
+    /// connections are closed. Returns the names of the devices whose backends did not.
+    pub fn stop(&self, timeout: Duration) -> Vec<String> {
+        for shared in &self.sessions {
+            shared.state().quit = true;
+            shared.wake();
+        }
+        if self.roster.wait(timeout, |counts| counts.threads == 0) {
+            return Vec::new();
+        }
+        let closed = |info: &SessionInfo| info.state != SessionState::Closed;
+        let late = self
+            .sessions()
+            .into_iter()
+            .filter(closed)
+            .map(|info| info.id);
+        let late = late.collect();
+        self.deadlines.expire_all();
+        late
+    }
+}
+
+impl Drop for Frontends {
+    fn drop(&mut self) {
+        self.stop(Duration::ZERO);
+    }
+}
+
+/// Refuses what will never be a socket; one that does not exist yet is fine.
+fn check_socket(path: &Path) -> Result<(), Error> {
+    let path_buf = || path.to_owned();
+    if path.as_os_str().as_bytes().len() > dial::MAX_PATH {
+        return Err(Error::PathTooLong { path: path_buf() });
+    }
+    match path.metadata() {
+        Ok(metadata) if !metadata.file_type().is_socket() => {
+            Err(Error::NotASocket { path: path_buf() })
+        }
+        _ => Ok(()),
+    }
+}

@@ -1,0 +1,230 @@
+//! A backend that is connected: what it runs, and what is asked of it until the connection ends.
+
+use std::convert::Infallible;
+use std::sync::Arc;
+use std::time::Duration;
+
+use super::kind::{Found, Offer};
+use super::peer::{Error, Peer};
+use super::session::{End, REQUESTS, RING_ERROR, SOCKET, Session, WAKE, waiting};
+use super::shared::{Rings, SessionState, Shared};
+use super::vring::Running;
+use super::wait::{Ready, Waiter};
+
+pub(super) struct Connection {
+    pub(super) peer: Peer,
+    pub(super) found: Found,
+    pub(super) offer: Offer,
+    pub(super) waiter: Waiter,
+    pub(super) running: Option<(Arc<Rings>, Running)>,
+}
+
+/// What is to be done, taken from the wish all at once.
+struct Work {
+    quit: bool,
+    wanted: Option<Arc<Rings>>,
+    config_writes: Vec<(usize, Vec<u8>)>,
+    new_calls: Vec<u16>,
+}
+
+impl Connection {
+    /// Serves the device until the connection ends.
+    pub(super) fn serve(&mut self, session: &mut Session) -> Result<Infallible, End> {
+        self.publish(&session.shared);
+        session.live();
+        loop {
+            while self.reconcile(session)? {}
+            for ready in self.waiter.wait(None).map_err(waiting)? {
+                self.handle(&ready, session)?;
+            }
+        }
+    }
+
+    fn handle(&mut self, ready: &Ready, session: &Session) -> Result<(), End> {
+        match ready.token {
+            WAKE => {
+                let _ = session.shared.wake_event().read();
+            }
+            SOCKET if ready.hung_up => return Err(Error::Closed.into()),
+            SOCKET => return Err(Error::Unfit("it spoke without being asked".to_owned()).into()),
+            REQUESTS => self.backend_requests(session)?,
+            token => self.ring_error((token - RING_ERROR) as usize, &session.shared),
+        }
+        Ok(())
+    }
+
+    fn backend_requests(&mut self, session: &Session) -> Result<(), End> {
+        let Some(requests) = &mut self.peer.requests else {
+            return Ok(());
+        };
+        match requests.receive() {
+            Ok(false) => Ok(()),
+            Ok(true) => self.refresh(session),
+            Err(error) => {
+                let device = session.shared.id();
+                tracing::warn!(device, %error, "the backend's request channel is of no more use");
+                if let Some(requests) = self.peer.requests.take() {
+                    self.waiter.forget(&requests);
+                }
+                Ok(())
+            }
+        }
+    }
+
+    /// Reads configuration space again and shows it to the guest.
+    fn refresh(&mut self, session: &Session) -> Result<(), End> {
+        let kind = &session.shared.kind;
+        self.peer.begin(session.limit);
+        self.found.config = self.peer.read_config(kind)?;
+        self.offer = kind.offer(&self.found).map_err(Error::Unfit)?;
+        self.publish(&session.shared);
+        Ok(())
+    }
+
+    fn publish(&self, shared: &Shared) {
+        let mut state = shared.state();
+        let old = state.offer.replace(self.offer.clone());
+        if old.is_some_and(|old| old.config != self.offer.config)
+            && let Some(notify) = &state.notify
+        {
+            notify.config_changed();
+        }
+    }
+
+    fn ring_error(&self, index: usize, shared: &Shared) {
+        let Some((rings, running)) = &self.running else {
+            return;
+        };
+        let queue = rings.rings.get(index).map(|ring| ring.index);
+        if let (Some(err), Some(queue)) = (running.errors().nth(index), queue) {
+            let _ = err.read();
+            tracing::warn!(device = shared.id(), queue, "the backend gave the queue up");
+            if let Some(notify) = &shared.state().notify {
+                notify.needs_reset();
+            }
+        }
+    }
+
+    /// Does one thing that is wished for; returns whether there may be more.
+    fn reconcile(&mut self, session: &mut Session) -> Result<bool, End> {
+        let running = self.running.as_ref().map(|(rings, _)| rings);
+        let work = Work::take(&session.shared, running);
+        let limit = session.limit;
+        if work.quit {
+            self.stop(limit)?;
+            return Err(End::Quit);
+        }
+        let as_wished = match (running, &work.wanted) {
+            (Some(running), Some(wanted)) => Arc::ptr_eq(running, wanted),
+            (None, None) => true,
+            _ => false,
+        };
+        if !as_wished {
+            if running.is_some() {
+                self.stop(limit)?;
+                session.shared.let_go();
+                session.begun = None;
+                session.written.clear();
+            } else if let Some(rings) = work.wanted {
+                self.start(rings, session)?;
+            }
+            return Ok(true);
+        }
+        for (offset, data) in work.config_writes {
+            self.write_config(offset, data, session)?;
+        }
+        if let Some((rings, running)) = &self.running {
+            for queue in work.new_calls {
+                self.peer.begin(limit);
+                running.set_call(&mut self.peer, rings, queue)?;
+            }
+        }
+        Ok(false)
+    }
+
+    fn write_config(
+        &mut self,
+        offset: usize,
+        data: Vec<u8>,
+        session: &mut Session,
+    ) -> Result<(), End> {
+        self.peer.begin(session.limit);
+        match self.peer.write_config(offset, &data) {
+            Ok(()) => {
+                session.written.insert(offset, data);
+                Ok(())
+            }
+            Err(error @ Error::Refused { .. }) => {
+                tracing::warn!(device = session.shared.id(), offset, %error, "a driver's write");
+                self.refresh(session)
+            }
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    fn start(&mut self, rings: Arc<Rings>, session: &mut Session) -> Result<(), End> {
+        if let Err(reason) = self.offer.fits(&rings) {
+            session.shared.refuse(&rings, &reason);
+            return Ok(());
+        }
+        let resume = session
+            .begun
+            .as_ref()
+            .is_some_and(|begun| Arc::ptr_eq(begun, &rings));
+        session.begun = Some(Arc::clone(&rings));
+        self.peer.begin(session.limit);
+        let running = Running::start(&mut self.peer, &rings, &self.offer, resume)?;
+        for (err, token) in running.errors().zip(RING_ERROR..) {
+            self.waiter.watch(err, token).map_err(waiting)?;
+        }
+        self.running = Some((rings, running));
+        Ok(())
+    }
+
+    fn stop(&mut self, limit: Duration) -> Result<(), Error> {
+        let Some((_, running)) = self.running.take() else {
+            return Ok(());
+        };
+        for err in running.errors() {
+            self.waiter.forget(err);
+        }
+        self.peer.begin(limit);
+        running.stop(&mut self.peer)
+    }
+}
+
+impl Work {
+    fn take(shared: &Shared, running: Option<&Arc<Rings>>) -> Self {
+        let mut state = shared.state();
+        if running.is_none() && state.wanted.is_some() {
+            state.held = true;
+        }
+        let wanted = state.wanted.clone();
+        let as_wished = running.map(Arc::as_ptr) == wanted.as_ref().map(Arc::as_ptr);
+        let mut work = Self {
+            quit: state.quit,
+            wanted,
+            config_writes: Vec::new(),
+            new_calls: Vec::new(),
+        };
+        if as_wished {
+            work.config_writes = std::mem::take(&mut state.config_writes)
+                .into_iter()
+                .collect();
+            work.new_calls = std::mem::take(&mut state.new_calls);
+        }
+        work
+    }
+}
+
+impl Session {
+    fn live(&mut self) {
+        tracing::info!(
+            device = self.shared.id(),
+            socket = %self.shared.socket.display(),
+            "the backend is connected"
+        );
+        self.said = None;
+        self.shared.set_session(SessionState::Live);
+    }
+}

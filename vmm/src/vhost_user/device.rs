@@ -1,0 +1,131 @@
+//! The device side of the transport's calls: each writes a wish down and returns.
+
+use std::sync::Arc;
+
+use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
+use vmm_sys_util::eventfd::EventFd;
+
+use super::kind::bits;
+use super::shared::{Ring, Rings, SessionState, Shared};
+use crate::devices::virtio::device::{
+    ActivateError, Activation, ResetProgress, TransportNotify, VirtioDevice,
+};
+
+/// A virtio device that another process serves.
+pub(super) struct Device {
+    shared: Arc<Shared>,
+    queue_sizes: Vec<u16>,
+}
+
+impl Device {
+    pub(super) fn new(shared: Arc<Shared>) -> Self {
+        Self {
+            queue_sizes: shared.kind.queue_sizes(),
+            shared,
+        }
+    }
+}
+
+impl VirtioDevice for Device {
+    fn device_type(&self) -> u32 {
+        self.shared.kind.device_type()
+    }
+
+    fn queue_sizes(&self) -> &[u16] {
+        &self.queue_sizes
+    }
+
+    /// The last known offer; nothing but VERSION_1 as long as no backend ever answered.
+    fn features(&self) -> u64 {
+        let state = self.shared.state();
+        let offer = state.offer.as_ref();
+        offer.map_or(bits(&[VIRTIO_F_VERSION_1]), |offer| offer.features)
+    }
+
+    /// Only a backend that is there can serve a driver.
+    fn accepts(&self, _features: u64) -> bool {
+        self.shared.state().session == SessionState::Live
+    }
+
+    fn read_config(&self, offset: u64, data: &mut [u8]) {
+        let state = self.shared.state();
+        let config = state.offer.as_ref().map_or(&[][..], |offer| &offer.config);
+        for (i, byte) in data.iter_mut().enumerate() {
+            let at = usize::try_from(offset).map_or(usize::MAX, |o| o.saturating_add(i));
+            *byte = config.get(at).copied().unwrap_or(0);
+        }
+    }
+
+    fn write_config(&mut self, offset: u64, data: &[u8]) {
+        let Ok(offset) = usize::try_from(offset) else {
+            return;
+        };
+        let mut state = self.shared.state();
+        let Some(offer) = &mut state.offer else {
+            return;
+        };
+        let kind = &self.shared.kind;
+        if kind.config_writable(offset, data.len(), offer.features) {
+            offer.config[offset..offset + data.len()].copy_from_slice(data);
+            state.config_writes.insert(offset, data.to_vec());
+            drop(state);
+            self.shared.wake();
+        }
+    }
+
+    fn attach(&mut self, notify: Arc<dyn TransportNotify>) {
+        self.shared.state().notify = Some(notify);
+    }
+
+    fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
+        let mut state = self.shared.state();
+        let served = state.offer.as_ref().map_or(0, |offer| offer.queues);
+        if let Some(queue) = activation.queues.iter().find(|queue| queue.index >= served) {
+            return Err(ActivateError {
+                device: self.shared.id().to_owned(),
+                reason: format!("queue {}: the backend serves {served}", queue.index),
+            });
+        }
+        state.wanted = Some(Arc::new(Rings {
+            features: activation.features,
+            rings: activation.queues.into_iter().map(Ring::new).collect(),
+            memory: activation.memory,
+        }));
+        drop(state);
+        self.shared.wake();
+        Ok(())
+    }
+
+    fn set_call(&mut self, queue: u16, call: EventFd) {
+        let mut state = self.shared.state();
+        let rings = state.wanted.as_ref().map(|rings| &rings.rings);
+        if let Some(ring) = rings.and_then(|rings| rings.iter().find(|ring| ring.index == queue)) {
+            *ring.call() = call;
+            state.new_calls.push(queue);
+            drop(state);
+            self.shared.wake();
+        }
+    }
+
+    fn reset(&mut self) {
+        let mut state = self.shared.state();
+        if state.wanted.take().is_some() {
+            drop(state);
+            self.shared.wake();
+        }
+    }
+
+    fn reset_progress(&mut self) -> ResetProgress {
+        match self.shared.state().held {
+            true => ResetProgress::Pending,
+            false => ResetProgress::Done,
+        }
+    }
+}
+
+impl Drop for Device {
+    fn drop(&mut self) {
+        self.shared.state().quit = true;
+        self.shared.wake();
+    }
+}

@@ -1,0 +1,447 @@
+//! What is particular to a device type: which features pass, and what the guest sees of the backend's
+//! configuration space.
+//!
+//! The guest is offered the backend's features, less those that the frontend would have to take part
+//! in, plus those that are the configuration's wish. Pure functions; [`super::session`] asks them after
+//! each handshake.
+
+use virtio_bindings::virtio_blk::{
+    VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_CONFIG_WCE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH,
+    VIRTIO_BLK_F_GEOMETRY, VIRTIO_BLK_F_MQ, VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX,
+    VIRTIO_BLK_F_SIZE_MAX, VIRTIO_BLK_F_TOPOLOGY, VIRTIO_BLK_F_WRITE_ZEROES,
+};
+use virtio_bindings::virtio_config::{
+    VIRTIO_F_ANY_LAYOUT, VIRTIO_F_IN_ORDER, VIRTIO_F_ORDER_PLATFORM, VIRTIO_F_VERSION_1,
+};
+use virtio_bindings::virtio_ids::{VIRTIO_ID_BLOCK, VIRTIO_ID_NET};
+use virtio_bindings::virtio_net::{
+    VIRTIO_NET_F_CTRL_GUEST_OFFLOADS, VIRTIO_NET_F_CTRL_MAC_ADDR, VIRTIO_NET_F_CTRL_RX,
+    VIRTIO_NET_F_CTRL_RX_EXTRA, VIRTIO_NET_F_CTRL_VLAN, VIRTIO_NET_F_CTRL_VQ,
+    VIRTIO_NET_F_GUEST_ANNOUNCE, VIRTIO_NET_F_MAC, VIRTIO_NET_F_MQ, VIRTIO_NET_F_MTU,
+    VIRTIO_NET_F_STATUS,
+};
+use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
+
+use super::shared::Rings;
+use crate::config::{DiskConfig, NetConfig, VhostUserConfig};
+
+/// A set of feature bits from their numbers.
+pub(super) const fn bits(numbers: &[u32]) -> u64 {
+    let (mut set, mut i) = (0, 0);
+    while i < numbers.len() {
+        set |= 1 << numbers[i];
+        i += 1;
+    }
+    set
+}
+
+const VERSION_1: u64 = bits(&[VIRTIO_F_VERSION_1]);
+/// Features of the ring that a backend may have of its own. Not ACCESS_PLATFORM, which to a backend
+/// means an IOTLB; not RING_PACKED or NOTIFICATION_DATA, which change what a doorbell and a ring are.
+const RING: u64 = bits(&[
+    VIRTIO_F_ANY_LAYOUT,
+    VIRTIO_RING_F_INDIRECT_DESC,
+    VIRTIO_RING_F_EVENT_IDX,
+    VIRTIO_F_IN_ORDER,
+    VIRTIO_F_ORDER_PLATFORM,
+]) | VERSION_1;
+/// Features of a disk whose registers are in the first 60 bytes of its configuration.
+const BLK: u64 = bits(&[
+    VIRTIO_BLK_F_SIZE_MAX,
+    VIRTIO_BLK_F_SEG_MAX,
+    VIRTIO_BLK_F_GEOMETRY,
+    VIRTIO_BLK_F_RO,
+    VIRTIO_BLK_F_BLK_SIZE,
+    VIRTIO_BLK_F_FLUSH,
+    VIRTIO_BLK_F_TOPOLOGY,
+    VIRTIO_BLK_F_CONFIG_WCE,
+    VIRTIO_BLK_F_MQ,
+    VIRTIO_BLK_F_DISCARD,
+    VIRTIO_BLK_F_WRITE_ZEROES,
+]);
+/// Features of a network card: the offloads, 0 to 23, and USO, 54 to 56. Those in between and above are
+/// the ring's, or need more configuration than is read.
+const NET: u64 = 0x00ff_ffff | 0x7 << 54;
+/// Features of a network card that only a backend with a configuration space, which is a whole device,
+/// sees to itself. Backends without one expect them of their frontend.
+const NET_WHOLE: u64 = bits(&[
+    VIRTIO_NET_F_CTRL_VQ,
+    VIRTIO_NET_F_CTRL_RX,
+    VIRTIO_NET_F_CTRL_RX_EXTRA,
+    VIRTIO_NET_F_CTRL_VLAN,
+    VIRTIO_NET_F_CTRL_MAC_ADDR,
+    VIRTIO_NET_F_CTRL_GUEST_OFFLOADS,
+    VIRTIO_NET_F_GUEST_ANNOUNCE,
+    VIRTIO_NET_F_MQ,
+    VIRTIO_NET_F_MAC,
+    VIRTIO_NET_F_MTU,
+    VIRTIO_NET_F_STATUS,
+]);
+
+/// Offsets in `struct virtio_blk_config` (virtio 1.3, 5.2.4), and how much of it is read.
+const BLK_WRITEBACK: usize = 32;
+const BLK_NUM_QUEUES: usize = 34;
+const BLK_CONFIG_LEN: usize = 60;
+/// Offsets in `struct virtio_net_config` (virtio 1.3, 5.1.4), and how much of it is read.
+const NET_STATUS: usize = 6;
+const NET_PAIRS: usize = 8;
+const NET_CONFIG_LEN: usize = 12;
+const NET_LINK_UP: u16 = 1;
+
+/// A device behind a vhost-user socket.
+#[derive(Debug, Clone)]
+pub enum Kind {
+    /// A disk.
+    Blk(DiskConfig),
+    /// A network card.
+    Net(NetConfig),
+}
+
+/// What a backend said of itself in the handshake.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Found {
+    /// Feature bits, PROTOCOL_FEATURES among them.
+    pub(super) features: u64,
+    /// Its configuration space, if it has one.
+    pub(super) config: Option<Vec<u8>>,
+    /// How many queues it says it has, if it says so.
+    pub(super) queues: Option<u16>,
+}
+
+/// What the guest is offered.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Offer {
+    /// Feature bits for the guest.
+    pub(super) features: u64,
+    /// Feature bits of the backend.
+    pub(super) backend_features: u64,
+    /// Configuration space for the guest.
+    pub(super) config: Vec<u8>,
+    /// Queues that the backend serves, as the guest counts them.
+    pub(super) queues: u16,
+    /// The backend's index of the control queue where it is not the guest's: guest's, backend's.
+    control: Option<(u16, u16)>,
+}
+
+impl Offer {
+    /// The feature bits to acknowledge to the backend for those that the guest chose.
+    pub(super) fn acknowledge(&self, chosen: u64) -> u64 {
+        chosen & self.backend_features
+    }
+
+    /// Whether rings that a driver set up earlier can run here, or why not.
+    pub(super) fn fits(&self, rings: &Rings) -> Result<(), String> {
+        let missing = rings.features & !self.features;
+        if missing != 0 {
+            return Err(format!(
+                "features {missing:#x}, which the driver uses, are not offered"
+            ));
+        }
+        match rings.rings.iter().find(|ring| ring.index >= self.queues) {
+            Some(ring) => Err(format!("it does not serve queue {}", ring.index)),
+            None => Ok(()),
+        }
+    }
+
+    /// The backend's index of a queue of the guest.
+    pub(super) fn backend_index(&self, queue: u16, chosen: u64) -> u16 {
+        match self.control {
+            Some((guest, backend)) if queue == guest && chosen >> VIRTIO_NET_F_MQ & 1 == 1 => {
+                backend
+            }
+            _ => queue,
+        }
+    }
+}
+
+impl Kind {
+    /// The device's name.
+    pub fn id(&self) -> &str {
+        match self {
+            Self::Blk(disk) => &disk.id,
+            Self::Net(net) => &net.id,
+        }
+    }
+
+    pub(super) fn backend(&self) -> &VhostUserConfig {
+        match self {
+            Self::Blk(disk) => &disk.backend,
+            Self::Net(net) => &net.backend,
+        }
+    }
+
+    pub(super) fn device_type(&self) -> u32 {
+        match self {
+            Self::Blk(_) => VIRTIO_ID_BLOCK,
+            Self::Net(_) => VIRTIO_ID_NET,
+        }
+    }
+
+    /// Sizes of all queues that the guest may find: those configured, and a card's control queue.
+    pub(super) fn queue_sizes(&self) -> Vec<u16> {
+        let backend = self.backend();
+        let control = u16::from(matches!(self, Self::Net(_)));
+        vec![backend.queue_size; usize::from(backend.num_queues + control)]
+    }
+
+    /// Bytes of configuration space to ask the backend for.
+    pub(super) fn config_len(&self) -> usize {
+        match self {
+            Self::Blk(_) => BLK_CONFIG_LEN,
+            Self::Net(_) => NET_CONFIG_LEN,
+        }
+    }
+
+    /// Whether the backend's answer to GET_QUEUE_NUM counts queues. For network cards it may count pairs
+    /// (QEMU reads it so), and their configuration space says it better.
+    pub(super) fn asks_queue_num(&self) -> bool {
+        matches!(self, Self::Blk(_))
+    }
+
+    /// Whether the guest may write these bytes of configuration space.
+    pub(super) fn config_writable(&self, offset: usize, len: usize, features: u64) -> bool {
+        let wce = features >> VIRTIO_BLK_F_CONFIG_WCE & 1 == 1;
+        matches!(self, Self::Blk(_)) && wce && (offset, len) == (BLK_WRITEBACK, 1)
+    }
+
+    /// What the guest is offered of what was found, or why the backend will not do.
+    pub(super) fn offer(&self, found: &Found) -> Result<Offer, String> {
+        if found.features & VERSION_1 == 0 {
+            return Err("it does not offer VIRTIO_F_VERSION_1".to_owned());
+        }
+        match self {
+            Self::Blk(disk) => offer_blk(disk, found),
+            Self::Net(net) => Ok(offer_net(net, found)),
+        }
+    }
+}
+
+fn offer_blk(disk: &DiskConfig, found: &Found) -> Result<Offer, String> {
+    let mut config = found
+        .config
+        .clone()
+        .ok_or("it has no configuration space (VHOST_USER_PROTOCOL_F_CONFIG), so no capacity")?;
+    config.resize(BLK_CONFIG_LEN, 0);
+    let mut features = found.features & (BLK | RING);
+    let multi = features & bits(&[VIRTIO_BLK_F_MQ]) != 0;
+    let served = if multi {
+        get(&config, BLK_NUM_QUEUES).max(1)
+    } else {
+        1
+    };
+    let served = served.min(found.queues.unwrap_or(1).max(1));
+    let queues = served.min(disk.backend.num_queues);
+    if queues == 1 {
+        features &= !bits(&[VIRTIO_BLK_F_MQ]);
+    }
+    put(&mut config, BLK_NUM_QUEUES, queues);
+    if disk.readonly {
+        features |= bits(&[VIRTIO_BLK_F_RO]);
+    }
+    Ok(Offer {
+        features,
+        backend_features: found.features & (BLK | RING),
+        config,
+        queues,
+        control: None,
+    })
+}
+
+fn offer_net(net: &NetConfig, found: &Found) -> Offer {
+    let mut backend_features = found.features & (NET | RING);
+    if found.config.is_none() {
+        backend_features &= !NET_WHOLE;
+    }
+    let mut features = backend_features;
+    let mut config = found.config.clone().unwrap_or_default();
+    config.resize(NET_CONFIG_LEN, 0);
+    if found.config.is_none() {
+        put(&mut config, NET_STATUS, NET_LINK_UP);
+        features |= bits(&[VIRTIO_NET_F_STATUS]);
+    }
+    let multi = features & bits(&[VIRTIO_NET_F_MQ]) != 0;
+    let served = if multi {
+        get(&config, NET_PAIRS).clamp(1, 0x7fff)
+    } else {
+        1
+    };
+    let pairs = served.min(net.backend.num_queues / 2).max(1);
+    if pairs == 1 {
+        features &= !bits(&[VIRTIO_NET_F_MQ]);
+    }
+    put(&mut config, NET_PAIRS, pairs);
+    if let Some(mac) = net.mac {
+        config[..6].copy_from_slice(&mac);
+        features |= bits(&[VIRTIO_NET_F_MAC]);
+    }
+    let has_control = features & bits(&[VIRTIO_NET_F_CTRL_VQ]) != 0;
+    Offer {
+        features,
+        backend_features,
+        config,
+        queues: 2 * pairs + u16::from(has_control),
+        control: has_control.then_some((2 * pairs, 2 * served)),
+    }
+}
+
+fn get(config: &[u8], offset: usize) -> u16 {
+    u16::from_le_bytes([config[offset], config[offset + 1]])
+}
+
+fn put(config: &mut [u8], offset: usize, value: u16) {
+    config[offset..offset + 2].copy_from_slice(&value.to_le_bytes());
+}
+
+#[cfg(test)]
+mod tests {
+    use virtio_bindings::virtio_config::{VIRTIO_F_ACCESS_PLATFORM, VIRTIO_F_RING_PACKED};
+
+    use super::*;
+
+    fn backend(num_queues: u16) -> VhostUserConfig {
+        VhostUserConfig {
+            socket: "/run/test.sock".into(),
+            num_queues,
+            queue_size: 128,
+        }
+    }
+
+    fn disk(num_queues: u16, readonly: bool) -> Kind {
+        Kind::Blk(DiskConfig {
+            id: "_disk0".to_owned(),
+            backend: backend(num_queues),
+            readonly,
+        })
+    }
+
+    fn net(num_queues: u16, mac: Option<[u8; 6]>) -> Kind {
+        Kind::Net(NetConfig {
+            id: "_net0".to_owned(),
+            backend: backend(num_queues),
+            mac,
+        })
+    }
+
+    fn found(features: &[u32], config: Option<Vec<u8>>, queues: Option<u16>) -> Found {
+        Found {
+            features: bits(features) | VERSION_1 | 1 << 30,
+            config,
+            queues,
+        }
+    }
+
+    fn blk_config(queues: u16) -> Option<Vec<u8>> {
+        let mut config = vec![0; BLK_CONFIG_LEN];
+        put(&mut config, BLK_NUM_QUEUES, queues);
+        Some(config)
+    }
+
+    fn net_config(pairs: u16) -> Option<Vec<u8>> {
+        let mut config = vec![2, 0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0];
+        put(&mut config, NET_PAIRS, pairs);
+        Some(config)
+    }
+
+    #[test]
+    fn what_the_frontend_would_take_part_in_does_not_pass() {
+        let features = [
+            VIRTIO_F_ACCESS_PLATFORM,
+            VIRTIO_F_RING_PACKED,
+            26,
+            VIRTIO_BLK_F_FLUSH,
+        ];
+        let offer = disk(1, false)
+            .offer(&found(&features, blk_config(1), Some(1)))
+            .unwrap();
+        assert_eq!(offer.features, VERSION_1 | bits(&[VIRTIO_BLK_F_FLUSH]));
+    }
+
+    #[test]
+    fn a_disk_has_the_least_of_the_three_queue_counts() {
+        let queues = |configured, in_config, said| {
+            let found = found(&[VIRTIO_BLK_F_MQ], blk_config(in_config), said);
+            let offer = disk(configured, false).offer(&found).unwrap();
+            assert_eq!(get(&offer.config, BLK_NUM_QUEUES), offer.queues);
+            let multi = offer.features & bits(&[VIRTIO_BLK_F_MQ]) != 0;
+            assert_eq!(multi, offer.queues > 1);
+            offer.queues
+        };
+        assert_eq!(queues(4, 8, Some(8)), 4);
+        assert_eq!(queues(4, 2, Some(8)), 2);
+        assert_eq!(queues(4, 8, Some(3)), 3);
+        assert_eq!(queues(4, 8, None), 1);
+        assert_eq!(queues(4, 0, Some(0)), 1);
+    }
+
+    #[test]
+    fn read_only_is_the_guests_view_alone() {
+        let offer = disk(1, true)
+            .offer(&found(&[], blk_config(1), None))
+            .unwrap();
+        let read_only = bits(&[VIRTIO_BLK_F_RO]);
+        assert_eq!(offer.features & read_only, read_only);
+        assert_eq!(offer.acknowledge(offer.features) & read_only, 0);
+    }
+
+    #[test]
+    fn a_disk_without_configuration_and_a_legacy_backend_are_refused() {
+        let error = disk(1, false).offer(&found(&[], None, None)).unwrap_err();
+        assert!(error.contains("configuration space"), "{error}");
+        let legacy = Found {
+            features: 0,
+            config: blk_config(1),
+            queues: None,
+        };
+        let error = disk(1, false).offer(&legacy).unwrap_err();
+        assert!(error.contains("VERSION_1"), "{error}");
+    }
+
+    #[test]
+    fn only_the_cache_mode_of_a_disk_is_writable_and_only_if_offered() {
+        let wce = bits(&[VIRTIO_BLK_F_CONFIG_WCE]);
+        assert!(disk(1, false).config_writable(32, 1, wce));
+        assert!(!disk(1, false).config_writable(32, 1, 0));
+        assert!(!disk(1, false).config_writable(32, 2, wce));
+        assert!(!disk(1, false).config_writable(0, 1, wce));
+        assert!(!net(2, None).config_writable(32, 1, wce));
+    }
+
+    #[test]
+    fn a_mac_that_is_given_hides_the_backends() {
+        let mac = [0x52, 0x54, 0, 1, 2, 3];
+        let offer = net(2, Some(mac))
+            .offer(&found(&[], net_config(1), None))
+            .unwrap();
+        assert_eq!(offer.config[..6], mac);
+        let feature = bits(&[VIRTIO_NET_F_MAC]);
+        assert_eq!(offer.features & feature, feature);
+        assert_eq!(offer.acknowledge(offer.features) & feature, 0);
+    }
+
+    #[test]
+    fn the_control_queue_is_the_last_for_guest_and_backend_alike() {
+        let features = [VIRTIO_NET_F_MQ, VIRTIO_NET_F_CTRL_VQ];
+        let found = found(&features, net_config(4), None);
+        let offer = net(4, None).offer(&found).unwrap();
+        assert_eq!((offer.queues, get(&offer.config, NET_PAIRS)), (5, 2));
+        assert_eq!(offer.backend_index(4, offer.features), 8);
+        assert_eq!(offer.backend_index(3, offer.features), 3);
+        // Without MQ it is the third, here and there.
+        let one = net(2, None).offer(&found).unwrap();
+        assert_eq!(one.queues, 3);
+        assert_eq!(one.features & bits(&[VIRTIO_NET_F_MQ]), 0);
+        assert_eq!(one.backend_index(2, one.features), 2);
+    }
+
+    #[test]
+    fn a_card_without_configuration_gets_one_and_no_control_queue() {
+        let features = [VIRTIO_NET_F_MQ, VIRTIO_NET_F_CTRL_VQ, VIRTIO_NET_F_MAC, 15];
+        let offer = net(4, None).offer(&found(&features, None, None)).unwrap();
+        assert_eq!(offer.queues, 2);
+        assert_eq!(
+            offer.features,
+            VERSION_1 | 1 << 15 | bits(&[VIRTIO_NET_F_STATUS])
+        );
+        assert_eq!(get(&offer.config, NET_STATUS), NET_LINK_UP);
+    }
+}

@@ -1,0 +1,222 @@
+//! One connection to a backend: the handshake, and exchanges that end in time.
+//!
+//! [`vhost::vhost_user::Frontend`] speaks the protocol; here each exchange gets a deadline
+//! ([`super::deadline`]) and the reply flag that it needs: requests that have an answer of their own go
+//! without NEED_REPLY, all others with it where the backend negotiated REPLY_ACK.
+
+use std::os::fd::{AsRawFd, RawFd};
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use vhost::VhostBackend;
+use vhost::vhost_user::message::{
+    VhostUserConfigFlags, VhostUserHeaderFlag, VhostUserProtocolFeatures,
+};
+use vhost::vhost_user::{self, Frontend, VhostUserFrontend};
+
+use super::backend_requests::BackendRequests;
+use super::deadline::Deadlines;
+use super::kind::{Found, Kind};
+
+/// Most queues of a backend: SET_VRING_KICK and its like have eight bits for the index.
+const MAX_QUEUES: u64 = 256;
+/// `VHOST_USER_F_PROTOCOL_FEATURES`.
+pub(super) const PROTOCOL_FEATURES: u64 = 1 << 30;
+
+/// Why an exchange failed. The connection is of no more use, but for `Refused`.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum Error {
+    #[error("{what}: no answer within {} s", limit.as_secs_f32())]
+    Silent { what: &'static str, limit: Duration },
+    #[error("{what}: {source}")]
+    Protocol {
+        what: &'static str,
+        source: vhost::Error,
+    },
+    #[error("{what}: {source}")]
+    Io {
+        what: &'static str,
+        source: std::io::Error,
+    },
+    #[error("{what}: refused")]
+    Refused { what: &'static str },
+    #[error("the backend will not do: {0}")]
+    Unfit(String),
+    #[error("the backend closed the connection")]
+    Closed,
+}
+
+/// A connection with its protocol features negotiated.
+pub(super) struct Peer {
+    frontend: Frontend,
+    stream: Arc<UnixStream>,
+    deadlines: Arc<Deadlines>,
+    /// What the exchanges from now on have together, and until when.
+    limit: Duration,
+    until: Instant,
+    features: u64,
+    protocol: VhostUserProtocolFeatures,
+    pub(super) requests: Option<BackendRequests>,
+}
+
+/// What of the protocol is used, where the backend has it.
+fn wanted_protocol() -> VhostUserProtocolFeatures {
+    VhostUserProtocolFeatures::MQ
+        | VhostUserProtocolFeatures::REPLY_ACK
+        | VhostUserProtocolFeatures::CONFIG
+        | VhostUserProtocolFeatures::BACKEND_REQ
+}
+
+impl Peer {
+    /// Negotiates, and asks the backend what it is.
+    pub(super) fn handshake(
+        stream: UnixStream,
+        kind: &Kind,
+        deadlines: &Arc<Deadlines>,
+        limit: Duration,
+    ) -> Result<(Self, Found), Error> {
+        let io = |what| move |source| Error::Io { what, source };
+        let ours = Arc::new(
+            stream
+                .try_clone()
+                .map_err(io("cannot duplicate the socket"))?,
+        );
+        let mut peer = Self {
+            frontend: Frontend::from_stream(stream, MAX_QUEUES),
+            stream: ours,
+            deadlines: Arc::clone(deadlines),
+            limit,
+            until: Instant::now() + limit,
+            features: 0,
+            protocol: VhostUserProtocolFeatures::empty(),
+            requests: None,
+        };
+        let found = peer.negotiate(kind)?;
+        Ok((peer, found))
+    }
+
+    /// Begins an operation: the exchanges from now on have this time, all together.
+    pub(super) fn begin(&mut self, limit: Duration) {
+        self.limit = limit;
+        self.until = Instant::now() + limit;
+    }
+
+    fn negotiate(&mut self, kind: &Kind) -> Result<Found, Error> {
+        self.tell("SET_OWNER", |frontend| frontend.set_owner())?;
+        self.features = self.ask("GET_FEATURES", |frontend| frontend.get_features())?;
+        if self.features & PROTOCOL_FEATURES != 0 {
+            let offered = self.ask("GET_PROTOCOL_FEATURES", |frontend| {
+                frontend.get_protocol_features()
+            })?;
+            let chosen = offered & wanted_protocol();
+            self.ask("SET_PROTOCOL_FEATURES", |frontend| {
+                frontend.set_protocol_features(chosen)
+            })?;
+            self.protocol = chosen;
+        }
+        let mut queues = None;
+        if self.protocol.contains(VhostUserProtocolFeatures::MQ) && kind.asks_queue_num() {
+            let said = self.ask("GET_QUEUE_NUM", VhostUserFrontend::get_queue_num)?;
+            queues = Some(u16::try_from(said).unwrap_or(u16::MAX));
+        }
+        self.open_requests()?;
+        Ok(Found {
+            features: self.features,
+            config: self.read_config(kind)?,
+            queues,
+        })
+    }
+
+    fn open_requests(&mut self) -> Result<(), Error> {
+        if !self
+            .protocol
+            .contains(VhostUserProtocolFeatures::BACKEND_REQ)
+        {
+            return Ok(());
+        }
+        let what = "SET_BACKEND_REQ_FD";
+        let (ours, theirs) = BackendRequests::new().map_err(|source| Error::Io { what, source })?;
+        self.tell(what, |frontend| frontend.set_backend_request_fd(&theirs))?;
+        self.requests = Some(ours);
+        Ok(())
+    }
+
+    /// The backend's configuration space, if it has one.
+    pub(super) fn read_config(&mut self, kind: &Kind) -> Result<Option<Vec<u8>>, Error> {
+        if !self.protocol.contains(VhostUserProtocolFeatures::CONFIG) {
+            return Ok(None);
+        }
+        let zeros = vec![0; kind.config_len()];
+        let len = zeros.len() as u32;
+        let (_, config) = self.ask("GET_CONFIG", |frontend| {
+            frontend.get_config(0, len, VhostUserConfigFlags::empty(), &zeros)
+        })?;
+        Ok(Some(config))
+    }
+
+    /// Writes configuration space on behalf of the driver.
+    pub(super) fn write_config(&mut self, offset: usize, data: &[u8]) -> Result<(), Error> {
+        self.tell("SET_CONFIG", |frontend| {
+            frontend.set_config(offset as u32, VhostUserConfigFlags::WRITABLE, data)
+        })
+    }
+
+    /// Whether rings have to be enabled.
+    pub(super) fn has_protocol_features(&self) -> bool {
+        self.features & PROTOCOL_FEATURES != 0
+    }
+
+    /// Makes sure that what was sent has arrived, for backends that do not acknowledge it: so no more
+    /// lies in the socket than it holds.
+    pub(super) fn settle(&mut self) -> Result<(), Error> {
+        if !self.protocol.contains(VhostUserProtocolFeatures::REPLY_ACK) {
+            self.ask("GET_FEATURES", |frontend| frontend.get_features())?;
+        }
+        Ok(())
+    }
+
+    /// An exchange whose request has an answer of its own.
+    pub(super) fn ask<T>(
+        &mut self,
+        what: &'static str,
+        exchange: impl FnOnce(&mut Frontend) -> vhost::Result<T>,
+    ) -> Result<T, Error> {
+        self.frontend.set_hdr_flags(VhostUserHeaderFlag::empty());
+        self.exchange(what, exchange)
+    }
+
+    /// An exchange whose request is acknowledged if the backend can do that.
+    pub(super) fn tell<T>(
+        &mut self,
+        what: &'static str,
+        exchange: impl FnOnce(&mut Frontend) -> vhost::Result<T>,
+    ) -> Result<T, Error> {
+        if self.protocol.contains(VhostUserProtocolFeatures::REPLY_ACK) {
+            self.frontend.set_hdr_flags(VhostUserHeaderFlag::NEED_REPLY);
+        }
+        self.exchange(what, exchange)
+    }
+
+    fn exchange<T>(
+        &mut self,
+        what: &'static str,
+        exchange: impl FnOnce(&mut Frontend) -> vhost::Result<T>,
+    ) -> Result<T, Error> {
+        let limit = self.limit;
+        let guard = self.deadlines.arm(&self.stream, self.until);
+        exchange(&mut self.frontend).map_err(|source| match source {
+            _ if guard.expired() => Error::Silent { what, limit },
+            vhost::Error::VhostUserProtocol(vhost_user::Error::BackendInternalError) => {
+                Error::Refused { what }
+            }
+            source => Error::Protocol { what, source },
+        })
+    }
+}
+
+impl AsRawFd for Peer {
+    fn as_raw_fd(&self) -> RawFd {
+        self.stream.as_raw_fd()
+    }
+}

@@ -1,0 +1,219 @@
+//! The thread that keeps one backend connected and does what the device wishes of it.
+//!
+//! ```text
+//!            nobody there            handshake fails
+//!           ┌──────────┐   ┌────────────────────────────────────┐
+//!           ▼          │   ▼                                    │
+//!  start ─▶ Waiting ───┴─▶ Connecting ──▶ Live ──▶ Lost ────────┘
+//!             connect         handshake     │ hung up, silent, refused
+//!                                           └─ quit: rings taken back ─▶ Closed
+//! ```
+//!
+//! While it is live the thread sleeps in epoll and, when woken, brings the backend's rings in line with
+//! the wish in [`Shared`]. Every operation has a deadline; one that is missed ends the connection, and
+//! the rings count as taken back: a process that does not answer can be told nothing more.
+//!
+//! A backend that comes back gets the rings again from the used index on, if what it offers still
+//! holds what the driver chose.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use super::connection::Connection;
+use super::deadline::Deadlines;
+use super::dial;
+use super::peer::{Error, Peer};
+use super::shared::{Rings, SessionState, Shared};
+use super::wait::Waiter;
+
+/// First and longest pause between two dials.
+const FIRST_PAUSE: Duration = Duration::from_millis(20);
+const LONGEST_PAUSE: Duration = Duration::from_millis(500);
+/// Pause after a backend that was not live for this long.
+const FAILED_PAUSE: Duration = Duration::from_secs(1);
+
+pub(super) const WAKE: u64 = 0;
+pub(super) const SOCKET: u64 = 1;
+pub(super) const REQUESTS: u64 = 2;
+/// Tokens of rings' error events start here.
+pub(super) const RING_ERROR: u64 = 3;
+
+/// Why a connection is over.
+pub(super) enum End {
+    Quit,
+    Lost(Error),
+}
+
+impl From<Error> for End {
+    fn from(error: Error) -> Self {
+        Self::Lost(error)
+    }
+}
+
+/// A session's thread.
+pub(super) struct Session {
+    pub(super) shared: Arc<Shared>,
+    deadlines: Arc<Deadlines>,
+    pub(super) limit: Duration,
+    /// For pauses, while no backend is connected.
+    idle: Waiter,
+    /// Rings that some backend has run, so that the next one resumes them.
+    pub(super) begun: Option<Arc<Rings>>,
+    /// What the driver wrote to configuration space, for the next backend.
+    pub(super) written: BTreeMap<usize, Vec<u8>>,
+    /// What was last said about a backend that will not serve, so that it is said once.
+    pub(super) said: Option<String>,
+}
+
+impl Session {
+    /// `limit` is the longest time that an operation on the backend may take.
+    pub(super) fn new(
+        shared: Arc<Shared>,
+        deadlines: Arc<Deadlines>,
+        limit: Duration,
+    ) -> io::Result<Self> {
+        let idle = Waiter::new()?;
+        idle.watch(shared.wake_event(), WAKE)?;
+        Ok(Self {
+            shared,
+            deadlines,
+            limit,
+            idle,
+            begun: None,
+            written: BTreeMap::new(),
+            said: None,
+        })
+    }
+
+    pub(super) fn run(mut self) {
+        while let Some(stream) = self.dial() {
+            self.shared.set_session(SessionState::Connecting);
+            let start = Instant::now();
+            let end = self.connection(stream);
+            // The connection is closed: whatever the backend still does, it cannot be asked.
+            self.shared.let_go();
+            let End::Lost(error) = end else { break };
+            self.say_lost(&error);
+            self.shared.set_session(SessionState::Lost);
+            let pause = match start.elapsed() > FAILED_PAUSE && matches!(error, Error::Closed) {
+                true => FIRST_PAUSE,
+                false => FAILED_PAUSE,
+            };
+            if !self.pause(pause) {
+                break;
+            }
+        }
+        self.shared.leave();
+    }
+
+    /// Connects, however long that takes; `None` to end.
+    fn dial(&mut self) -> Option<UnixStream> {
+        let mut pause = FIRST_PAUSE;
+        loop {
+            match dial::connect(&self.shared.socket) {
+                Ok(stream) => return Some(stream),
+                Err(error) => self.say_waiting(&error),
+            }
+            if !self.pause(pause) {
+                return None;
+            }
+            pause = (2 * pause).min(LONGEST_PAUSE);
+        }
+    }
+
+    /// Waits; returns false to end.
+    fn pause(&self, pause: Duration) -> bool {
+        let until = Instant::now() + pause;
+        loop {
+            if self.shared.state().quit {
+                return false;
+            }
+            if Instant::now() >= until {
+                return true;
+            }
+            if let Err(error) = self.idle.wait(Some(until)) {
+                tracing::error!(device = self.shared.id(), %error, "cannot wait");
+                return false;
+            }
+            let _ = self.shared.wake_event().read();
+        }
+    }
+
+    /// A connection from its handshake to its end.
+    fn connection(&mut self, stream: UnixStream) -> End {
+        let connected = self.connect(stream);
+        let served = connected.and_then(|mut connection| connection.serve(self));
+        match served {
+            Ok(never) => match never {},
+            Err(end) => end,
+        }
+    }
+
+    fn connect(&mut self, stream: UnixStream) -> Result<Connection, End> {
+        let kind = &self.shared.kind;
+        let (mut peer, mut found) = Peer::handshake(stream, kind, &self.deadlines, self.limit)?;
+        if let Some(config) = &mut found.config {
+            for (&offset, data) in &self.written {
+                peer.write_config(offset, data)?;
+                config[offset..offset + data.len()].copy_from_slice(data);
+            }
+        }
+        let offer = kind.offer(&found).map_err(Error::Unfit)?;
+        let wanted = self.shared.state().wanted.clone();
+        if let Some(rings) = wanted {
+            offer.fits(&rings).map_err(Error::Unfit)?;
+        }
+        let waiter = Waiter::new().map_err(waiting)?;
+        waiter
+            .watch(self.shared.wake_event(), WAKE)
+            .map_err(waiting)?;
+        waiter.watch(&peer, SOCKET).map_err(waiting)?;
+        if let Some(requests) = &peer.requests {
+            waiter.watch(requests, REQUESTS).map_err(waiting)?;
+        }
+        Ok(Connection {
+            peer,
+            found,
+            offer,
+            waiter,
+            running: None,
+        })
+    }
+
+    fn say_waiting(&mut self, error: &io::Error) {
+        let text = format!("{:?}", error.kind());
+        if self.said.as_ref() != Some(&text) {
+            tracing::info!(
+                device = self.shared.id(),
+                socket = %self.shared.socket.display(),
+                %error,
+                "waiting for the backend"
+            );
+            self.said = Some(text);
+        }
+        self.shared.set_session(SessionState::Waiting);
+    }
+
+    fn say_lost(&mut self, error: &Error) {
+        let text = error.to_string();
+        if self.said.as_ref() != Some(&text) {
+            tracing::warn!(
+                device = self.shared.id(),
+                socket = %self.shared.socket.display(),
+                reason = %error,
+                "the backend is lost; dialling it again"
+            );
+            self.said = Some(text);
+        }
+    }
+}
+
+pub(super) fn waiting(source: io::Error) -> Error {
+    Error::Io {
+        what: "cannot watch the connection",
+        source,
+    }
+}
