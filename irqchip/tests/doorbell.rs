@@ -95,6 +95,19 @@ fn it_moves_with_its_bar_and_the_eventfd_stays() {
 }
 
 #[test]
+fn placed_where_it_is_nothing_happens() {
+    let Some(machine) = Machine::new(1) else {
+        return;
+    };
+    let doorbell = machine.chip.doorbell().unwrap();
+    doorbell.place(mmio(NOTIFY)).unwrap();
+    doorbell.place(mmio(NOTIFY)).unwrap();
+    machine.cpu(0).write32(NOTIFY, 1);
+    assert_eq!(doorbell.event().read().unwrap(), 1);
+    assert_eq!(machine.chip.counters().doorbells_placed, 1);
+}
+
+#[test]
 fn removed_it_is_silent_and_placed_again_it_rings() {
     let Some(machine) = Machine::new(1) else {
         return;

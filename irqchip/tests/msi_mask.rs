@@ -1,6 +1,6 @@
 //! Masking: a masked vector remembers one event and delivers it when it is unmasked.
 
-use std::sync::Barrier;
+use std::sync::mpsc::channel;
 
 use crate::guest::{Machine, to_cpu0};
 
@@ -109,20 +109,22 @@ fn no_event_is_lost_between_mask_and_unmask() {
     };
     let cpu = machine.cpu(0);
     let msi = machine.msi(0x41);
-    let round = Barrier::new(2);
     std::thread::scope(|scope| {
-        scope.spawn(|| {
-            for _ in 0..ROUNDS {
-                round.wait();
-                msi.event().write(1).unwrap();
-                round.wait();
+        // Ends the writer when this closure ends, also by a failed assertion.
+        let (start, starts) = channel();
+        let (done, dones) = channel();
+        let event = msi.event();
+        scope.spawn(move || {
+            while starts.recv().is_ok() {
+                event.write(1).unwrap();
+                done.send(()).unwrap();
             }
         });
         for _ in 0..ROUNDS {
-            round.wait();
+            start.send(()).unwrap();
             msi.mask().unwrap();
             msi.unmask().unwrap();
-            round.wait();
+            dones.recv().unwrap();
             assert_eq!(cpu.interrupt(), 0x41);
             cpu.eoi();
         }
