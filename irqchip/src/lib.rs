@@ -26,6 +26,22 @@
 //! to which nothing leads. A message that KVM refuses is never in the table when another vector
 //! changes. A failed call leaves the routes as they were.
 //!
+//! ```no_run
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! use berth_irqchip::{Chip, DoorbellAddress, MsiMessage};
+//!
+//! let vm = kvm_ioctls::Kvm::new()?.create_vm()?;
+//! let chip = Chip::new(vm.into())?;
+//! let (call, kick) = (chip.msi()?, chip.doorbell()?);
+//! // Both may go to a backend now; the guest says where they lead to later.
+//! let (for_backend, from_guest) = (call.event().try_clone()?, kick.event().try_clone()?);
+//! call.set_message(MsiMessage { address: 0xfee0_0000, data: 0x41 })?;
+//! kick.place(DoorbellAddress::MmioAny { gpa: 0xe000_3000 })?;
+//! for_backend.write(1)?; // vector 0x41 on vCPU 0
+//! # Ok(())
+//! # }
+//! ```
+//!
 //! Reference: KVM api.rst, `KVM_CREATE_IRQCHIP`, `KVM_CREATE_PIT2`, `KVM_SET_GSI_ROUTING`,
 //! `KVM_IRQFD`, `KVM_IOEVENTFD`. PCI 3.0, 6.8.2 (MSI-X mask and pending bits).
 

@@ -187,3 +187,34 @@ fn a_dropped_vector_is_silent_and_its_gsi_goes_to_the_next() {
     machine.cpu(0).eoi();
     machine.assert_no_interrupt();
 }
+
+#[test]
+fn vectors_come_and_go_on_many_threads() {
+    let Some(machine) = Machine::new(1) else {
+        return;
+    };
+    let stays = machine.msi(0x41);
+    std::thread::scope(|scope| {
+        for _ in 0..4 {
+            scope.spawn(|| {
+                for round in 0..50 {
+                    let msi = machine.chip.msi().unwrap();
+                    msi.set_message(to_cpu0(0x80)).unwrap();
+                    msi.mask().unwrap();
+                    msi.set_message(to_cpu0(0x80 + round)).unwrap();
+                    msi.unmask().unwrap();
+                }
+            });
+        }
+    });
+    let counters = machine.chip.counters();
+    assert_eq!((counters.msis, counters.msis_attached), (1, 1));
+    assert!(
+        machine.chip.msi().unwrap().gsi() <= stays.gsi() + 4,
+        "numbers are used again"
+    );
+    stays.event().write(1).unwrap();
+    assert_eq!(machine.cpu(0).interrupt(), 0x41);
+    machine.cpu(0).eoi();
+    machine.assert_no_interrupt();
+}
