@@ -309,15 +309,16 @@ impl Ring {
         Ok(())
     }
 
-    /// Makes all pushed entries visible to the driver.
-    pub fn publish(&mut self) -> Result<(), RingError> {
-        if self.published_used != self.next_used {
-            // Release: the entries, and the data they speak of, are visible before the index.
-            let idx = self.next_used.to_le();
-            self.used_idx()?.store(idx, Ordering::Release);
-            self.published_used = self.next_used;
+    /// Makes all pushed entries visible to the driver; whether there were any.
+    pub fn publish(&mut self) -> Result<bool, RingError> {
+        if self.published_used == self.next_used {
+            return Ok(false);
         }
-        Ok(())
+        // Release: the entries, and the data they speak of, are visible before the index.
+        let idx = self.next_used.to_le();
+        self.used_idx()?.store(idx, Ordering::Release);
+        self.published_used = self.next_used;
+        Ok(true)
     }
 
     /// Whether the driver wants a signal for what was published since this was last asked.

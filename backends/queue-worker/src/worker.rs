@@ -287,7 +287,9 @@ impl<W: QueueWorker> Running<W> {
 
     /// Publishes what was pushed, and signals the driver if it wants that.
     fn finish_batch(&mut self) -> Result<(), QueueError> {
-        self.ring.publish()?;
+        if self.ring.publish()? {
+            self.notifiers.counters.batches.add(1);
+        }
         if self.ring.needs_signal()? {
             let call = self.notifiers.call();
             call.map_err(|source| QueueError::Device {

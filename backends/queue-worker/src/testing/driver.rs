@@ -256,6 +256,18 @@ impl DriverQueue {
         }
     }
 
+    /// Polls for the next used entry, as drivers do that want no signals.
+    pub fn spin_used(&mut self) -> (u16, u32) {
+        let deadline = Instant::now() + TIMEOUT;
+        loop {
+            if let Some(used) = self.poll_used() {
+                return used;
+            }
+            assert!(Instant::now() < deadline, "no completion in time");
+            std::thread::yield_now();
+        }
+    }
+
     /// Asks for a signal at the next used entry (EVENT_IDX).
     fn want_signal(&self) {
         if self.event_idx {

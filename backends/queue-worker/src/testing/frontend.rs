@@ -75,6 +75,12 @@ impl FakeFrontend {
         assert_eq!(ack, 0, "{request:?} was refused");
     }
 
+    /// Reads the reply of one number to a request that was sent already.
+    pub fn number_reply(&mut self, request: FrontendReq) -> u64 {
+        let reply = self.read_reply(request);
+        u64::from_ne_bytes(reply.try_into().expect("reply of 8 bytes"))
+    }
+
     fn read_reply(&mut self, request: FrontendReq) -> Vec<u8> {
         let mut header = [0; HEADER_SIZE];
         let got = self.stream.read_exact(&mut header);

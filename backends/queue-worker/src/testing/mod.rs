@@ -13,6 +13,7 @@
 #![allow(clippy::unwrap_used, reason = "test code fails by panicking")]
 
 mod driver;
+mod echo;
 mod frontend;
 mod ram;
 
@@ -23,6 +24,7 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 pub use driver::{Buffer, DriverQueue};
+pub use echo::{Echo, EchoWorker};
 pub use frontend::FakeFrontend;
 pub use ram::GuestRam;
 
