@@ -1,10 +1,70 @@
-//! REST API of the guest, on a unix socket.
-use std::path::Path;
+//! REST API of the guest, on a unix socket: Cloud Hypervisor's paths and JSON.
+//!
+//! ```text
+//!  client ─▶ server (thread api) ─▶ connection ─▶ http ─▶ handlers ─▶ vm::requests ─▶ driver
+//!                                       ◀───────────── answer ◀────── reply ◀────────────┘
+//! ```
+//!
+//! Whoever may open the socket may do all of it: its file permissions are the access control.
 
-use crate::socket::{Error, Listener};
+#![forbid(unsafe_code)]
+
+mod connection;
+mod convert;
+mod handlers;
+pub mod http;
+mod server;
+#[cfg(test)]
+mod tests;
+
+use std::io;
+use std::path::Path;
+use std::thread::{Builder, JoinHandle};
+
+use vmm_sys_util::eventfd::EventFd;
+
+use self::server::Server;
+use crate::socket::{self, Listener};
 use crate::vm::requests::RequestSender;
 
+/// Why there is no API.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// Its socket.
+    #[error("API socket")]
+    Socket(#[from] socket::Error),
+    /// Its thread or event.
+    #[error("cannot start the API")]
+    Start(#[from] io::Error),
+}
+
+/// The API's thread. Dropped, the thread ends and the socket is removed.
+pub struct Api {
+    stop: EventFd,
+    thread: Option<JoinHandle<()>>,
+}
+
 /// Serves the API at `path` until the returned value is dropped.
-pub fn start(path: &Path, _requests: RequestSender) -> Result<Listener, Error> {
-    Listener::bind(path)
+pub fn start(path: &Path, requests: RequestSender) -> Result<Api, Error> {
+    let listener = Listener::bind(path)?;
+    let stop = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?;
+    let server = Server::new(listener, stop.try_clone()?, requests)?;
+    let thread = Builder::new()
+        .name("api".into())
+        .spawn(move || server.run())?;
+    Ok(Api {
+        stop,
+        thread: Some(thread),
+    })
+}
+
+impl Drop for Api {
+    fn drop(&mut self) {
+        if self.stop.write(1).is_ok()
+            && let Some(thread) = self.thread.take()
+            && thread.join().is_err()
+        {
+            tracing::error!("the API thread panicked");
+        }
+    }
 }

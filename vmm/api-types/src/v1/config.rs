@@ -1,0 +1,224 @@
+//! What a guest is made of, as clients write and read it.
+
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+/// A guest, whole.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct VmConfig {
+    /// Virtual CPUs.
+    pub cpus: CpusConfig,
+    /// Memory.
+    pub memory: MemoryConfig,
+    /// What is started.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub payload: Option<PayloadConfig>,
+    /// Disks.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub disks: Option<Vec<DiskConfig>>,
+    /// Network cards.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub net: Option<Vec<NetConfig>>,
+    /// Entropy.
+    pub rng: RngConfig,
+    /// First serial port.
+    pub serial: ConsoleConfig,
+    /// virtio console.
+    pub console: ConsoleConfig,
+    /// The board.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub platform: Option<PlatformConfig>,
+}
+
+/// Virtual CPUs.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CpusConfig {
+    /// Present at boot.
+    pub boot_vcpus: u32,
+    /// Present at most.
+    pub max_vcpus: u32,
+}
+
+impl Default for CpusConfig {
+    fn default() -> Self {
+        Self {
+            boot_vcpus: 1,
+            max_vcpus: 1,
+        }
+    }
+}
+
+/// Memory.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MemoryConfig {
+    /// Bytes.
+    pub size: u64,
+    /// Whether other processes can map it.
+    #[serde(default)]
+    pub shared: bool,
+    /// Whether it is made of huge pages.
+    #[serde(default)]
+    pub hugepages: bool,
+}
+
+impl Default for MemoryConfig {
+    fn default() -> Self {
+        Self {
+            size: 512 << 20,
+            shared: true,
+            hugepages: false,
+        }
+    }
+}
+
+/// What is started.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct PayloadConfig {
+    /// Kernel.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub kernel: Option<PathBuf>,
+    /// How it is entered: `pvh`, `linux64` or `bzimage`; absent, what fits the file. Ours alone.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub entry: Option<String>,
+    /// Its command line.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub cmdline: Option<String>,
+    /// First root file system.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub initramfs: Option<PathBuf>,
+}
+
+/// A disk.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct DiskConfig {
+    /// Its id.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub id: Option<String>,
+    /// Image, where the disk is in the VMM.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub path: Option<PathBuf>,
+    /// Whether writes are refused.
+    pub readonly: bool,
+    /// Virtqueues.
+    pub num_queues: u16,
+    /// Descriptors of each.
+    pub queue_size: u16,
+    /// Whether the disk is in another process.
+    pub vhost_user: bool,
+    /// Socket of that process.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub vhost_socket: Option<PathBuf>,
+}
+
+/// A network card.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct NetConfig {
+    /// Its id.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub id: Option<String>,
+    /// Its address in the guest, such as `52:54:00:12:34:56`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub mac: Option<String>,
+    /// Virtqueues, two for each pair.
+    pub num_queues: u16,
+    /// Descriptors of each.
+    pub queue_size: u16,
+    /// Whether the card is in another process.
+    pub vhost_user: bool,
+    /// Socket of that process.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub vhost_socket: Option<PathBuf>,
+}
+
+/// Entropy.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RngConfig {
+    /// Where it comes from.
+    pub src: PathBuf,
+}
+
+impl Default for RngConfig {
+    fn default() -> Self {
+        Self {
+            src: "/dev/urandom".into(),
+        }
+    }
+}
+
+/// Where a console goes.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum ConsoleMode {
+    /// There is none.
+    #[default]
+    Off,
+    /// A pseudo-terminal, named by `file`.
+    Pty,
+    /// The VMM's terminal.
+    Tty,
+    /// A file, named by `file`.
+    File,
+    /// A socket, named by `socket`.
+    Socket,
+    /// Nowhere.
+    Null,
+}
+
+/// A console.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct ConsoleConfig {
+    /// Where it goes.
+    pub mode: ConsoleMode,
+    /// File or pseudo-terminal.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub file: Option<PathBuf>,
+    /// Socket.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub socket: Option<PathBuf>,
+}
+
+/// The board.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct PlatformConfig {
+    /// PCI vendor id of the root ports. Ours alone.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub root_port_vendor: Option<u16>,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_clients_send_is_read_and_what_we_do_not_know_ignored() {
+        let text = r#"{
+            "cpus": {"boot_vcpus": 2, "max_vcpus": 2, "features": {"amx": false}},
+            "memory": {"size": 1073741824, "shared": true, "thp": true},
+            "payload": {"kernel": "/k", "cmdline": "quiet"},
+            "disks": [{"vhost_user": true, "vhost_socket": "/d", "num_queues": 1, "queue_size": 128}],
+            "console": {"mode": "Off"},
+            "serial": {"mode": "Tty", "iommu": false},
+            "watchdog": false
+        }"#;
+        let config: VmConfig = serde_json::from_str(text).unwrap();
+        assert_eq!(config.cpus.boot_vcpus, 2);
+        assert_eq!(config.serial.mode, ConsoleMode::Tty);
+        assert_eq!(config.disks.unwrap()[0].vhost_socket, Some("/d".into()));
+        assert_eq!(config.rng.src, PathBuf::from("/dev/urandom"));
+    }
+
+    #[test]
+    fn what_we_write_has_their_names() {
+        let text = serde_json::to_value(VmConfig::default()).unwrap();
+        assert_eq!(text["cpus"]["boot_vcpus"], 1);
+        assert_eq!(text["memory"]["size"], 512 << 20);
+        assert_eq!(text["serial"]["mode"], "Off");
+        assert_eq!(text.get("disks"), None);
+    }
+}

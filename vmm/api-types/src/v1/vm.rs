@@ -1,0 +1,76 @@
+//! What the API answers.
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+
+use super::VmConfig;
+
+/// `vmm.ping`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VmmPing {
+    /// Version and build.
+    #[serde(default)]
+    pub build_version: String,
+    /// Version.
+    pub version: String,
+    /// Process id of the VMM.
+    #[serde(default)]
+    pub pid: i64,
+    /// Names of what was compiled in.
+    #[serde(default)]
+    pub features: Vec<String>,
+}
+
+/// State of the guest.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum VmState {
+    /// Being put together.
+    Created,
+    /// vCPUs run.
+    Running,
+    /// vCPUs stand still.
+    Paused,
+    /// No machine.
+    Shutdown,
+}
+
+/// `vm.info`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VmInfo {
+    /// What it is made of.
+    pub config: VmConfig,
+    /// Its state.
+    pub state: VmState,
+    /// Guest RAM in bytes, less what a balloon has taken.
+    #[serde(default)]
+    pub memory_actual_size: u64,
+    /// Devices by id, while there is a machine.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub device_tree: Option<BTreeMap<String, DeviceNode>>,
+}
+
+/// A device in `vm.info`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DeviceNode {
+    /// Its id.
+    pub id: String,
+    /// Address ranges; not told.
+    #[serde(default)]
+    pub resources: Vec<serde_json::Value>,
+    /// Id of the device that it belongs to.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub parent: Option<String>,
+    /// Ids of devices that belong to it.
+    #[serde(default)]
+    pub children: Vec<String>,
+    /// Its PCI address, such as `0000:01:00.0`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pci_bdf: Option<String>,
+}
+
+/// `vm.counters`: by device or vCPU, then by name. What cannot be counted on a host is absent.
+pub type VmCounters = BTreeMap<String, BTreeMap<String, u64>>;
+
+/// Body of every answer that is an error: what failed, then why.
+pub type ErrorMessages = Vec<String>;

@@ -1,0 +1,224 @@
+//! One client of the API: bytes in, bytes out, and how long it may take. Knows nothing of epoll.
+
+#![forbid(unsafe_code)]
+
+use std::io::{self, Read, Write};
+use std::os::fd::{AsRawFd, RawFd};
+use std::os::unix::net::UnixStream;
+use std::time::{Duration, Instant};
+
+use super::http::{self, MAX_BODY, MAX_HEAD, Parsed, Request, Response};
+
+/// How long a client may take to send a request it has begun, or to take its answer.
+pub(super) const PATIENCE: Duration = Duration::from_secs(5);
+
+/// Whether a connection goes on.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum Fate {
+    /// It does.
+    Open,
+    /// It has ended, or is to.
+    Closed,
+}
+
+/// A connection.
+pub(super) struct Connection {
+    stream: UnixStream,
+    input: Vec<u8>,
+    output: Vec<u8>,
+    /// No more requests: to be closed when the output is out.
+    closing: bool,
+    /// When it last began something or finished it.
+    since: Instant,
+}
+
+impl Connection {
+    /// A client that was just taken.
+    pub(super) fn new(stream: UnixStream) -> io::Result<Self> {
+        stream.set_nonblocking(true)?;
+        Ok(Self {
+            stream,
+            input: Vec::new(),
+            output: Vec::new(),
+            closing: false,
+            since: Instant::now(),
+        })
+    }
+
+    /// Whether it waits for room to write rather than for bytes to read.
+    pub(super) fn wants_to_write(&self) -> bool {
+        !self.output.is_empty()
+    }
+
+    /// When it has been unfinished for too long; `None` while it is idle.
+    pub(super) fn deadline(&self) -> Option<Instant> {
+        (self.wants_to_write() || !self.input.is_empty()).then(|| self.since + PATIENCE)
+    }
+
+    /// When it last began something or finished it.
+    pub(super) fn since(&self) -> Instant {
+        self.since
+    }
+
+    /// The stream is ready: reads, has complete requests answered by `serve`, writes.
+    pub(super) fn process(&mut self, serve: impl FnMut(&Request) -> Response) -> Fate {
+        match self.exchange(serve) {
+            Ok(fate) => fate,
+            Err(error) => {
+                tracing::debug!(%error, "a client of the API is gone");
+                Fate::Closed
+            }
+        }
+    }
+
+    fn exchange(&mut self, mut serve: impl FnMut(&Request) -> Response) -> io::Result<Fate> {
+        let ended = !self.wants_to_write() && self.fill()? == Fate::Closed;
+        while !self.wants_to_write() && !self.closing && self.answer_one(&mut serve) {
+            self.flush()?;
+        }
+        self.flush()?;
+        let done = ended || self.closing;
+        Ok(if done && !self.wants_to_write() {
+            Fate::Closed
+        } else {
+            Fate::Open
+        })
+    }
+
+    /// Reads what is there, as long as it may be part of a request.
+    fn fill(&mut self) -> io::Result<Fate> {
+        let mut buffer = [0; 4096];
+        while self.input.len() < MAX_HEAD + MAX_BODY {
+            match self.stream.read(&mut buffer) {
+                Ok(0) => return Ok(Fate::Closed),
+                Ok(count) => {
+                    if self.input.is_empty() {
+                        self.since = Instant::now();
+                    }
+                    self.input.extend_from_slice(&buffer[..count]);
+                }
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(Fate::Open)
+    }
+
+    fn answer_one(&mut self, serve: &mut impl FnMut(&Request) -> Response) -> bool {
+        let response = match http::parse(&self.input) {
+            Parsed::Incomplete => return false,
+            Parsed::Bad(status, reason) => {
+                self.closing = true;
+                Response::error(status, &[reason])
+            }
+            Parsed::Complete(request, len) => {
+                self.input.drain(..len);
+                self.closing = !request.keep_alive;
+                serve(&request)
+            }
+        };
+        self.output = response.to_bytes(!self.closing);
+        self.since = Instant::now();
+        true
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        while !self.output.is_empty() {
+            match self.stream.write(&self.output) {
+                Ok(count) => drop(self.output.drain(..count)),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(())
+    }
+}
+
+impl AsRawFd for Connection {
+    fn as_raw_fd(&self) -> RawFd {
+        self.stream.as_raw_fd()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::api::http::Status;
+
+    const REQUEST: &[u8] = b"GET /a HTTP/1.1\r\n\r\n";
+
+    fn pair() -> (Connection, UnixStream) {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        theirs.set_nonblocking(true).unwrap();
+        (Connection::new(ours).unwrap(), theirs)
+    }
+
+    fn serve(request: &Request) -> Response {
+        Response {
+            status: Status::Ok,
+            body: Some(format!("\"{}\"", request.path)),
+        }
+    }
+
+    fn received(client: &mut UnixStream) -> String {
+        let mut text = String::new();
+        match client.read_to_string(&mut text) {
+            Ok(_) => text,
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => text,
+            Err(error) => panic!("{error}"),
+        }
+    }
+
+    #[test]
+    fn requests_may_come_in_pieces_and_several_at_once() {
+        let (mut connection, mut client) = pair();
+        for byte in REQUEST {
+            client.write_all(&[*byte]).unwrap();
+            assert_eq!(connection.process(serve), Fate::Open);
+        }
+        client.write_all(REQUEST).unwrap();
+        client.write_all(REQUEST).unwrap();
+        assert_eq!(connection.process(serve), Fate::Open);
+        assert_eq!(received(&mut client).matches("200 OK").count(), 3);
+        assert_eq!(connection.deadline(), None);
+    }
+
+    #[test]
+    fn a_half_request_has_a_deadline() {
+        let (mut connection, mut client) = pair();
+        client.write_all(&REQUEST[..5]).unwrap();
+        assert_eq!(connection.process(serve), Fate::Open);
+        assert!(connection.deadline().is_some());
+    }
+
+    #[test]
+    fn a_client_that_sends_nonsense_is_told_and_dropped() {
+        let (mut connection, mut client) = pair();
+        client.write_all(b"\x01\x02\r\n\r\n").unwrap();
+        assert_eq!(connection.process(serve), Fate::Closed);
+        drop(connection);
+        assert!(received(&mut client).starts_with("HTTP/1.1 400"));
+    }
+
+    #[test]
+    fn an_answer_that_nobody_takes_is_kept_but_not_for_ever() {
+        let (mut connection, mut client) = pair();
+        let big = |_: &Request| Response {
+            status: Status::Ok,
+            body: Some("x".repeat(4 << 20)),
+        };
+        client.write_all(REQUEST).unwrap();
+        assert_eq!(connection.process(big), Fate::Open);
+        assert!(connection.wants_to_write());
+        assert!(connection.deadline().is_some());
+    }
+
+    #[test]
+    fn a_client_that_hangs_up_is_let_go() {
+        let (mut connection, client) = pair();
+        drop(client);
+        assert_eq!(connection.process(serve), Fate::Closed);
+    }
+}
