@@ -5,16 +5,18 @@
 
 #![forbid(unsafe_code)]
 
+use std::io;
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 use berth_irqchip::{Chip, Trigger};
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 use vm_memory::GuestAddress;
 
 use super::events::GuestEvents;
-use super::machine::ClearedBuses;
 pub use super::machine::Machine;
+use super::machine::{Backends, ClearedBuses};
 use crate::boot::acpi::{self, AcpiInput};
 use crate::boot::{self, Entry};
 use crate::config::{SerialConfig, VmConfig};
@@ -32,7 +34,11 @@ use crate::memory::layout::{
 };
 use crate::memory::{self, GuestRam};
 use crate::pci::{self, Pci, PciContext, PciHost};
+use crate::vhost_user::{self, Frontends, Kind};
 use crate::{bus, kvm};
+
+/// How often a wait for backends looks whether it is still wanted.
+const CANCEL_POLL: Duration = Duration::from_millis(100);
 
 /// Why there is no machine.
 #[derive(Debug, thiserror::Error)]
@@ -78,6 +84,15 @@ pub enum Error {
     /// PCI.
     #[error(transparent)]
     Pci(#[from] pci::Error),
+    /// A disk or a network card.
+    #[error(transparent)]
+    Device(#[from] vhost_user::Error),
+    /// The threads of disks and network cards.
+    #[error("cannot start the vhost-user frontend")]
+    Frontends(#[source] io::Error),
+    /// Nobody waits for the machine any more.
+    #[error("the boot was given up")]
+    Cancelled,
     /// Entropy.
     #[error(transparent)]
     Rng(#[from] rng::Error),
@@ -107,19 +122,24 @@ pub fn build(parts: Parts) -> Result<Machine, Error> {
     let ram = GuestRam::new(&config.memory)?;
     let slots = ram.register(&vm)?;
     let chip = Chip::new(Arc::clone(&vm))?;
-    let rsdp = write_acpi(&ram, config)?;
-    let entry = boot::load(&ram, &config.payload, rsdp)?;
-    let fds = create_vcpus(&kvm, &vm, config, &ram, &entry)?;
 
     let buses = Buses::default();
     let sci = Arc::new(chip.line(SCI_PIN, Trigger::Level)?);
     let power = add_power(&buses, &sci, &parts.events)?;
     add_clock(&buses, config)?;
     let serial = add_serial(&buses, &chip, &parts)?;
-    let pci = add_pci(&buses, &chip, &ram, &parts)?;
+    // Backends are dialled from here on, while the kernel is loaded.
+    let mut frontends = Frontends::new().map_err(Error::Frontends)?;
+    let pci = add_pci(&buses, &chip, &ram, config, &mut frontends)?;
+
+    let rsdp = write_acpi(&ram, config)?;
+    let entry = boot::load(&ram, &config.payload, rsdp)?;
+    let fds = create_vcpus(&kvm, &vm, config, &ram, &entry)?;
+    wait_for_backends(&frontends, &parts.cancel)?;
     let vcpus = Vcpus::start(fds, &buses, &parts.events)?;
     Ok(Machine {
         vcpus,
+        frontends: Backends(frontends),
         _buses: ClearedBuses(buses),
         serial,
         power,
@@ -207,8 +227,13 @@ fn add_serial(
     Ok(Some(port))
 }
 
-fn add_pci(buses: &Buses, chip: &Arc<Chip>, ram: &GuestRam, parts: &Parts) -> Result<Pci, Error> {
-    let config = &*parts.config;
+fn add_pci(
+    buses: &Buses,
+    chip: &Arc<Chip>,
+    ram: &GuestRam,
+    config: &VmConfig,
+    frontends: &mut Frontends,
+) -> Result<Pci, Error> {
     let mut host = PciHost::new(PciContext {
         wiring: Arc::new(Arc::clone(chip)),
         memory: ram.memory().clone(),
@@ -218,5 +243,21 @@ fn add_pci(buses: &Buses, chip: &Arc<Chip>, ram: &GuestRam, parts: &Parts) -> Re
     });
     let rng = rng::Rng::new("_rng", &config.rng.src)?;
     host.add_builtin("_rng", Box::new(rng))?;
+    let disks = config.disks.iter().cloned().map(Kind::Blk);
+    for kind in disks.chain(config.nets.iter().cloned().map(Kind::Net)) {
+        let id = kind.id().to_owned();
+        let device = frontends.connect(kind)?;
+        host.add_below_root_port(&id, device, config.platform.root_port_vendor)?;
+    }
     Ok(host.finish()?)
+}
+
+/// A guest looks for its devices once, when it boots: they must have been there.
+fn wait_for_backends(frontends: &Frontends, cancel: &AtomicBool) -> Result<(), Error> {
+    while !frontends.wait_settled(CANCEL_POLL) {
+        if cancel.load(Ordering::Acquire) {
+            return Err(Error::Cancelled);
+        }
+    }
+    Ok(())
 }

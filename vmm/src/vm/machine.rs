@@ -2,6 +2,7 @@
 
 use std::io;
 use std::sync::Arc;
+use std::time::Duration;
 
 use berth_irqchip::{Chip, Line};
 use vmm_sys_util::eventfd::EventFd;
@@ -12,11 +13,13 @@ use crate::devices::power::PowerBlock;
 use crate::devices::serial::port::SerialPort;
 use crate::memory::RamSlots;
 use crate::pci::{DeviceInfo, Pci};
+use crate::vhost_user::{Frontends, SessionState};
 
 /// One boot of the guest. Fields are dropped in order: no vCPU runs when its devices go, and nothing
 /// uses guest memory when its slots go.
 pub struct Machine {
     pub(super) vcpus: Vcpus,
+    pub(super) frontends: Backends,
     pub(super) _buses: ClearedBuses,
     pub(super) serial: Option<Arc<SerialPort>>,
     pub(super) power: Arc<PowerBlock>,
@@ -24,6 +27,20 @@ pub struct Machine {
     pub(super) pci: Pci,
     pub(super) chip: Arc<Chip>,
     pub(super) _slots: RamSlots,
+}
+
+/// How long backends may take to give their rings back when the machine goes.
+const STOP_PATIENCE: Duration = Duration::from_secs(1);
+
+/// Sessions with backends, which end when the machine goes.
+pub(super) struct Backends(pub(super) Frontends);
+
+impl Drop for Backends {
+    fn drop(&mut self) {
+        for device in self.0.stop(STOP_PATIENCE) {
+            tracing::warn!(device, "the backend did not give its rings back in time");
+        }
+    }
 }
 
 /// Buses that forget their devices when the machine goes: some devices hold the buses in turn.
@@ -83,6 +100,11 @@ impl Machine {
         let mut groups = CounterGroups::new();
         for (index, counters) in self.vcpus.counters().into_iter().enumerate() {
             groups.insert(format!("vcpu{index}"), counters.into_iter().collect());
+        }
+        for session in self.frontends.0.sessions() {
+            let live = u64::from(session.state == SessionState::Live);
+            let group = groups.entry(session.id).or_default();
+            group.insert("backend_connected".to_owned(), live);
         }
         let chip = self.chip.counters();
         let irqchip = [
