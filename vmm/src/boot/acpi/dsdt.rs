@@ -116,7 +116,7 @@ impl Aml for OscMethod {
         Method::new(
             "_OSC".into(),
             4,
-            false,
+            true,
             vec![
                 &CreateDWordField::new(&status, &capabilities, &ZERO),
                 &If::new(
