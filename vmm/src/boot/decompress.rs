@@ -2,14 +2,16 @@
 //!
 //! The kernel's build appends four bytes, the unpacked length, after every format but gzip; the
 //! decoders stop before them. Memory is bounded: the largest window that the kernel's build uses is
-//! 128 MiB (zstd -22 --ultra), 64 MiB are enough for xz.
+//! 128 MiB (zstd -22 --ultra, and xz of newer kernels).
 
 use std::io::{self, BufReader, Read};
 
 use super::lz4::LegacyLz4;
 
-/// Largest zstd window, and twice what xz may ask for.
+/// Largest zstd window.
 const MAX_WINDOW: u64 = 128 << 20;
+/// Most memory for the xz decoder: a dictionary of 128 MiB and what it needs besides.
+const MAX_XZ_KIB: u32 = 160 << 10;
 /// Unit in which the file is read.
 const READ_SIZE: usize = 256 << 10;
 
@@ -77,12 +79,9 @@ impl Compression {
         let packed = BufReader::with_capacity(READ_SIZE, packed);
         Ok(match self {
             Self::Gzip => Box::new(flate2::bufread::GzDecoder::new(packed)),
-            Self::Xz => {
-                let limit_kib = (MAX_WINDOW >> 10) as u32;
-                Box::new(lzma_rust2::XzReader::new_mem_limit(
-                    packed, false, limit_kib,
-                ))
-            }
+            Self::Xz => Box::new(lzma_rust2::XzReader::new_mem_limit(
+                packed, false, MAX_XZ_KIB,
+            )),
             Self::Zstd => Box::new(
                 ruzstd::decoding::StreamingDecoder::new_with_max_window_size(packed, MAX_WINDOW)
                     .map_err(io::Error::other)?,
@@ -109,7 +108,7 @@ mod tests {
 
     #[test]
     fn every_supported_format_gives_back_what_was_packed() {
-        let plain = testing::x86_like_bytes(3 << 20);
+        let plain = testing::x86_like_bytes(300 << 10);
         for format in testing::FORMATS {
             let packed = testing::pack(format, &plain);
             assert_eq!(Compression::detect(&packed), Some(format));

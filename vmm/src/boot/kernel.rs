@@ -95,6 +95,8 @@ pub struct Kernel {
     pub end: GuestAddress,
     /// Setup header of the bzImage that it came from.
     pub header: Option<SetupHeader>,
+    /// Whether a bzImage's own code unpacks the kernel, and so randomises it.
+    pub unpacks_itself: bool,
 }
 
 impl Kernel {
@@ -170,6 +172,7 @@ impl Loader<'_> {
             entry: point,
             end: loaded.end,
             header: None,
+            unpacks_itself: false,
         })
     }
 
@@ -194,6 +197,7 @@ impl Loader<'_> {
                 entry: EntryPoint::Linux64(entry),
                 end,
                 header: Some(header),
+                unpacks_itself: true,
             });
         }
         let Some(format) = format.filter(|_| unpackable) else {
@@ -334,7 +338,7 @@ mod tests {
     fn a_bzimage_may_unpack_itself() {
         let kernel = load_bytes(&packed_kernel(Compression::Zstd), KernelEntry::BzImage).unwrap();
         assert_eq!(kernel.entry, EntryPoint::Linux64(GuestAddress(0x10_0200)));
-        assert!(kernel.header.is_some());
+        assert!(kernel.header.is_some() && kernel.unpacks_itself);
     }
 
     #[test]

@@ -84,3 +84,42 @@ impl<R: Read> Read for LegacyLz4<R> {
 fn invalid(what: &str) -> io::Error {
     io::Error::new(io::ErrorKind::InvalidData, what.to_owned())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn frame(blocks: &[&[u8]]) -> Vec<u8> {
+        let mut frame = MAGIC.to_vec();
+        for block in blocks {
+            let packed = lz4_flex::block::compress(block);
+            frame.extend((packed.len() as u32).to_le_bytes());
+            frame.extend(packed);
+        }
+        let plain_len: usize = blocks.iter().map(|block| block.len()).sum();
+        frame.extend((plain_len as u32).to_le_bytes());
+        frame
+    }
+
+    fn unpack(frame: &[u8]) -> io::Result<Vec<u8>> {
+        let mut plain = Vec::new();
+        LegacyLz4::new(frame)?.read_to_end(&mut plain)?;
+        Ok(plain)
+    }
+
+    #[test]
+    fn blocks_follow_each_other_up_to_the_appended_length() {
+        let plain = unpack(&frame(&[b"one", &[7; 5000], b"three"])).unwrap();
+        assert_eq!(plain, [&b"one"[..], &[7; 5000], b"three"].concat());
+        assert_eq!(unpack(&frame(&[])).unwrap(), b"");
+    }
+
+    #[test]
+    fn a_block_longer_than_the_format_allows_is_refused() {
+        let mut long = MAGIC.to_vec();
+        long.extend(u32::MAX.to_le_bytes());
+        long.extend([0; 64]);
+        assert!(unpack(&long).is_err());
+        assert!(unpack(b"\x04\x22\x4d\x18 a frame of the newer kind").is_err());
+    }
+}

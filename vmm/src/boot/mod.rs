@@ -98,7 +98,7 @@ pub fn load(ram: &GuestRam, payload: &PayloadConfig, rsdp: GuestAddress) -> Resu
         EntryPoint::Pvh(rip) => pvh::write(ram, &handover)
             .map(|start_info| Entry::Pvh { rip, start_info })
             .map_err(Error::Parameters),
-        EntryPoint::Linux64(rip) => zero_page::write(ram, &handover, kernel.header.as_ref())
+        EntryPoint::Linux64(rip) => zero_page::write(ram, &handover, &kernel, &payload.cmdline)
             .map(|zero_page| Entry::Linux64 { rip, zero_page })
             .map_err(Error::Parameters),
     }

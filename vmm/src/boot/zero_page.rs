@@ -3,11 +3,16 @@
 //! Linux Documentation/arch/x86/boot.rst and zero-page.rst. It is made as bytes at the documented
 //! offsets. A bzImage's own setup header is the start where there is one, else a minimal header as
 //! boot loaders of an ELF kernel make it.
+//!
+//! A kernel that was not unpacked by its own code is told with `KASLR_FLAG` to randomise what it still
+//! can: where direct map, vmalloc area and modules are. The flag is what the kernel's own unpacker, in whose
+//! place the VMM is, would have set; `nokaslr` takes it away as there.
 
 use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
 
 use super::Handover;
 use super::bzimage::{SETUP_HEADER, SetupHeader};
+use super::kernel::Kernel;
 use super::memmap;
 use crate::memory::GuestRam;
 use crate::memory::layout::ZERO_PAGE;
@@ -21,12 +26,16 @@ const BOOT_FLAG: usize = 0x1fe;
 const HEADER: usize = 0x202;
 const VERSION: usize = 0x206;
 const TYPE_OF_LOADER: usize = 0x210;
+const LOADFLAGS: usize = 0x211;
 const RAMDISK_IMAGE: usize = 0x218;
 const RAMDISK_SIZE: usize = 0x21c;
 const CMD_LINE_PTR: usize = 0x228;
 const KERNEL_ALIGNMENT: usize = 0x230;
 const E820_TABLE: usize = 0x2d0;
 const E820_ENTRY_SIZE: usize = 20;
+/// `loadflags`: the protected-mode code is at 1 MiB or above; memory layout is to be randomised.
+const LOADED_HIGH: u8 = 1;
+const KASLR_FLAG: u8 = 1 << 1;
 /// A boot loader without a number of its own.
 const LOADER_UNDEFINED: u8 = 0xff;
 
@@ -34,14 +43,25 @@ const LOADER_UNDEFINED: u8 = 0xff;
 pub fn write(
     ram: &GuestRam,
     handover: &Handover,
-    header: Option<&SetupHeader>,
+    kernel: &Kernel,
+    cmdline: &str,
 ) -> Result<GuestAddress, GuestMemoryError> {
-    let page = build(ram, handover, header);
+    let loadflags = if kernel.unpacks_itself || cmdline.split_whitespace().any(|w| w == "nokaslr") {
+        LOADED_HIGH
+    } else {
+        LOADED_HIGH | KASLR_FLAG
+    };
+    let page = build(ram, handover, kernel.header.as_ref(), loadflags);
     ram.memory().write_slice(&page, GuestAddress(ZERO_PAGE))?;
     Ok(GuestAddress(ZERO_PAGE))
 }
 
-fn build(ram: &GuestRam, handover: &Handover, header: Option<&SetupHeader>) -> Vec<u8> {
+fn build(
+    ram: &GuestRam,
+    handover: &Handover,
+    header: Option<&SetupHeader>,
+    loadflags: u8,
+) -> Vec<u8> {
     let mut page = vec![0; SIZE];
     let mut put = |at: usize, bytes: &[u8]| page[at..at + bytes.len()].copy_from_slice(bytes);
     match header {
@@ -54,6 +74,7 @@ fn build(ram: &GuestRam, handover: &Handover, header: Option<&SetupHeader>) -> V
         }
     }
     put(TYPE_OF_LOADER, &[LOADER_UNDEFINED]);
+    put(LOADFLAGS, &[loadflags]);
     put(CMD_LINE_PTR, &(handover.cmdline.0 as u32).to_le_bytes());
     put(ACPI_RSDP_ADDR, &handover.rsdp.0.to_le_bytes());
     if let Some(initramfs) = handover.initramfs {
@@ -78,6 +99,7 @@ fn build(ram: &GuestRam, handover: &Handover, header: Option<&SetupHeader>) -> V
 mod tests {
     use super::*;
     use crate::boot::initramfs::Initramfs;
+    use crate::boot::kernel::EntryPoint;
     use crate::boot::testing;
 
     fn handover() -> Handover {
@@ -93,7 +115,7 @@ mod tests {
 
     #[test]
     fn an_elf_kernel_gets_a_minimal_header() {
-        let page = build(&testing::ram(5 << 30), &handover(), None);
+        let page = build(&testing::ram(5 << 30), &handover(), None, LOADED_HIGH);
         assert_eq!(&page[0x1fe..0x200], &[0x55, 0xaa]);
         assert_eq!(&page[0x202..0x206], b"HdrS");
         assert_eq!(page[0x210], 0xff);
@@ -118,9 +140,34 @@ mod tests {
     fn a_bzimage_keeps_its_header_but_for_the_loaders_fields() {
         let image = testing::bzimage(b"payload", 0);
         let header = SetupHeader::parse(&image, image.len() as u64).unwrap();
-        let page = build(&testing::ram(64 << 20), &handover(), Some(&header));
+        let page = build(
+            &testing::ram(64 << 20),
+            &handover(),
+            Some(&header),
+            LOADED_HIGH,
+        );
         assert_eq!(&page[0x236..0x238], &image[0x236..0x238]);
         assert_eq!(page[0x1f1], image[0x1f1]);
         assert_eq!(page[0x210], 0xff);
+    }
+
+    #[test]
+    fn only_a_kernel_that_did_not_unpack_itself_is_told_to_randomise() {
+        let ram = testing::ram(2 << 20);
+        let loadflags = |unpacks_itself, cmdline| {
+            let kernel = Kernel {
+                entry: EntryPoint::Linux64(GuestAddress(0x10_0000)),
+                end: GuestAddress(0x20_0000),
+                header: None,
+                unpacks_itself,
+            };
+            let at = write(&ram, &handover(), &kernel, cmdline).unwrap();
+            ram.memory()
+                .read_obj::<u8>(GuestAddress(at.0 + LOADFLAGS as u64))
+                .unwrap()
+        };
+        assert_eq!(loadflags(false, "quiet"), LOADED_HIGH | KASLR_FLAG);
+        assert_eq!(loadflags(false, "quiet nokaslr"), LOADED_HIGH);
+        assert_eq!(loadflags(true, "quiet"), LOADED_HIGH);
     }
 }
