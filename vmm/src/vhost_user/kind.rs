@@ -271,6 +271,10 @@ fn offer_net(net: &NetConfig, found: &Found) -> Offer {
     }
     put(&mut config, NET_PAIRS, pairs);
     if let Some(mac) = net.mac {
+        // A backend that knows the card by another address would filter for that one.
+        if features & bits(&[VIRTIO_NET_F_MAC]) != 0 && config[..6] != mac {
+            features &= !bits(&[VIRTIO_NET_F_CTRL_RX, VIRTIO_NET_F_CTRL_MAC_ADDR]);
+        }
         config[..6].copy_from_slice(&mac);
         features |= bits(&[VIRTIO_NET_F_MAC]);
     }
@@ -416,6 +420,22 @@ mod tests {
         let feature = bits(&[VIRTIO_NET_F_MAC]);
         assert_eq!(offer.features & feature, feature);
         assert_eq!(offer.acknowledge(offer.features) & feature, 0);
+    }
+
+    #[test]
+    fn a_backend_that_knows_another_mac_does_not_filter_addresses() {
+        let filters = bits(&[VIRTIO_NET_F_CTRL_RX, VIRTIO_NET_F_CTRL_MAC_ADDR]);
+        let offered = |mac, features: &[u32]| {
+            let mut all = vec![VIRTIO_NET_F_CTRL_VQ, VIRTIO_NET_F_CTRL_RX];
+            all.extend([VIRTIO_NET_F_CTRL_MAC_ADDR].iter().chain(features));
+            let offer = net(2, Some(mac)).offer(&found(&all, net_config(1), None));
+            offer.unwrap().features & filters
+        };
+        let (same, other) = ([2, 0, 0, 0, 0, 1], [2, 0, 0, 0, 0, 2]);
+        assert_eq!(offered(same, &[VIRTIO_NET_F_MAC]), filters);
+        assert_eq!(offered(other, &[VIRTIO_NET_F_MAC]), 0);
+        // One that does not know the address cannot filter for a wrong one.
+        assert_eq!(offered(other, &[]), filters);
     }
 
     #[test]
