@@ -20,6 +20,7 @@ pub mod header;
 pub mod mac;
 pub mod net_device;
 pub mod port;
+pub mod rarp;
 pub mod rx;
 pub mod state;
 pub mod tx;

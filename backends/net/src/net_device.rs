@@ -5,6 +5,7 @@
 use std::io;
 use std::sync::{Arc, Once};
 
+use berth_queue_worker::device::protocol;
 use berth_queue_worker::{
     Device, Interest, QueueError, QueueStart, QueueWorker, Ready, Ring, SessionHandle, Source,
 };
@@ -64,6 +65,10 @@ impl Device for NetDevice {
         self.state.identity().features(self.state.port().has_uso())
     }
 
+    fn protocol_features(&self) -> u64 {
+        protocol::RARP
+    }
+
     fn num_queues(&self) -> u16 {
         self.state.identity().num_queues()
     }
@@ -118,6 +123,10 @@ impl Device for NetDevice {
 
     fn session_ended(&self) {
         self.state.end_session();
+    }
+
+    fn send_rarp(&self, mac: [u8; 6]) -> io::Result<()> {
+        self.state.announce(Mac(mac))
     }
 
     fn reset(&self) {

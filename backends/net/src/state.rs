@@ -30,9 +30,11 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use crate::ctrl::Command;
 use crate::device::{CONFIG_LEN, GUEST_OFFLOADS, Identity, config_space, has};
 use crate::filter::RxFilter;
-use crate::header::header_len;
+use crate::header::{HDR_LEN, header_len};
 use crate::mac::Mac;
 use crate::port::NetPort;
+use crate::port::frame::FrameBuffer;
+use crate::rarp;
 
 /// State of the device. Every method may be called on any thread.
 pub struct DeviceState {
@@ -209,6 +211,21 @@ impl DeviceState {
             driver.mac = Some(mac);
         }
         self.update_filter(|filter| filter.set_own(mac));
+    }
+
+    /// Announces `mac` on the network in the guest's stead.
+    ///
+    /// # Errors
+    /// The port does not take it.
+    pub fn announce(&self, mac: Mac) -> io::Result<()> {
+        let header_len = header_len(lock(&self.driver).features);
+        let mut header = [0; HDR_LEN];
+        let mut announcement = rarp::announcement(mac);
+        let mut list = FrameBuffer::default();
+        let mut frame = list.frame();
+        frame.push_own(&mut header[..header_len]);
+        frame.push_own(&mut announcement);
+        self.port.send(0, &frame).map(drop)
     }
 
     fn set_offloads(&self, offloads: u64) -> io::Result<()> {

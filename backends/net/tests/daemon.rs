@@ -12,7 +12,9 @@ use std::time::Duration;
 
 use berth_queue_worker::protocol::message::FrontendReq;
 use support::guest::{ETH, Guest, HDR, frame, tcp, tso4};
-use support::{Daemon, PacketSocket, describe, ended_by, exists, in_namespace, ip};
+use support::{
+    Daemon, PacketSocket, VNET_HDR, attach, describe, ended_by, exists, in_namespace, ip,
+};
 use virtio_bindings::virtio_net::{VIRTIO_NET_F_GUEST_CSUM, VIRTIO_NET_F_GUEST_TSO4};
 
 /// For local experiments: nobody on the host answers or sends it.
@@ -342,6 +344,43 @@ fn a_tap_that_is_removed_does_not_keep_the_daemon_busy() {
         }
         assert!(daemon.cpu_ticks() - before < 20);
         assert!(guest.command(&[0, 0, 1]));
+    });
+}
+
+#[test]
+fn the_frontend_has_the_guest_announced() {
+    in_namespace(|| {
+        let daemon = start_on_tap("", &[]);
+        let host = PacketSocket::new("tap0", 0x8035);
+        let mut guest = Guest::connect(daemon.socket(), 1, &[]);
+        let payload = [&GUEST[..], &[0, 0]].concat();
+        guest
+            .driver
+            .frontend
+            .request(FrontendReq::SEND_RARP, &payload, &[]);
+        let got = host.receive();
+        assert_eq!(got[10..16], [0xff; 6]);
+        assert_eq!(got[16..22], GUEST);
+        assert_eq!(got.len(), 10 + 60);
+    });
+}
+
+#[test]
+fn a_tap_handed_over_by_descriptor() {
+    in_namespace(|| {
+        // Arrange: the daemon's standard input is the tap
+        ip("tuntap add tap0 mode tap");
+        let daemon = Daemon::start_with_stdin(&["--tap-fd=0"], attach("tap0", VNET_HDR).into());
+        ip("link set tap0 up");
+        let host = PacketSocket::new("tap0", EXPERIMENT);
+        let mut guest = Guest::connect(daemon.socket(), 1, &[]);
+        guest.post(0, 8);
+        // Act, assert
+        host.send(&from_host(PLAIN, &frame(GUEST, HOST, EXPERIMENT, 90)));
+        assert_eq!(guest.receive(0).len(), HDR + 90);
+        let out = frame(HOST, GUEST, EXPERIMENT, 200);
+        guest.send(0, &from_guest(PLAIN, &out));
+        assert!(host.receive()[10..] == out);
     });
 }
 

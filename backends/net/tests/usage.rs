@@ -3,7 +3,9 @@
 
 mod support;
 
-use support::{Daemon, describe, fails, in_namespace, ip, run, socket_path};
+use support::{
+    Daemon, attach, describe, fails, fails_with_stdin, in_namespace, ip, run, socket_path,
+};
 
 fn stdout(args: &[&str]) -> String {
     let output = run(args);
@@ -84,6 +86,10 @@ fn taps_that_cannot_be_used() {
             &["--tap-fd=77"],
             "--tap-fd=77 is not a tap's file descriptor",
         );
+        let bare = attach("single", 0);
+        let socket = format!("--socket-path={}", socket_path().display());
+        let line = fails_with_stdin(1, &[&socket, "--tap-fd=0"], bare.into());
+        assert!(line.contains("was made without IFF_VNET_HDR"), "{line}");
         assert!(!describe("single").contains("multi_queue"), "as it was");
     });
 }

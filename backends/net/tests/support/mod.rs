@@ -90,16 +90,50 @@ fn command() -> Command {
 
 /// Runs the program to its end.
 pub(crate) fn run(args: &[&str]) -> Output {
-    command().args(args).stdin(Stdio::null()).output().unwrap()
+    run_with_stdin(args, Stdio::null())
+}
+
+fn run_with_stdin(args: &[&str], stdin: Stdio) -> Output {
+    command().args(args).stdin(stdin).output().unwrap()
 }
 
 /// Runs the program, which must fail with exit code `code` and one line on stderr; the line.
 pub(crate) fn fails(code: i32, args: &[&str]) -> String {
-    let output = run(args);
+    fails_with_stdin(code, args, Stdio::null())
+}
+
+/// The same, with this standard input.
+pub(crate) fn fails_with_stdin(code: i32, args: &[&str], stdin: Stdio) -> String {
+    let output = run_with_stdin(args, stdin);
     let text = String::from_utf8(output.stderr).unwrap();
     assert_eq!(output.status.code(), Some(code), "{text}");
     assert_eq!(text.trim_end().lines().count(), 1, "{text}");
     text
+}
+
+/// IFF_VNET_HDR, for [`attach`].
+pub(crate) const VNET_HDR: i32 = libc::IFF_VNET_HDR;
+
+/// A descriptor attached to a tap, with IFF_TAP, IFF_NO_PI and `flags`.
+pub(crate) fn attach(tap: &str, flags: i32) -> OwnedFd {
+    let fd = OwnedFd::from(
+        std::fs::File::options()
+            .read(true)
+            .write(true)
+            .open("/dev/net/tun")
+            .unwrap(),
+    );
+    // SAFETY: ifreq is plain data, for which zeros are valid.
+    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+    for (to, from) in request.ifr_name.iter_mut().zip(tap.bytes()) {
+        *to = from.cast_signed();
+    }
+    let flags = libc::IFF_TAP | libc::IFF_NO_PI | flags;
+    request.ifr_ifru.ifru_flags = flags as libc::c_short;
+    // SAFETY: TUNSETIFF reads and writes one ifreq, which `request` is, exclusively borrowed.
+    let result = unsafe { libc::ioctl(fd.as_raw_fd(), libc::TUNSETIFF, &raw mut request) };
+    assert_eq!(result, 0, "attach to {tap}: {}", io::Error::last_os_error());
+    fd
 }
 
 /// A running daemon; killed when dropped.
@@ -112,12 +146,17 @@ pub(crate) struct Daemon {
 impl Daemon {
     /// Starts it and waits until it listens.
     pub(crate) fn start(args: &[&str]) -> Self {
+        Self::start_with_stdin(args, Stdio::null())
+    }
+
+    /// The same, with this standard input.
+    pub(crate) fn start_with_stdin(args: &[&str], stdin: Stdio) -> Self {
         let socket = socket_path();
         let mut child = command()
             .arg(format!("--socket-path={}", socket.display()))
             .args(args)
             .env("RUST_LOG", "info")
-            .stdin(Stdio::null())
+            .stdin(stdin)
             .stderr(Stdio::piped())
             .spawn()
             .unwrap();
