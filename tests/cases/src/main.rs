@@ -8,6 +8,7 @@ use std::process::ExitCode;
 use anyhow::{Context, Result, ensure};
 use berth_tests_cases::stories;
 use berth_tests_framework::story::{self, Options, Story, Tier};
+use berth_tests_framework::wait;
 use clap::{Parser, ValueEnum};
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -59,6 +60,9 @@ struct Args {
     /// Stories at a time
     #[arg(long, value_name = "N", default_value_t = 1)]
     jobs: usize,
+    /// Factor on every deadline, for a host that has other work to do
+    #[arg(long, value_name = "FACTOR", default_value_t = 1)]
+    patience: u32,
 }
 
 fn main() -> ExitCode {
@@ -95,6 +99,7 @@ fn run(args: &Args) -> Result<bool> {
             .open("/dev/kvm")
             .context("/dev/kvm: the tier 'guest' needs KVM; tests/lab/run has one")?;
     }
+    wait::set_patience(args.patience);
     story::clean_up_on_signals()?;
     let absolute = |path: &PathBuf| {
         path.canonicalize()

@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 
-use crate::wait::Broken;
+use crate::wait::{Broken, patient};
 
 /// What the agent says when it is ready for commands.
 pub const READY: &str = "berth-agent ready";
@@ -189,7 +189,7 @@ impl Console {
         let (guard, _) = self
             .line
             .arrived
-            .wait_timeout_while(guard, limit, |received| !received.closed)
+            .wait_timeout_while(guard, patient(limit), |received| !received.closed)
             .unwrap_or_else(PoisonError::into_inner);
         if guard.closed {
             Ok(())
@@ -205,7 +205,7 @@ impl Console {
         limit: Duration,
         mut take: impl FnMut(&str) -> Option<T>,
     ) -> Result<T> {
-        let end = Instant::now() + limit;
+        let end = Instant::now() + patient(limit);
         let mut guard = self.line.lock();
         loop {
             while let Some(line) = guard.lines.get(self.cursor) {

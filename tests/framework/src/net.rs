@@ -162,7 +162,7 @@ impl Sink {
     /// # Errors
     /// Not in time, or the file cannot be written.
     pub fn finish(&self, limit: Duration) -> Result<u64> {
-        match self.done.recv_timeout(limit) {
+        match self.done.recv_timeout(crate::wait::patient(limit)) {
             Ok(result) => Ok(result?),
             Err(_) => Err(Broken::deadline("end of the guest's stream", limit)),
         }

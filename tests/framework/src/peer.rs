@@ -102,7 +102,7 @@ impl SilentPeer {
         let (silent, _) = self
             .state
             .changed
-            .wait_timeout_while(silent, limit, |silent| !*silent)
+            .wait_timeout_while(silent, crate::wait::patient(limit), |silent| !*silent)
             .unwrap_or_else(PoisonError::into_inner);
         if *silent {
             Ok(())

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 
 use crate::sys;
-use crate::wait::Broken;
+use crate::wait::{Broken, patient};
 
 /// Signals that cases send, by their usual names.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -123,7 +123,7 @@ impl Process {
         if let Some(status) = self.status {
             return Ok(status);
         }
-        if sys::poll_readable(&[self.pidfd.as_raw_fd()], limit)?.is_none() {
+        if sys::poll_readable(&[self.pidfd.as_raw_fd()], patient(limit))?.is_none() {
             return Err(Broken::deadline(&format!("end of {}", self.name), limit));
         }
         let status = self.child.wait()?;
@@ -159,7 +159,7 @@ impl Process {
     pub fn wait_path(&self, path: &Path, limit: Duration) -> Result<()> {
         let directory = path.parent().context("a path without a directory")?;
         let watch = sys::watch_directory(directory)?;
-        let end = Instant::now() + limit;
+        let end = Instant::now() + patient(limit);
         while !path.exists() {
             let left = end.saturating_duration_since(Instant::now());
             match sys::poll_readable(&[self.pidfd.as_raw_fd(), watch.as_raw_fd()], left)? {

@@ -1,5 +1,6 @@
 //! Waiting with a deadline, and the errors that end a story.
 
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::Result;
@@ -26,7 +27,7 @@ impl Broken {
     pub fn deadline(what: &str, limit: Duration) -> anyhow::Error {
         Self::Deadline {
             what: what.to_owned(),
-            seconds: limit.as_secs(),
+            seconds: patient(limit).as_secs(),
         }
         .into()
     }
@@ -41,6 +42,19 @@ pub fn is_broken(error: &anyhow::Error) -> bool {
             .any(|cause| cause.downcast_ref::<Broken>().is_some())
 }
 
+/// Factor on every deadline: see [`set_patience`].
+static PATIENCE: AtomicU32 = AtomicU32::new(1);
+
+/// Multiplies every deadline, for a host that has other work to do.
+pub fn set_patience(factor: u32) {
+    PATIENCE.store(factor.max(1), Ordering::Relaxed);
+}
+
+/// What a wait of `limit` may really take.
+pub(crate) fn patient(limit: Duration) -> Duration {
+    limit * PATIENCE.load(Ordering::Relaxed)
+}
+
 /// Asks `probe` every 20 ms until it has a value: for what the kernel tells only to those who ask.
 ///
 /// # Errors
@@ -50,7 +64,7 @@ pub fn until<T>(
     limit: Duration,
     mut probe: impl FnMut() -> Result<Option<T>>,
 ) -> Result<T> {
-    let end = Instant::now() + limit;
+    let end = Instant::now() + patient(limit);
     loop {
         if let Some(value) = probe()? {
             return Ok(value);
