@@ -37,7 +37,7 @@ fn run(config: Config) -> Result<(), Box<dyn std::error::Error>> {
         PortConfig::Tap { name, create } => Tap::open(name, pairs, *create, config.identity.mtu)?,
         PortConfig::Fds(fds) => Tap::from_fds(fds)?,
     };
-    let device = NetDevice::new(config.identity, Arc::new(tap), config.max_queue_size)?;
+    let device = NetDevice::new(config.identity, Arc::new(tap), config.max_queue_size);
     berth_queue_worker::run(&config.daemon, device)?;
     Ok(())
 }

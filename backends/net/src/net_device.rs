@@ -27,20 +27,13 @@ pub struct NetDevice {
 
 impl NetDevice {
     /// The device of `identity` on `port`, with rings of at most `max_queue_size` entries.
-    ///
-    /// # Errors
-    /// No more file descriptors.
-    pub fn new(
-        identity: Identity,
-        port: Arc<dyn NetPort>,
-        max_queue_size: u16,
-    ) -> io::Result<Self> {
-        let state = Arc::new(DeviceState::new(identity, port)?);
-        Ok(Self {
-            state,
+    #[must_use]
+    pub fn new(identity: Identity, port: Arc<dyn NetPort>, max_queue_size: u16) -> Self {
+        Self {
+            state: Arc::new(DeviceState::new(identity, port)),
             max_queue_size,
             link_watched: Once::new(),
-        })
+        }
     }
 
     fn watch_link(&self) {

@@ -35,12 +35,10 @@ use crate::device::has;
 use crate::filter::PEEK_LEN;
 use crate::header::{HDR_LEN, MAX_FRAME_WITH_HDR, NUM_BUFFERS_OFFSET, header_len};
 use crate::port::frame::{FrameBuffer, MAX_PIECES};
-use crate::port::is_detached;
+use crate::port::is_removed;
 use crate::state::{DeviceState, FilterView};
 
-const TAP: usize = 0;
-const WAKE: usize = 1;
-const TAP_AND_WAKE: u32 = 1 << TAP | 1 << WAKE;
+const TAP: u32 = 1;
 
 /// Frames handed over before the driver is told.
 const BATCH: usize = 64;
@@ -282,13 +280,9 @@ impl RxQueue {
 
     /// One step; what to wait for if nothing more can be done now.
     fn step(&mut self, ring: &mut Ring) -> Result<Option<Interest>, QueueError> {
-        const MORE_BUFFERS: Interest = Interest {
-            kick: true,
-            sources: 1 << WAKE,
-        };
         if let Some(len) = self.spilled {
             let done = self.deliver_spilled(len, ring)?;
-            return Ok((!done).then_some(MORE_BUFFERS));
+            return Ok((!done).then_some(Interest::KICK));
         }
         let goal = if self.long > 0 {
             MAX_FRAME_WITH_HDR
@@ -297,15 +291,18 @@ impl RxQueue {
         };
         self.fill(ring, goal)?;
         if self.pool.buffers.is_empty() {
-            return Ok(Some(MORE_BUFFERS));
+            return Ok(Some(Interest::KICK));
         }
         match self.receive() {
             Ok(len) => self.deliver(len, ring)?,
             Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
-                return Ok(Some(Interest::sources(TAP_AND_WAKE)));
+                return Ok(Some(Interest::sources(TAP)));
             }
             Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
-            Err(e) if is_detached(&e) => return Ok(Some(self.detached())),
+            Err(e) if is_removed(&e) => {
+                tracing::warn!(pair = self.pair, "tap has been removed");
+                return Ok(Some(Interest::sources(0)));
+            }
             Err(source) => {
                 return Err(QueueError::Device {
                     what: "reading from the tap",
@@ -315,30 +312,14 @@ impl RxQueue {
         }
         Ok(None)
     }
-
-    /// The port says that this queue is not attached. If it should be then the attachment has just
-    /// changed under us and a wake is on its way, or the interface is gone for good.
-    fn detached(&self) -> Interest {
-        if self.state.is_attached(self.pair) {
-            tracing::warn!(pair = self.pair, "tap has been removed");
-        }
-        Interest::sources(1 << WAKE)
-    }
 }
 
 impl QueueWorker for RxQueue {
     fn sources(&self) -> Vec<Source> {
-        let tap = self.state.port().fd(self.pair);
-        vec![
-            Source::readable(tap),
-            Source::readable(self.state.wake_fd(self.pair)),
-        ]
+        vec![Source::readable(self.state.port().fd(self.pair))]
     }
 
-    fn process(&mut self, ring: &mut Ring, ready: Ready) -> Result<Interest, QueueError> {
-        if ready.source(WAKE) {
-            self.state.clear_wake(self.pair);
-        }
+    fn process(&mut self, ring: &mut Ring, _ready: Ready) -> Result<Interest, QueueError> {
         if !self.running {
             self.running = true;
             self.state.start_pair(self.pair, ring.next_avail() != 0);
@@ -349,7 +330,7 @@ impl QueueWorker for RxQueue {
                 return Ok(interest);
             }
         }
-        Ok(Interest::sources(TAP_AND_WAKE))
+        Ok(Interest::sources(TAP))
     }
 
     fn drain(&mut self, ring: &mut Ring) -> Result<(), QueueError> {

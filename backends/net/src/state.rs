@@ -19,13 +19,11 @@
 #![forbid(unsafe_code)]
 
 use std::io;
-use std::os::fd::{AsRawFd, RawFd};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use berth_queue_worker::SessionHandle;
 use virtio_bindings::virtio_net::{VIRTIO_NET_F_CTRL_VQ, VIRTIO_NET_F_MQ};
-use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::ctrl::Command;
 use crate::device::{CONFIG_LEN, GUEST_OFFLOADS, Identity, config_space, has};
@@ -47,8 +45,6 @@ pub struct DeviceState {
     /// GUEST_OFFLOADS bits in force.
     offloads: AtomicU64,
     link_up: AtomicBool,
-    /// One a pair: its receive queue is to look at its attachment again.
-    wakes: Vec<EventFd>,
 }
 
 /// What is told by, or shown to, the control thread.
@@ -69,15 +65,10 @@ struct Pairs {
 
 impl DeviceState {
     /// State of a device whose driver has set nothing.
-    ///
-    /// # Errors
-    /// No more file descriptors.
-    pub fn new(identity: Identity, port: Arc<dyn NetPort>) -> io::Result<Self> {
+    #[must_use]
+    pub fn new(identity: Identity, port: Arc<dyn NetPort>) -> Self {
         let pairs = identity.pairs;
-        let wakes = (0..pairs)
-            .map(|_| EventFd::new(EFD_NONBLOCK))
-            .collect::<io::Result<_>>()?;
-        Ok(Self {
+        Self {
             identity,
             port,
             driver: Mutex::new(Driver {
@@ -94,8 +85,7 @@ impl DeviceState {
             filter_generation: AtomicU64::new(0),
             offloads: AtomicU64::new(0),
             link_up: AtomicBool::new(true),
-            wakes,
-        })
+        }
     }
 
     /// What the operator fixed.
@@ -262,28 +252,6 @@ impl DeviceState {
         self.change_pairs(|pairs, _| pairs.set_running(pair, false));
     }
 
-    /// Whether `pair` ought to be attached to the port.
-    #[must_use]
-    pub fn is_attached(&self, pair: u16) -> bool {
-        lock(&self.pairs).is_attached(pair)
-    }
-
-    /// What a receive queue polls for [`DeviceState::clear_wake`].
-    #[must_use]
-    pub fn wake_fd(&self, pair: u16) -> RawFd {
-        self.wakes
-            .get(usize::from(pair))
-            .map_or(-1, AsRawFd::as_raw_fd)
-    }
-
-    /// The receive queue has woken up.
-    pub fn clear_wake(&self, pair: u16) {
-        if let Some(wake) = self.wakes.get(usize::from(pair)) {
-            // WouldBlock: it was cleared before.
-            let _ = wake.read();
-        }
-    }
-
     /// Changes the pairs and brings the port's attachment along, all under the lock, so that two
     /// changes cannot reach the port in the wrong order.
     fn change_pairs(&self, change: impl FnOnce(&mut Pairs, u16)) {
@@ -298,10 +266,6 @@ impl DeviceState {
             }
             if let Err(error) = self.port.set_attached(pair, attached) {
                 tracing::warn!(pair, attached, %error, "cannot change a queue of the port");
-            }
-            if let Some(wake) = self.wakes.get(usize::from(pair)) {
-                // WouldBlock: 2^64 wakes are pending, one is enough.
-                let _ = wake.write(1);
             }
         }
     }
@@ -371,6 +335,12 @@ mod tests {
     const MQ: u64 = 1 << VIRTIO_NET_F_MQ;
     const CTRL_VQ: u64 = 1 << VIRTIO_NET_F_CTRL_VQ;
 
+    impl DeviceState {
+        fn uses(&self, pair: u16) -> bool {
+            lock(&self.pairs).is_attached(pair)
+        }
+    }
+
     fn device(pairs: u16) -> (Arc<SocketPort>, DeviceState) {
         let port = Arc::new(SocketPort::new(pairs).unwrap());
         let mac = Some(Mac([2, 0, 0, 0, 0, 1]));
@@ -379,7 +349,7 @@ mod tests {
             mtu: None,
             pairs,
         };
-        let state = DeviceState::new(identity, port.clone()).unwrap();
+        let state = DeviceState::new(identity, port.clone());
         (port, state)
     }
 
@@ -391,7 +361,7 @@ mod tests {
         state.start_pair(0, false);
         state.start_pair(1, false);
         port.events();
-        assert!(state.is_attached(0) && !state.is_attached(1));
+        assert!(state.uses(0) && !state.uses(1));
         // Act, assert
         state.apply(Command::SetPairs(2)).unwrap();
         assert_eq!(port.events(), [Event::Attached(1, true)]);
@@ -417,9 +387,9 @@ mod tests {
         let (_, state) = device(3);
         state.set_features(MQ | CTRL_VQ);
         state.start_pair(1, true);
-        assert!(state.is_attached(1));
+        assert!(state.uses(1));
         state.start_pair(2, false);
-        assert!(!state.is_attached(2));
+        assert!(!state.uses(2));
     }
 
     #[test]

@@ -18,8 +18,8 @@ use berth_queue_worker::{
 };
 
 use crate::header::{HDR_LEN, TxPolicy, header_len};
+use crate::port::NetPort;
 use crate::port::frame::{FrameBuffer, MAX_PIECES};
-use crate::port::{NetPort, is_detached};
 use crate::state::DeviceState;
 
 const ROOM: u32 = 1;
@@ -87,11 +87,6 @@ impl TxQueue {
         match result {
             Ok(n) => Sent::Gone(n.saturating_sub(self.header_len)),
             Err(e) if e.kind() == io::ErrorKind::WouldBlock => Sent::Full,
-            // The driver sends on a pair that receives nothing yet; the first one is always there.
-            Err(e) if is_detached(&e) && self.pair != 0 => match port.send(0, &frame) {
-                Ok(n) => Sent::Gone(n.saturating_sub(self.header_len)),
-                Err(_) => Sent::Dropped,
-            },
             Err(_) => Sent::Dropped,
         }
     }

@@ -232,6 +232,10 @@ fn flows_go_to_the_pairs_that_the_guest_uses() {
             from_host([1, 0, 0, 0, 0, 0, 34, 0, 16, 0], &bytes)
         };
         let flows = 5000..5020;
+        // Act, assert: what is sent on an unused pair goes out all the same
+        let early = tcp(HOST, GUEST, (80, 4999), 200);
+        guest.send(1, &from_guest([1, 0, 0, 0, 0, 0, 34, 0, 16, 0], &early));
+        assert!(host.receive()[10..] == early);
         // Act, assert: everything arrives on pair 0
         for port in flows.clone() {
             host.send(&to_guest(port));

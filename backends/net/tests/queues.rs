@@ -37,7 +37,7 @@ impl Guest {
             mtu: None,
             pairs,
         };
-        let device = NetDevice::new(identity, port.clone(), 1024).unwrap();
+        let device = NetDevice::new(identity, port.clone(), 1024);
         let metrics = Metrics::new(NetDevice::NAME, device.num_queues());
         let features = without
             .iter()

@@ -70,6 +70,10 @@ fn taps_that_cannot_be_used() {
         error(&["--tap=veth"], "'veth' is not a tap");
         error(&["--tap=veth", "--num-queues=2"], "'veth' is not a tap");
         error(
+            &["--tap=busy", "--num-queues=2"],
+            "tap 'busy' has a single queue",
+        );
+        error(
             &["--tap=single", "--num-queues=2"],
             "tap 'single' has a single queue",
         );

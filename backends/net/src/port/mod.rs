@@ -31,8 +31,7 @@ pub trait NetPort: Send + Sync + 'static {
     fn fd(&self, queue: u16) -> RawFd;
 
     /// Reads one frame with its header into `frame`; says how long it is. What does not fit is
-    /// lost. WouldBlock: no frame. [`is_detached`]: the queue is not attached, or its interface
-    /// has gone.
+    /// lost. WouldBlock: no frame. [`is_removed`]: the interface has gone.
     fn recv(&self, queue: u16, frame: &mut Frame<'_, '_>) -> io::Result<usize>;
 
     /// Sends one frame with its header. WouldBlock: no room, nothing was sent.
@@ -45,7 +44,8 @@ pub trait NetPort: Send + Sync + 'static {
     /// [`GUEST_OFFLOADS`](crate::device::GUEST_OFFLOADS).
     fn set_offloads(&self, features: u64) -> io::Result<()>;
 
-    /// Attaches `queue`, or detaches it: then no frame is steered to it. Queue 0 stays attached.
+    /// Attaches `queue`, or detaches it: then no frame is steered to it; it may still send. Queue 0
+    /// stays attached.
     fn set_attached(&self, queue: u16, attached: bool) -> io::Result<()>;
 
     /// Calls `on_change` from a thread of its own with the state of the link, and again on each
@@ -56,8 +56,8 @@ pub trait NetPort: Send + Sync + 'static {
     }
 }
 
-/// Whether an error of `recv` or `send` says that the queue is not attached to an interface.
+/// Whether an error of `recv` or `send` says that the interface has gone, for good.
 #[must_use]
-pub fn is_detached(error: &io::Error) -> bool {
+pub fn is_removed(error: &io::Error) -> bool {
     error.raw_os_error() == Some(libc::EBADFD)
 }
