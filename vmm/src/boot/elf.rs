@@ -34,6 +34,7 @@ const ET_EXEC: u16 = 2;
 const ET_DYN: u16 = 3;
 const EM_X86_64: u16 = 62;
 const PT_LOAD: u32 = 1;
+const PT_INTERP: u32 = 3;
 const PT_NOTE: u32 = 4;
 const XEN_ELFNOTE_PHYS32_ENTRY: u32 = 18;
 
@@ -57,7 +58,7 @@ pub enum Error {
         got: u64,
     },
     /// Not an ELF file of the kind a kernel is.
-    #[error("not a 64-bit x86-64 ELF executable: {0}")]
+    #[error("not a 64-bit ELF kernel for x86-64: {0}")]
     Foreign(String),
     /// Its headers contradict themselves.
     #[error("broken ELF headers: {0}")]
@@ -202,6 +203,9 @@ impl Plan {
         let kind = u32_at(phdr, 0);
         let (offset, paddr) = (u64_at(phdr, 8), u64_at(phdr, 24));
         let (file_len, mem_len) = (u64_at(phdr, 32), u64_at(phdr, 40));
+        if kind == PT_INTERP {
+            return Err(Error::Foreign("a program, not a kernel".to_owned()));
+        }
         if (kind != PT_LOAD && kind != PT_NOTE) || (file_len == 0 && mem_len == 0) {
             return Ok(());
         }
@@ -482,6 +486,7 @@ mod tests {
             (18, 243, "riscv"),
             (16, 1, "file type 1"),
             (0, 0, "starts with"),
+            (64 + 56, 3, "a program"),
         ] {
             let mut image = testing::small_kernel();
             image[at] = value;

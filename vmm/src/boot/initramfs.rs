@@ -107,8 +107,7 @@ pub fn load(
     })
 }
 
-/// The highest page-aligned start below `limit` that leaves the kernel alone. The kernel may be above
-/// the limit, which leaves all below it free from where the kernel would be at the least.
+/// The highest page-aligned start below `limit` that is not below the kernel's end.
 fn place(len: u64, kernel_end: u64, limit: u64) -> Option<u64> {
     let start = limit.checked_sub(len)? & !(PAGE - 1);
     (start >= kernel_end).then_some(start)

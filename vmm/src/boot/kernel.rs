@@ -192,6 +192,10 @@ impl Loader<'_> {
         let format = self.payload_format(file, &header).map_err(error)?;
         let unpackable = format.is_some_and(Compression::is_supported);
         if entry == KernelEntry::BzImage || (entry == KernelEntry::Auto && !unpackable) {
+            tracing::info!(
+                format = format.map_or("unknown", Compression::name),
+                "the kernel unpacks itself"
+            );
             let (entry, end) = header.load(self.ram, file, file_len).map_err(error)?;
             return Ok(Kernel {
                 entry: EntryPoint::Linux64(entry),

@@ -175,12 +175,6 @@ impl GuestRam {
         .map_err(|errno| error(errno.into()))
     }
 
-    /// Makes all RAM read as zeros and gives it back to the host, as before a guest boots anew.
-    pub fn clear(&self) -> Result<(), Error> {
-        self.zero(0, self.low_len())?;
-        self.zero(layout::HIGH_RAM_START, self.high_len())
-    }
-
     /// Gives the memory to a VM, one slot a piece, until the returned value is dropped.
     pub fn register(&self, vm: &Arc<VmFd>) -> Result<RamSlots, Error> {
         let mut slots = RamSlots {
