@@ -23,4 +23,5 @@ pub mod port;
 pub mod rarp;
 pub mod rx;
 pub mod state;
+pub mod testing;
 pub mod tx;
