@@ -1,5 +1,9 @@
 //! Starts the real binary, with micro-guests for kernels.
 #![allow(dead_code, reason = "each test binary uses its part")]
+#![expect(
+    clippy::unwrap_used,
+    reason = "a test that cannot start its process has failed"
+)]
 
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
