@@ -130,7 +130,7 @@ const ATTACKS: &[(&str, Attack)] = &[
         offer_head(ram, q, (0, 16, NEXT, 0x8000));
     }),
     ("a loop of one", |ram, q| {
-        offer_head(ram, q, (0, 16, NEXT, 0))
+        offer_head(ram, q, (0, 16, NEXT, 0));
     }),
     ("a loop of two", |ram, q| {
         let [table, _, _] = q.gpas();
