@@ -32,7 +32,7 @@ use super::wait::Waiter;
 /// First and longest pause between two dials.
 const FIRST_PAUSE: Duration = Duration::from_millis(20);
 const LONGEST_PAUSE: Duration = Duration::from_millis(500);
-/// Pause after a backend that was not live for this long.
+/// Pause after a backend that did not live for this long; no longer than an operation may take.
 const FAILED_PAUSE: Duration = Duration::from_secs(1);
 
 pub(super) const WAKE: u64 = 0;
@@ -98,9 +98,10 @@ impl Session {
             let End::Lost(error) = end else { break };
             self.say_lost(&error);
             self.shared.set_session(SessionState::Lost);
-            let pause = match start.elapsed() > FAILED_PAUSE && matches!(error, Error::Closed) {
+            let failed = FAILED_PAUSE.min(self.limit);
+            let pause = match start.elapsed() > failed && matches!(error, Error::Closed) {
                 true => FIRST_PAUSE,
-                false => FAILED_PAUSE,
+                false => failed,
             };
             if !self.pause(pause) {
                 break;
