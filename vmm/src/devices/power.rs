@@ -15,6 +15,7 @@
 #![forbid(unsafe_code)]
 
 use std::io;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::Instant;
 
@@ -63,6 +64,8 @@ pub struct PowerBlock {
     started: Instant,
     sci: RaiseSci,
     events: GuestEvents,
+    /// A sleep state that is not there was asked for, and said so once.
+    warned: AtomicBool,
 }
 
 impl PowerBlock {
@@ -73,6 +76,7 @@ impl PowerBlock {
             started: Instant::now(),
             sci,
             events,
+            warned: AtomicBool::new(false),
         }
     }
 
@@ -125,7 +129,7 @@ impl PowerBlock {
         }
         if sleep_type == S5_SLEEP_TYPE {
             self.events.send(GuestEvent::PowerOff);
-        } else {
+        } else if !self.warned.swap(true, Ordering::Relaxed) {
             tracing::warn!(
                 sleep_type,
                 "the guest asked for a sleep state that it has not got"
@@ -226,7 +230,7 @@ impl BusDevice for KeyboardController {
 #[cfg(test)]
 mod tests {
     use std::sync::Arc;
-    use std::sync::atomic::{AtomicUsize, Ordering};
+    use std::sync::atomic::AtomicUsize;
     use std::sync::mpsc::{Receiver, channel};
 
     use super::*;

@@ -17,7 +17,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use super::builder;
 use super::events::{GuestEvent, GuestEvents};
@@ -33,6 +33,9 @@ use crate::event_loop::{EventLoop, Token};
 
 /// How long the end of the process waits for the machine to be taken apart.
 const TEARDOWN_PATIENCE: Duration = Duration::from_secs(2);
+
+/// Resets that follow a boot closer than this are not logged.
+const RESET_LOG_INTERVAL: Duration = Duration::from_secs(1);
 
 /// Why the process ends other than by intent.
 #[derive(Debug, thiserror::Error)]
@@ -69,6 +72,8 @@ pub struct Driver {
     machine: Option<Box<Machine>>,
     /// Number of this boot.
     boot: u64,
+    /// When it began to run.
+    booted: Instant,
     /// Tells the boot thread that nobody waits for its machine any more.
     cancel: Arc<AtomicBool>,
     /// Set once the process is to end.
@@ -100,6 +105,7 @@ impl Driver {
             state: VmState::Shutdown,
             machine: None,
             boot: 0,
+            booted: Instant::now(),
             cancel: Arc::default(),
             exit: None,
         })
@@ -211,13 +217,19 @@ impl Driver {
     }
 
     fn guest_event(&mut self, event: GuestEvent) -> Result<(), Error> {
+        if self.exit.is_some() {
+            return Ok(());
+        }
         match event {
             GuestEvent::PowerOff => {
                 tracing::info!("the guest powered off");
                 self.exit = Some(Ok(()));
             }
             GuestEvent::Reset => {
-                tracing::info!("the guest reset its machine");
+                // A guest may do nothing else: it must not fill the log.
+                if self.booted.elapsed() > RESET_LOG_INTERVAL {
+                    tracing::info!("the guest reset its machine");
+                }
                 self.start_boot()?;
             }
             GuestEvent::Fatal(what) => self.exit = Some(Err(Error::Guest(what))),
@@ -268,7 +280,10 @@ impl Driver {
                 machine.resume();
                 self.machine = Some(machine);
                 self.state = VmState::Running;
-                tracing::info!("the guest runs");
+                if self.boot == 1 || self.booted.elapsed() > RESET_LOG_INTERVAL {
+                    tracing::info!(boot = self.boot, "the guest runs");
+                }
+                self.booted = Instant::now();
             }
             Err(error) => self.exit = Some(Err(error.into())),
         }

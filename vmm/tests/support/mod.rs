@@ -122,6 +122,17 @@ impl Code {
         self
     }
 
+    /// Sends back every byte that comes in at COM1, for ever.
+    pub(crate) fn echo(mut self) -> Self {
+        self.0.extend([0x66, 0xba, 0xfd, 0x03]); // mov dx, 0x3fd
+        self.0.extend([0xec, 0xa8, 0x01]); // in al, dx; test al, 1
+        self.0.extend([0x74, 0xfb]); // jz to the in
+        self.0.extend([0x66, 0xba, 0xf8, 0x03]); // mov dx, 0x3f8
+        self.0.extend([0xec, 0xee]); // in al, dx; out dx, al
+        self.0.extend([0xeb, 0xef]); // jmp to the start
+        self
+    }
+
     /// Meets an exception without an IDT, and without one for that, and dies.
     pub(crate) fn triple_fault(mut self) -> Self {
         self.0.extend([0x6a, 0x00, 0x6a, 0x00]); // push 0; push 0

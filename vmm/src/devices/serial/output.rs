@@ -94,24 +94,37 @@ impl Output {
         }
     }
 
-    fn push(&self, bytes: &[u8]) {
+    /// Waits until the queue has room, at most [`PATIENCE`], and not at all while the reader is stuck.
+    /// To be called before [`Write::write`], without a lock.
+    pub fn wait_for_room(&self) {
         let mut queue = self.shared.lock();
-        if queue.sink.is_nobody() {
-            queue.dropped += bytes.len() as u64;
+        if queue.bytes.len() < CAPACITY || queue.stuck {
             return;
         }
         let deadline = Instant::now() + PATIENCE;
-        while queue.bytes.len() + bytes.len() > CAPACITY {
+        while queue.bytes.len() >= CAPACITY {
             let left = deadline.saturating_duration_since(Instant::now());
-            if queue.stuck || left.is_zero() {
+            if left.is_zero() {
                 queue.stuck = true;
-                queue.dropped += bytes.len() as u64;
                 return;
             }
             queue = wait(&self.shared.emptied, queue, left);
         }
-        queue.bytes.extend(bytes);
-        self.shared.filled.notify_one();
+    }
+
+    /// Never waits: what does not fit is dropped.
+    fn push(&self, bytes: &[u8]) {
+        let mut queue = self.shared.lock();
+        let room = if queue.sink.is_nobody() {
+            0
+        } else {
+            CAPACITY.saturating_sub(queue.bytes.len()).min(bytes.len())
+        };
+        queue.dropped += (bytes.len() - room) as u64;
+        if room > 0 {
+            queue.bytes.extend(&bytes[..room]);
+            self.shared.filled.notify_one();
+        }
     }
 }
 
@@ -195,6 +208,7 @@ mod tests {
             received
         });
         for byte in &sent {
+            output.wait_for_room();
             output.write_all(&[*byte]).unwrap();
         }
         assert_eq!(reader.join().unwrap(), sent);
@@ -207,6 +221,7 @@ mod tests {
         let output = Output::unread();
         let start = Instant::now();
         for _ in 0..1000 {
+            output.wait_for_room();
             output.push(b"x");
         }
         assert_eq!(output.dropped(), 1000);
@@ -219,6 +234,7 @@ mod tests {
         let output = Output::new(Sink::socket(ours).unwrap()).unwrap();
         let start = Instant::now();
         for _ in 0..(4 * CAPACITY / 4096) {
+            output.wait_for_room();
             output.push(&[0; 4096]);
         }
         assert!(output.dropped() > 0);

@@ -78,8 +78,9 @@ struct Uart {
 
 /// The port.
 pub struct SerialPort {
-    /// Protects the registers; a write of the data register may wait for the output queue under it.
+    /// Protects the registers; never held while a reader is waited for.
     uart: Mutex<Uart>,
+    output: Output,
     input: Arc<Input>,
 }
 
@@ -87,6 +88,7 @@ impl SerialPort {
     /// A port whose output goes to `output` and whose input comes from `input`.
     pub fn new(interrupt: RaiseInterrupt, output: Output, input: Arc<Input>) -> Self {
         Self {
+            output: output.clone(),
             uart: Mutex::new(Uart {
                 registers: Serial::new(interrupt, output),
                 uses_rts: false,
@@ -141,6 +143,9 @@ impl BusDevice for SerialPort {
 
     fn write(&self, offset: u64, data: &[u8]) {
         let &[byte] = data else { return };
+        if offset == DATA {
+            self.output.wait_for_room();
+        }
         let mut uart = self.lock();
         if offset == MODEM_CONTROL {
             uart.rts = byte & RTS != 0;
