@@ -2,19 +2,22 @@
 //!
 //! Commands travel on a channel; an eventfd wakes the worker from its poll. Where the answer
 //! matters (a stopped ring, memory no longer in use) the control thread waits for it, which may
-//! take as long as the I/O in flight.
+//! take as long as the I/O in flight. A worker that hangs in a write to an fd of the frontend (a
+//! call fd that is full and blocks) is interrupted out of it.
 #![forbid(unsafe_code)]
 
 use std::io;
 use std::sync::Arc;
-use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use crate::device::{Device, QueueStart};
 use crate::guest_memory::GuestMemory;
 use crate::notify::{Notifiers, VringFd};
+use crate::sys;
 use crate::virtqueue::RingLayout;
 use crate::worker::QueueThread;
 
@@ -58,21 +61,32 @@ pub(crate) struct WorkerHandle {
     commands: Sender<Command>,
     wake: EventFd,
     thread: Option<JoinHandle<()>>,
+    /// Disconnected when the thread has ended.
+    ended: Receiver<()>,
 }
+
+/// How long an answer is waited for before the worker is interrupted, and how often again.
+const PATIENCE: Duration = Duration::from_millis(200);
 
 impl WorkerHandle {
     /// Starts the thread `NAME-qN`; it waits for commands.
     pub(crate) fn spawn<D: Device>(device: &Arc<D>, queue: u16) -> io::Result<WorkerHandle> {
         let (commands, receiver) = channel();
+        let (alive, ended) = channel();
+        sys::prepare_interrupts()?;
         let wake = EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK)?;
         let (device, worker_wake) = (Arc::clone(device), wake.try_clone()?);
         let thread = std::thread::Builder::new()
             .name(format!("{}-q{queue}", D::NAME))
-            .spawn(move || QueueThread::new(device, receiver, worker_wake).run())?;
+            .spawn(move || {
+                QueueThread::new(device, receiver, worker_wake).run();
+                drop(alive);
+            })?;
         Ok(WorkerHandle {
             commands,
             wake,
             thread: Some(thread),
+            ended,
         })
     }
 
@@ -83,7 +97,22 @@ impl WorkerHandle {
         let _ = self.wake.write(1);
     }
 
-    /// Sends the command that `make` builds around a reply channel; the caller receives.
+    /// Waits for an answer. None where the worker has nothing that the command was about.
+    pub(crate) fn wait<T>(&self, answer: &Receiver<T>) -> Option<T> {
+        loop {
+            match answer.recv_timeout(PATIENCE) {
+                Ok(value) => return Some(value),
+                Err(RecvTimeoutError::Disconnected) => return None,
+                Err(RecvTimeoutError::Timeout) => {
+                    if let Some(thread) = &self.thread {
+                        sys::interrupt(thread);
+                    }
+                }
+            }
+        }
+    }
+
+    /// Sends the command that `make` builds around a reply channel; the caller waits.
     pub(crate) fn ask<T>(&self, make: impl FnOnce(Sender<T>) -> Command) -> Receiver<T> {
         let (reply, receiver) = channel();
         self.send(make(reply));
@@ -94,6 +123,7 @@ impl WorkerHandle {
 impl Drop for WorkerHandle {
     fn drop(&mut self) {
         self.send(Command::Exit);
+        self.wait(&self.ended);
         if let Some(thread) = self.thread.take() {
             // A panic of the thread has been printed by the panic hook.
             let _ = thread.join();

@@ -425,14 +425,15 @@ impl<D: Device> Session<D> {
         };
         self.memory = Arc::new(memory);
         // Ask all, then wait for all: the queues drain side by side.
-        let replies: Vec<_> = self
+        let asked: Vec<_> = self
             .vrings
             .iter()
-            .filter_map(|vring| vring.update_memory(&self.memory, removed))
+            .map(|vring| (vring, vring.update_memory(&self.memory, removed)))
             .collect();
-        for reply in replies {
-            // An error means that no ring runs there.
-            let _ = reply.recv();
+        for (vring, done) in asked {
+            if let Some(done) = done {
+                vring.memory_updated(&done);
+            }
         }
         self.start_all_ready()?;
         Ok(Answer::Done)

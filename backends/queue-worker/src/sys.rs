@@ -64,6 +64,8 @@ pub(crate) fn write_event(fd: BorrowedFd) -> io::Result<()> {
     }
     match io::Error::last_os_error() {
         e if e.kind() == io::ErrorKind::WouldBlock => Ok(()),
+        // It blocked, so it is full, until the control thread lost patience (see `interrupt`).
+        e if e.kind() == io::ErrorKind::Interrupted => Ok(()),
         e => Err(e),
     }
 }
@@ -142,4 +144,34 @@ pub(crate) fn event() -> io::Result<OwnedFd> {
             fd => Ok(OwnedFd::from_raw_fd(fd)),
         }
     }
+}
+
+/// The signal that gets a worker thread out of a system call that blocks on a frontend's fd.
+fn interrupt_signal() -> i32 {
+    libc::SIGRTMIN()
+}
+
+extern "C" fn ignore_signal(_signal: libc::c_int) {}
+
+/// Makes [`interrupt`] end blocking system calls with EINTR in this process, and do nothing else.
+pub(crate) fn prepare_interrupts() -> io::Result<()> {
+    // SAFETY: sigaction is plain data; the handler does nothing, so it is async-signal-safe. No
+    // SA_RESTART: that the call ends is the point.
+    let result = unsafe {
+        let mut action: libc::sigaction = std::mem::zeroed();
+        action.sa_sigaction = ignore_signal as *const () as libc::sighandler_t;
+        libc::sigaction(interrupt_signal(), &action, std::ptr::null_mut())
+    };
+    match result {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+/// Gets a thread out of a blocking system call. It may come at any time: whoever makes such calls
+/// retries those that must not be lost.
+pub(crate) fn interrupt<T>(thread: &std::thread::JoinHandle<T>) {
+    use std::os::unix::thread::JoinHandleExt;
+    // SAFETY: the handle has not been joined, so the pthread_t is valid.
+    unsafe { libc::pthread_kill(thread.as_pthread_t(), interrupt_signal()) };
 }

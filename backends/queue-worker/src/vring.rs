@@ -124,10 +124,11 @@ impl Vring {
 
     /// Stops the worker and keeps the base, so that the ring can go on from there.
     fn pause(&mut self) {
-        if let Some(worker) = self.runner()
-            && let Ok(Some(base)) = worker.ask(Command::Stop).recv()
-        {
-            self.base = base;
+        if let Some(worker) = self.runner() {
+            let stopped = worker.ask(Command::Stop);
+            if let Some(base) = worker.wait(&stopped).flatten() {
+                self.base = base;
+            }
         }
         self.running = false;
     }
@@ -191,7 +192,8 @@ impl Vring {
         Ok(())
     }
 
-    /// Hands a running ring new memory; the receiver hears when the old one is not used any more.
+    /// Hands a running ring new memory; to be waited for with
+    /// [`memory_updated`](Vring::memory_updated).
     pub(crate) fn update_memory(
         &self,
         memory: &Arc<GuestMemory>,
@@ -204,5 +206,12 @@ impl Vring {
                 done,
             })
         })
+    }
+
+    /// Returns when the memory of before is not used any more.
+    pub(crate) fn memory_updated(&self, done: &Receiver<()>) {
+        if let Some(worker) = self.runner() {
+            worker.wait(done);
+        }
     }
 }

@@ -374,3 +374,24 @@ fn frontend_that_closes_with_requests_in_the_ring_is_survived() {
         driver.finish();
     }
 }
+
+#[test]
+fn call_fd_that_blocks_cannot_hold_up_the_session() {
+    let (mut driver, _, _) = echo(Setup {
+        features: !(1 << features::RING_EVENT_IDX),
+        ..Setup::default()
+    });
+    // A pipe that is full: the write that signals the driver blocks.
+    let (_reader, writer) = std::io::pipe().unwrap();
+    std::io::Write::write_all(&mut &writer, &[0; 65536]).unwrap();
+    driver
+        .frontend
+        .request(FrontendReq::SET_VRING_CALL, &[0; 8], &[writer.as_fd()]);
+    driver.queues[0]
+        .add(&[Buffer::writable(driver.ram.alloc(8, 8), 8)])
+        .unwrap();
+    driver.queues[0].kick();
+    driver.queues[0].spin_used();
+    assert_eq!(driver.frontend.stop_queue(0), 1);
+    driver.finish();
+}
