@@ -6,7 +6,8 @@ use std::path::PathBuf;
 
 use berth_queue_worker::DaemonArgs;
 
-use crate::device::{MAX_QUEUE_SIZE, MAX_QUEUES, SERIAL_LEN};
+use crate::device::{BlkConfig, MAX_QUEUE_SIZE, MAX_QUEUES, SERIAL_LEN};
+use crate::engine::EngineChoice;
 use crate::image::Cache;
 
 const EXAMPLES: &str = "\
@@ -82,10 +83,15 @@ fn serial(text: &str) -> Result<String, String> {
 }
 
 impl Args {
-    /// The serial as the device answers it, padded with zeros.
-    pub fn serial_bytes(&self) -> [u8; SERIAL_LEN] {
+    /// What the device is told.
+    pub fn config(&self) -> BlkConfig {
         let mut serial = [0; SERIAL_LEN];
         serial[..self.serial_id.len()].copy_from_slice(self.serial_id.as_bytes());
-        serial
+        BlkConfig {
+            serial,
+            num_queues: self.num_queues,
+            queue_size: self.queue_size,
+            engine: EngineChoice::Best,
+        }
     }
 }

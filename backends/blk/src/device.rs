@@ -15,6 +15,7 @@ use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_F_TOPOLOGY, VIRTIO_BLK_F_WRITE_ZEROES, VIRTIO_BLK_ID_BYTES,
 };
 
+use crate::engine::EngineChoice;
 use crate::image::Disk;
 use crate::request::{MAX_RANGE_SECTORS, MAX_RANGES, SECTOR_SIZE};
 use crate::worker::BlkWorker;
@@ -40,6 +41,7 @@ const CONFIG_SIZE: usize = 60;
 pub struct Shared {
     disk: Disk,
     serial: [u8; SERIAL_LEN],
+    engine: EngineChoice,
     /// The driver's choice, if it negotiated CONFIG_WCE: true for write-back. One writer, the
     /// control thread; a request that is taken at the same moment may see either value.
     write_cache: AtomicBool,
@@ -56,10 +58,28 @@ impl Shared {
         &self.serial
     }
 
+    /// What does the I/O.
+    pub fn engine(&self) -> EngineChoice {
+        self.engine
+    }
+
     /// Whether a write may complete before it is durable.
     pub fn write_cache_enabled(&self) -> bool {
         self.write_cache.load(Ordering::Relaxed)
     }
+}
+
+/// How a disk is offered.
+#[derive(Clone, Copy, Debug)]
+pub struct BlkConfig {
+    /// The serial, padded with zeros.
+    pub serial: [u8; SERIAL_LEN],
+    /// Number of virtqueues.
+    pub num_queues: u16,
+    /// Largest ring, a power of two.
+    pub queue_size: u16,
+    /// What does the I/O.
+    pub engine: EngineChoice,
 }
 
 /// A virtio block device on one image.
@@ -71,16 +91,17 @@ pub struct BlkDevice {
 }
 
 impl BlkDevice {
-    /// A device with `num_queues` queues of at most `queue_size` entries.
-    pub fn new(disk: Disk, serial: [u8; SERIAL_LEN], num_queues: u16, queue_size: u16) -> Self {
+    /// A device on `disk`.
+    pub fn new(disk: Disk, config: &BlkConfig) -> Self {
         BlkDevice {
             shared: Arc::new(Shared {
                 disk,
-                serial,
+                serial: config.serial,
+                engine: config.engine,
                 write_cache: AtomicBool::new(true),
             }),
-            num_queues,
-            queue_size,
+            num_queues: config.num_queues,
+            queue_size: config.queue_size,
         }
     }
 

@@ -22,4 +22,4 @@ pub mod worker;
 #[cfg(test)]
 mod tests;
 
-pub use device::BlkDevice;
+pub use device::{BlkConfig, BlkDevice};

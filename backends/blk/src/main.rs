@@ -40,8 +40,6 @@ fn serve(args: &Args) -> Result<(), Box<dyn std::error::Error>> {
         cache = ?args.cache,
         "disk opened"
     );
-    let serial = args.serial_bytes();
-    let device = BlkDevice::new(disk, serial, args.num_queues, args.queue_size);
-    run(&args.daemon, device)?;
+    run(&args.daemon, BlkDevice::new(disk, &args.config()))?;
     Ok(())
 }

@@ -13,8 +13,9 @@ use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT, VIRTIO_BLK_T_WRITE_ZEROES,
 };
 
-use crate::BlkDevice;
+use crate::engine::EngineChoice;
 use crate::image::{Cache, Disk, ImageError, OpenOptions};
+use crate::{BlkConfig, BlkDevice};
 
 const OK: u8 = 0;
 const IOERR: u8 = 1;
@@ -69,8 +70,18 @@ fn serial() -> [u8; 20] {
 
 /// A disk on `image`, driven.
 fn drive(options: &OpenOptions, setup: Setup) -> (FakeDriver, Metrics) {
+    drive_with(options, setup, EngineChoice::Best)
+}
+
+fn drive_with(options: &OpenOptions, setup: Setup, engine: EngineChoice) -> (FakeDriver, Metrics) {
     let disk = Disk::open(options).unwrap();
-    let device = BlkDevice::new(disk, serial(), setup.num_queues, 1024);
+    let config = BlkConfig {
+        serial: serial(),
+        num_queues: setup.num_queues,
+        queue_size: 1024,
+        engine,
+    };
+    let device = BlkDevice::new(disk, &config);
     let metrics = Metrics::new(BlkDevice::NAME, setup.num_queues);
     let driver = FakeDriver::start(Arc::new(device), &metrics, setup);
     (driver, metrics)
@@ -135,13 +146,18 @@ fn pattern(len: usize, seed: u8) -> Vec<u8> {
 
 #[test]
 fn what_is_written_is_read_back_and_is_in_the_file() {
-    for cache in [Cache::Writeback, Cache::None] {
+    for (cache, engine) in [
+        (Cache::Writeback, EngineChoice::Best),
+        (Cache::None, EngineChoice::Best),
+        (Cache::Writeback, EngineChoice::Sync),
+        (Cache::None, EngineChoice::Sync),
+    ] {
         let image = TempImage::new(4 * MIB);
         let options = OpenOptions {
             cache,
             ..image.options()
         };
-        let (mut driver, metrics) = drive(&options, Setup::default());
+        let (mut driver, metrics) = drive_with(&options, Setup::default(), engine);
         let data = pattern(64 << 10, 1);
         assert_eq!(write(&mut driver, 8, &data), OK);
         assert_eq!(run(&mut driver, VIRTIO_BLK_T_FLUSH, 0, &[]), OK);
@@ -212,8 +228,14 @@ fn header_and_status_may_be_cut_into_any_descriptors() {
 
 #[test]
 fn discard_frees_blocks_and_write_zeroes_keeps_or_frees_them() {
+    for engine in [EngineChoice::Best, EngineChoice::Sync] {
+        discard_and_write_zeroes(engine);
+    }
+}
+
+fn discard_and_write_zeroes(engine: EngineChoice) {
     let image = TempImage::new(4 * MIB);
-    let (mut driver, _) = drive(&image.options(), Setup::default());
+    let (mut driver, _) = drive_with(&image.options(), Setup::default(), engine);
     assert_eq!(write(&mut driver, 0, &pattern(2 << 20, 9)), OK);
     assert_eq!(run(&mut driver, VIRTIO_BLK_T_FLUSH, 0, &[]), OK);
     let full = image.file().metadata().unwrap().blocks();

@@ -102,7 +102,7 @@ impl BlkWorker {
     /// A worker with an engine of its own. On the queue's thread.
     pub fn new(shared: Arc<Shared>, start: &QueueStart) -> BlkWorker {
         let depth = start.size.clamp(1, MAX_DEPTH);
-        let engine = engine::open(shared.disk(), depth);
+        let engine = engine::open(shared.disk(), depth, shared.engine());
         let slot = || Slot {
             chain: Chain::new(),
             task: Task::Idle,
@@ -293,12 +293,11 @@ impl QueueWorker for BlkWorker {
         let emptied = loop {
             let emptied = self.fill(ring)?;
             submit(self.engine.as_mut())?;
-            // What completed at once makes room for what waits in the ring.
-            if !self.reap(ring)? || emptied {
+            // What completed at once may have more steps, and makes room for what waits.
+            if !self.reap(ring)? {
                 break emptied;
             }
         };
-        submit(self.engine.as_mut())?;
         Ok(Interest {
             kick: emptied,
             sources: u32::from(self.in_flight() > 0),

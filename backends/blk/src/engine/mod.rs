@@ -81,9 +81,21 @@ pub trait DiskEngine {
     fn clear_event(&self) {}
 }
 
+/// Which engine the queues of a disk use.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum EngineChoice {
+    /// io_uring; where there is none, system calls.
+    Best,
+    /// System calls.
+    Sync,
+}
+
 /// The engine for one queue, with room for `depth` operations.
-pub fn open(disk: &Disk, depth: u16) -> Box<dyn DiskEngine> {
+pub fn open(disk: &Disk, depth: u16, choice: EngineChoice) -> Box<dyn DiskEngine> {
     static WARNED: Once = Once::new();
+    if choice == EngineChoice::Sync {
+        return Box::new(sync::SyncEngine::new(disk));
+    }
     match uring::UringEngine::new(disk, depth) {
         Ok(engine) => Box::new(engine),
         Err(error) => {
