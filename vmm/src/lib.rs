@@ -7,13 +7,16 @@
 //!
 //! ```text
 //!   main thread ── event loop: signals, serial input, requests; the one writer of VM state (vm::driver)
+//!   boot        ── puts a machine together, waits for backends; teardown ── takes one apart
 //!   api         ── HTTP on a unix socket; turns requests into messages for the driver
 //!   vcpuN       ── KVM_RUN; exits are dispatched over bus::Bus
+//!   serial-out  ── writes what the guest prints, so that a slow reader holds up no vCPU
 //!   vu-diskN, vu-netN ── one vhost-user session each, off the main loop, with deadlines
 //! ```
 //!
-//! Map, in the order to read: [`vm`] (assembly and life of the guest), [`config`], [`memory`], [`boot`],
-//! [`cpu`], [`bus`], [`pci`], [`devices`], [`vhost_user`], [`api`].
+//! Map, in the order to read: [`vm`] (assembly and life of the guest), [`config`] and [`args`], [`kvm`],
+//! [`memory`], [`boot`], [`cpu`], [`bus`], [`pci`], [`devices`], [`vhost_user`], [`api`], [`event_loop`],
+//! [`socket`].
 
 pub mod api;
 pub mod args;

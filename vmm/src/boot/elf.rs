@@ -2,7 +2,7 @@
 //!
 //! The same code loads a vmlinux file and one that comes out of a decompressor, so it reads forward
 //! only and holds one chunk: the program headers come first (`e_phoff` must be in the first
-//! [`MAX_HEAD`] bytes), then every chunk goes to the segments that it meets, wherever they are.
+//! `MAX_HEAD` bytes), then every chunk goes to the segments that it meets, wherever they are.
 //!
 //! Invariants: nothing is written outside RAM or below 1 MiB, where the boot structures are; blocks of
 //! zeros are never written, so memory that the kernel does not use yet stays with the host.

@@ -14,7 +14,7 @@
 //! There is no firmware in the guest, so [`PciHost::finish`] does its work: bus numbers, bridge windows,
 //! BARs, decode and bus master on. A guest may change all of it, or keep it.
 //!
-//! Threads: vCPU threads come in by [`access`] and by BARs. Lock order: topology, then a function's,
+//! Threads: vCPU threads come in by `access` and by BARs. Lock order: topology, then a function's,
 //! then its MSI-X table's; an access to a BAR takes the latter two alone, and an interrupt the last.
 //!
 //! Reference: PCI Local Bus 3.0, PCI-to-PCI Bridge 1.2, PCI Express 3.0. docs/devices/pci.md has the ids.

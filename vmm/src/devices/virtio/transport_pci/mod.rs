@@ -12,8 +12,8 @@
 //! Neither a doorbell nor an interrupt of a queue comes by here: the device holds both eventfds. Writes
 //! to the notify area are handled all the same, for software that uses the window capability.
 //!
-//! Threads: vCPU threads, one at a time under the lock of [`Common`], which is held while the device is
-//! called. A device notifies through [`Notifier`], which takes no such lock.
+//! Threads: vCPU threads, one at a time under the lock of `Common`, which is held while the device is
+//! called. A device notifies through `Notifier`, which takes no such lock.
 //!
 //! Invariants: a doorbell is where the BAR is, or nowhere. After the driver wrote 0 the status register
 //! keeps its value until the device has let go of the rings.
