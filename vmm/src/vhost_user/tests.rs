@@ -358,8 +358,8 @@ fn a_handshake_that_fails_anywhere_settles_and_is_tried_again() {
 
 fn handshake_fails(at: u32, fault: Fault) {
     let bench = bench();
-    let _backend = Backend::listen(&bench.path, &[faulty(at, fault), GOOD]);
     let begin = Instant::now();
+    let _backend = Backend::listen(&bench.path, &[faulty(at, fault), GOOD]);
     assert!(bench.frontends.wait_settled(PATIENCE));
     let silent = matches!(fault, Fault::Silent | Fault::HalfAReply);
     assert!(!silent || begin.elapsed() >= LIMIT, "request {at}");
@@ -408,9 +408,12 @@ fn a_backend_that_keeps_its_rings_loses_them_at_the_deadline() {
 #[test]
 fn a_stop_of_the_vm_waits_for_a_silent_backend_no_longer_than_asked() {
     let mut bench = patient_bench(PATIENCE);
-    let _backend = Backend::listen(&bench.path, &[faulty(GET_VRING_BASE, Fault::Silent)]);
+    let backend = Backend::listen(&bench.path, &[faulty(GET_VRING_BASE, Fault::Silent)]);
     bench.live();
     bench.activate();
+    until("started", || {
+        backend.seen.payload(SET_VRING_ENABLE).is_some()
+    });
     let begin = Instant::now();
     assert_eq!(bench.frontends.stop(Duration::from_millis(50)), ["_disk0"]);
     assert!(begin.elapsed() < PATIENCE / 2);
