@@ -163,12 +163,11 @@ fn cpus_and_memory(context: &Context) -> Result<()> {
         ("--memory", "size=-1G"),
     ] {
         let args = ["--kernel", &kernel, flag, value];
-        let number = value.split_once('=').map_or(value, |(_, number)| number);
-        let named = number.trim_end_matches('G');
+        let key = value.split('=').next().unwrap_or(value);
         fails(
             context,
             "berth-vmm",
-            &attempt(&args, &[FAILURE, USAGE], &[named]),
+            &attempt(&args, &[FAILURE, USAGE], &[key]),
         )?;
     }
     Ok(())
