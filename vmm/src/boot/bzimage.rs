@@ -3,10 +3,9 @@
 //! Linux Documentation/arch/x86/boot.rst. All numbers are the file's word and are checked against its
 //! length before use.
 
-use std::fs::File;
 use std::io::{Read, Seek, SeekFrom};
 
-use vm_memory::{Bytes, GuestAddress};
+use vm_memory::{Bytes, GuestAddress, ReadVolatile};
 
 use crate::memory::layout::KERNEL_MIN_START;
 use crate::memory::{self, GuestRam};
@@ -139,7 +138,10 @@ impl SetupHeader {
     }
 
     /// A reader of the compressed kernel.
-    pub fn payload<'a>(&self, file: &'a mut File) -> Result<impl Read + use<'a>, Error> {
+    pub fn payload<'a, F: Read + Seek>(
+        &self,
+        file: &'a mut F,
+    ) -> Result<impl Read + use<'a, F>, Error> {
         let (offset, len) = self.payload;
         file.seek(SeekFrom::Start(offset))
             .map_err(|error| Error::Read(offset, error))?;
@@ -148,10 +150,10 @@ impl SetupHeader {
 
     /// Loads the image at the address it prefers. Returns its 64-bit entry and the end of the memory in
     /// which it unpacks itself.
-    pub fn load(
+    pub fn load<F: Seek + ReadVolatile>(
         &self,
         ram: &GuestRam,
-        file: &mut File,
+        file: &mut F,
         file_len: u64,
     ) -> Result<(GuestAddress, GuestAddress), Error> {
         let start = self.pref_address;
@@ -183,15 +185,15 @@ fn field<const N: usize>(head: &[u8], at: usize) -> Option<[u8; N]> {
 mod tests {
     use super::*;
     use crate::boot::testing;
+    use std::io::Cursor;
 
     #[test]
     fn the_payload_is_found() {
         let image = testing::bzimage(b"the payload", 0);
         let header = SetupHeader::parse(&image, image.len() as u64).unwrap();
-        let file = testing::TempFile::new(&image);
         let mut bytes = Vec::new();
         header
-            .payload(&mut File::open(file.path()).unwrap())
+            .payload(&mut Cursor::new(&image))
             .unwrap()
             .read_to_end(&mut bytes)
             .unwrap();
@@ -241,8 +243,7 @@ mod tests {
     fn it_is_loaded_where_it_wants_to_be() {
         let image = testing::bzimage(b"the payload", 0x20_0000);
         let header = SetupHeader::parse(&image, image.len() as u64).unwrap();
-        let file = testing::TempFile::new(&image);
-        let mut file = File::open(file.path()).unwrap();
+        let mut file = Cursor::new(&image);
         let ram = testing::ram(4 << 20);
         let (entry, end) = header.load(&ram, &mut file, image.len() as u64).unwrap();
         assert_eq!(entry, GuestAddress(0x10_0200));

@@ -10,7 +10,7 @@ use std::fs::File;
 use std::io::{self, Read, Seek};
 use std::path::{Path, PathBuf};
 
-use vm_memory::GuestAddress;
+use vm_memory::{GuestAddress, ReadVolatile};
 
 use super::bzimage::{self, HEAD_LEN, SetupHeader};
 use super::decompress::Compression;
@@ -115,7 +115,6 @@ impl Kernel {
 
 /// Loads the kernel at `path`.
 pub fn load(ram: &GuestRam, path: &Path, entry: KernelEntry) -> Result<Kernel, Error> {
-    let loader = Loader { ram, path };
     let open_error = |source| Error::Open {
         path: path.to_owned(),
         source,
@@ -123,21 +122,37 @@ pub fn load(ram: &GuestRam, path: &Path, entry: KernelEntry) -> Result<Kernel, E
     let mut file = File::open(path).map_err(open_error)?;
     let metadata = file.metadata().map_err(open_error)?;
     if !metadata.is_file() {
-        return Err(loader.foreign("not a regular file"));
+        return Err(Loader { ram, path }.foreign("not a regular file"));
     }
+    load_from(ram, path, &mut file, metadata.len(), entry)
+}
+
+/// Loads the kernel that the first `len` bytes of `file` are; `path` is for messages.
+pub fn load_from<F: Read + Seek + ReadVolatile>(
+    ram: &GuestRam,
+    path: &Path,
+    file: &mut F,
+    len: u64,
+    entry: KernelEntry,
+) -> Result<Kernel, Error> {
+    let loader = Loader { ram, path };
+    let open_error = |source| Error::Open {
+        path: path.to_owned(),
+        source,
+    };
     let mut head = Vec::with_capacity(HEAD_LEN);
-    (&file)
+    file.by_ref()
         .take(HEAD_LEN as u64)
         .read_to_end(&mut head)
         .map_err(open_error)?;
     if bzimage::is_bzimage(&head) {
-        loader.bzimage(&mut file, &head, metadata.len(), entry)
+        loader.bzimage(file, &head, len, entry)
     } else if head.starts_with(b"\x7fELF") {
         if entry == KernelEntry::BzImage {
             return Err(loader.no_entry(entry, "it is an ELF file"));
         }
         file.rewind().map_err(open_error)?;
-        loader.elf(&mut file, 0, false, entry)
+        loader.elf(file, 0, false, entry)
     } else {
         Err(loader.foreign(foreign_kind(&head)))
     }
@@ -177,9 +192,9 @@ impl Loader<'_> {
     }
 
     /// Unpacks a bzImage, or leaves that to itself.
-    fn bzimage(
+    fn bzimage<F: Read + Seek + ReadVolatile>(
         &self,
-        file: &mut File,
+        file: &mut F,
         head: &[u8],
         file_len: u64,
         entry: KernelEntry,
@@ -224,9 +239,9 @@ impl Loader<'_> {
     }
 
     /// The compressor by the payload's first bytes.
-    fn payload_format(
+    fn payload_format<F: Read + Seek>(
         &self,
-        file: &mut File,
+        file: &mut F,
         header: &SetupHeader,
     ) -> Result<Option<Compression>, bzimage::Error> {
         let mut magic = Vec::new();
@@ -367,6 +382,20 @@ mod tests {
                 "{}",
                 format.name()
             );
+        }
+    }
+
+    #[test]
+    fn a_bzimage_cut_anywhere_is_an_error_and_no_panic() {
+        let ram = testing::ram(4 << 20);
+        let image = packed_kernel(Compression::Zstd);
+        for len in 0..image.len() {
+            let mut file = io::Cursor::new(&image[..len]);
+            let path = Path::new("kernel");
+            for entry in [KernelEntry::Auto, KernelEntry::BzImage] {
+                assert!(load_from(&ram, path, &mut file, len as u64, entry).is_err());
+                file.set_position(0);
+            }
         }
     }
 

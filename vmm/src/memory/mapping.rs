@@ -391,6 +391,24 @@ mod tests {
         assert!(!error.contains('\n'));
     }
 
+    /// Skipped where the host has reserved no huge pages.
+    #[test]
+    fn huge_pages_are_guest_memory_like_any_other() {
+        let ram = match GuestRam::new(&MemoryConfig {
+            size_bytes: 4 * MIB,
+            hugepages: true,
+        }) {
+            Ok(ram) => ram,
+            Err(error) => return eprintln!("skipped: {error}"),
+        };
+        let at = GuestAddress(2 * MIB - 1);
+        ram.memory().write_slice(&[0xff; 4], at).unwrap();
+        ram.zero(2 * MIB, 2).unwrap();
+        let mut bytes = [0; 4];
+        ram.memory().read_slice(&mut bytes, at).unwrap();
+        assert_eq!(bytes, [0xff, 0, 0, 0xff]);
+    }
+
     #[test]
     fn missing_huge_pages_say_how_to_reserve_them() {
         let error = GuestRam::new(&MemoryConfig {
