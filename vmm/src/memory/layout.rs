@@ -3,8 +3,8 @@
 //! ```text
 //!  0x0000_0000 ┬ RAM below the hole (zero page, GDT, PVH start info, command line low; ACPI at 0xe0000)
 //!  0xc000_0000 ┼ 32-bit MMIO window of the PCI host bridge
-//!  0xe000_0000 ┼ ECAM, 256 buses of 1 MiB
-//!  0xf000_0000 ┼ unused
+//!  0xe000_0000 ┼ ECAM, 64 buses of 1 MiB
+//!  0xe400_0000 ┼ unused
 //!  0xfec0_0000 ┼ IOAPIC, LAPIC (0xfee0_0000), KVM's TSS and identity page (0xfffb_c000)
 //! 0x1_0000_0000┼ RAM above the hole
 //!  mmio64      ┴ 64-bit MMIO window, from the first 1 GiB boundary above both RAM and 16 GiB
@@ -18,10 +18,13 @@ pub const HIGH_RAM_START: u64 = 0x1_0000_0000;
 pub const MMIO32_START: u64 = 0xc000_0000;
 /// Length of the 32-bit MMIO window.
 pub const MMIO32_LEN: u64 = 0x2000_0000;
-/// PCIe configuration space (MCFG), 256 buses.
+/// PCIe configuration space (MCFG).
 pub const ECAM_START: u64 = 0xe000_0000;
-/// Length of configuration space.
-pub const ECAM_LEN: u64 = 0x1000_0000;
+/// Length of configuration space: twice the buses that there can be. Linux looks for peer bridges at 32
+/// places of every bus below MCFG's last, two exits each: 256 buses cost it 16 000 exits at boot.
+pub const ECAM_LEN: u64 = 0x400_0000;
+/// Last bus that configuration space has room for.
+pub const LAST_BUS: u8 = ((ECAM_LEN >> 20) - 1) as u8;
 /// The IOAPIC's page.
 pub const IOAPIC_START: u64 = 0xfec0_0000;
 /// The local APICs' page.

@@ -11,7 +11,8 @@ use acpi_tables::{Aml, AmlSink};
 use super::table;
 use crate::cpu::topology::Topology;
 use crate::memory::layout::{
-    ECAM_LEN, ECAM_START, MMIO32_LEN, MMIO32_START, MMIO64_LEN, PM1A_EVT_PORT, S5_SLEEP_TYPE,
+    ECAM_LEN, ECAM_START, LAST_BUS, MMIO32_LEN, MMIO32_START, MMIO64_LEN, PM1A_EVT_PORT,
+    S5_SLEEP_TYPE,
 };
 
 const REVISION: u8 = 2;
@@ -71,7 +72,7 @@ fn host_bridge(aml: &mut dyn AmlSink, mmio64_start: u64) {
     let windows = Name::new(
         "_CRS".into(),
         &ResourceTemplate::new(vec![
-            &AddressSpace::new_bus_number(0u16, 255u16),
+            &AddressSpace::new_bus_number(0u16, u16::from(LAST_BUS)),
             // The ports of configuration space itself are between the two windows.
             &IO::new(0xcf8, 0xcf8, 1, 8),
             &AddressSpace::new_io(0u16, 0xcf7u16, None),

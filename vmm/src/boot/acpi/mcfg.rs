@@ -3,11 +3,10 @@
 use acpi_tables::mcfg::MCFG;
 
 use super::{OEM_ID, OEM_REVISION, OEM_TABLE_ID};
-use crate::memory::layout::{ECAM_LEN, ECAM_START};
+use crate::memory::layout::{ECAM_START, LAST_BUS};
 
-/// One segment, all buses.
+/// One segment.
 pub(super) fn build() -> MCFG {
-    const LAST_BUS: u8 = ((ECAM_LEN >> 20) - 1) as u8;
     let mut mcfg = MCFG::new(OEM_ID, OEM_TABLE_ID, OEM_REVISION);
     mcfg.add_ecam(ECAM_START, 0, 0, LAST_BUS);
     mcfg
