@@ -30,5 +30,6 @@ pub mod kvm;
 pub mod memory;
 pub mod pci;
 pub mod socket;
+pub mod telemetry;
 pub mod vhost_user;
 pub mod vm;

@@ -180,7 +180,9 @@ fn a_driver_that_starts_before_a_backend_is_back_is_served_when_it_is() {
     assert!(bench.frontends.wait_settled(PATIENCE));
     stock.die();
     let mut driver = bench.driver(0x10_0000);
+    bench.wait_for(SessionState::Waiting);
     let features = bench.device.features();
+    assert!(bench.device.accepts(features));
     let activation = Activation {
         features,
         queues: vec![driver.setup(0)],

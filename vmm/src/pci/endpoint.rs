@@ -58,15 +58,12 @@ pub trait PciFunction: BusDevice {
     fn set_msix(&self, enabled: bool, masked: bool);
     /// Back to the state after power-on; what takes time goes on in the background.
     fn reset(&self);
-    /// Whether what [`reset`](Self::reset) began is over.
-    fn is_reset(&self) -> bool;
 }
 
 /// A [`PciFunction`] with its header.
 pub(super) struct Endpoint {
     config: ConfigSpace,
     power_on: ConfigSpace,
-    firmware: ConfigSpace,
     msix: Option<usize>,
     window: Option<usize>,
     pub(super) function: Arc<dyn PciFunction>,
@@ -95,7 +92,6 @@ impl Endpoint {
         }
         Self {
             power_on: config.clone(),
-            firmware: config.clone(),
             config,
             msix,
             window,
@@ -111,7 +107,6 @@ impl Endpoint {
         self.config.set_u32(BAR0 + 4, (base >> 32) as u32);
         self.config
             .set_u16(COMMAND, COMMAND_MEMORY | COMMAND_MASTER);
-        self.firmware = self.config.clone();
     }
 
     /// Where the header says that the BAR answers, if memory decode is on.
@@ -150,16 +145,7 @@ impl Endpoint {
 
     /// Back to the state after power-on, as a reset of the bus above makes it.
     pub(super) fn power_on(&mut self) {
-        self.restore(self.power_on.clone());
-    }
-
-    /// Back to what firmware left.
-    pub(super) fn restart(&mut self) {
-        self.restore(self.firmware.clone());
-    }
-
-    fn restore(&mut self, config: ConfigSpace) {
-        self.config = config;
+        self.config = self.power_on.clone();
         self.function.reset();
         self.sync_msix();
     }

@@ -226,22 +226,4 @@ impl Pci {
             })
             .collect()
     }
-
-    /// Resets every device and undoes what the guest did to configuration space, for a reboot. Returns
-    /// at once; the devices have let go of guest memory when [`is_reset`](Self::is_reset) says so,
-    /// which no backend can put off longer than its deadline.
-    pub fn reset(&self) {
-        lock(&self.tree).restart();
-    }
-
-    /// Whether every reset is over; if not, the name of a device that is not there yet.
-    pub fn is_reset(&self) -> Result<(), String> {
-        let tree = lock(&self.tree);
-        let busy = tree
-            .endpoints()
-            .find(|(_, endpoint)| !endpoint.function.is_reset());
-        busy.map_or(Ok(()), |(_, endpoint)| {
-            Err(endpoint.function.name().to_owned())
-        })
-    }
 }

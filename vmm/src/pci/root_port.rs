@@ -30,7 +30,6 @@ const DEVICE_ID: u16 = 0x000c;
 /// A port and the device in its slot.
 pub(super) struct RootPort {
     config: ConfigSpace,
-    firmware: ConfigSpace,
     pub(super) endpoint: Endpoint,
 }
 
@@ -56,11 +55,7 @@ impl RootPort {
         config.set_u32(PREFETCH_BASE, 0x0001_fff1);
         express::add_express(&mut config, PortType::RootPort { slot });
         express::add_msi(&mut config);
-        Self {
-            firmware: config.clone(),
-            config,
-            endpoint,
-        }
+        Self { config, endpoint }
     }
 
     /// Leaves the port as firmware does: one bus below, one prefetchable window, decode on.
@@ -77,7 +72,6 @@ impl RootPort {
             .set_u32(PREFETCH_LIMIT_UPPER, (last >> 32) as u32);
         self.config
             .set_u16(COMMAND, COMMAND_MEMORY | COMMAND_MASTER);
-        self.firmware = self.config.clone();
     }
 
     /// The bus below, if the port was given one.
@@ -109,12 +103,6 @@ impl RootPort {
         if self.config.u16(BRIDGE_CONTROL) & !before & BUS_RESET != 0 {
             self.endpoint.power_on();
         }
-    }
-
-    /// Back to what firmware left, the device too.
-    pub(super) fn restart(&mut self) {
-        self.config = self.firmware.clone();
-        self.endpoint.restart();
     }
 
     fn memory_limit(&self) -> u64 {

@@ -295,19 +295,6 @@ fn a_reset_of_the_secondary_bus_resets_the_device_alone() {
 }
 
 #[test]
-fn a_restart_brings_back_what_firmware_left() {
-    let machine = machine();
-    let before = machine.bells();
-    machine.set_bar(1, 0, 0);
-    machine.write(0, 3, COMMAND, &[0, 0]);
-    machine.write(0, 2, 0x18, &[0, 9, 9]);
-    machine.pci.reset();
-    assert_eq!(machine.pci.is_reset(), Ok(()));
-    assert_eq!(machine.bells(), before);
-    assert_eq!(machine.read32(1, 0, 0), 0x1042_1af4);
-}
-
-#[test]
 fn capability_lists_end_and_hold_what_drivers_look_for() {
     let machine = machine();
     for (bus, device, expected) in [

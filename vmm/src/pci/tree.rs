@@ -92,18 +92,6 @@ impl Tree {
         }
     }
 
-    /// Puts every function in the state in which firmware left it.
-    pub(super) fn restart(&mut self) {
-        for slot in &mut self.slots {
-            match slot {
-                Slot::HostBridge(_) => {}
-                Slot::Builtin(endpoint) => endpoint.restart(),
-                Slot::Port(port) => port.restart(),
-            }
-        }
-        self.place_bars();
-    }
-
     /// Every device that is not a bridge.
     pub(super) fn endpoints(&self) -> impl Iterator<Item = (Bdf, &Endpoint)> {
         self.slots

@@ -10,6 +10,11 @@ use super::session::{End, REQUESTS, RING_ERROR, SOCKET, Session, WAKE, waiting};
 use super::shared::{Rings, SessionState, Shared};
 use super::vring::Running;
 use super::wait::{Ready, Waiter};
+use crate::telemetry::LogLimit;
+
+/// A guest can break its rings, and write what is refused, as often as it likes.
+static RING_ERRORS: LogLimit = LogLimit::new(Duration::from_secs(10));
+static REFUSED_WRITES: LogLimit = LogLimit::new(Duration::from_secs(10));
 
 pub(super) struct Connection {
     pub(super) peer: Peer,
@@ -98,7 +103,10 @@ impl Connection {
         let queue = rings.rings.get(index).map(|ring| ring.index);
         if let (Some(err), Some(queue)) = (running.errors().nth(index), queue) {
             let _ = err.read();
-            tracing::warn!(device = shared.id(), queue, "the backend gave the queue up");
+            if let Some(suppressed) = RING_ERRORS.pass() {
+                let device = shared.id();
+                tracing::warn!(device, queue, suppressed, "the backend gave the queue up");
+            }
             if let Some(notify) = &shared.state().notify {
                 notify.needs_reset();
             }
@@ -155,7 +163,10 @@ impl Connection {
                 Ok(())
             }
             Err(error @ Error::Refused { .. }) => {
-                tracing::warn!(device = session.shared.id(), offset, %error, "a driver's write");
+                if let Some(suppressed) = REFUSED_WRITES.pass() {
+                    let device = session.shared.id();
+                    tracing::warn!(device, offset, suppressed, %error, "a driver's write");
+                }
                 self.refresh(session)
             }
             Err(error) => Err(error.into()),

@@ -6,7 +6,7 @@ use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::kind::bits;
-use super::shared::{Ring, Rings, SessionState, Shared};
+use super::shared::{Ring, Rings, Shared};
 use crate::devices::virtio::device::{
     ActivateError, Activation, ResetProgress, TransportNotify, VirtioDevice,
 };
@@ -42,9 +42,10 @@ impl VirtioDevice for Device {
         offer.map_or(bits(&[VIRTIO_F_VERSION_1]), |offer| offer.features)
     }
 
-    /// Only a backend that is there can serve a driver.
+    /// A driver that comes while the backend is away for a moment is served when it is back; one whose
+    /// backend never answered would wait for ever.
     fn accepts(&self, _features: u64) -> bool {
-        self.shared.state().session == SessionState::Live
+        self.shared.state().offer.is_some()
     }
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {

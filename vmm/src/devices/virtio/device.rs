@@ -82,8 +82,8 @@ pub trait VirtioDevice: Send {
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError>;
     /// The driver gave a queue another vector while the device runs: interrupts go there from now on.
     fn set_call(&mut self, queue: u16, call: EventFd);
-    /// The driver wrote 0 to the status register, or the machine restarts. Also called when the device
-    /// never ran.
+    /// The driver wrote 0 to the status register, or reset the bus. Also called when the device never
+    /// ran.
     fn reset(&mut self);
     /// Asked on each read of the status register after `reset`, until it says `Done`. From then on the
     /// device neither touches guest memory nor notifies, until it is activated again.

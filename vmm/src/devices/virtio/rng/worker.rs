@@ -10,6 +10,7 @@ use std::num::Wrapping;
 use std::os::fd::AsRawFd;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use virtio_queue::{Queue, QueueOwnedT, QueueT, Writer};
 use vm_memory::bitmap::BitmapSlice;
@@ -18,11 +19,15 @@ use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::devices::virtio::device::{QueueSetup, TransportNotify};
+use crate::telemetry::LogLimit;
 
 /// Most bytes given for one buffer: a guest that wants more asks again.
 const MAX_FILL: usize = 64 << 10;
 /// Bytes read from the source at a time.
 const CHUNK: usize = 4096;
+
+/// A driver can break its ring as often as it likes.
+static FAILURES: LogLimit = LogLimit::new(Duration::from_secs(10));
 
 /// What the transport's threads and the worker share.
 pub(super) struct Shared {
@@ -124,7 +129,10 @@ impl Worker {
 
     pub(super) fn run(mut self, notify: &dyn TransportNotify) {
         if let Err(reason) = self.serve() {
-            tracing::warn!(device = %self.name, reason, "the device needs a reset");
+            if let Some(suppressed) = FAILURES.pass() {
+                let device = self.name.as_str();
+                tracing::warn!(device, suppressed, reason, "the device needs a reset");
+            }
             notify.needs_reset();
         }
     }

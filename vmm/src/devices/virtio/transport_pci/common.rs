@@ -10,6 +10,7 @@
 //! fields also their halves.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use virtio_bindings::virtio_config::{
     VIRTIO_CONFIG_S_DRIVER_OK, VIRTIO_CONFIG_S_FAILED, VIRTIO_CONFIG_S_FEATURES_OK,
@@ -23,6 +24,7 @@ use crate::devices::virtio::device::{
     Activation, QueueSetup, ResetProgress, TransportNotify, VirtioDevice,
 };
 use crate::pci::DoorbellAt;
+use crate::telemetry::LogLimit;
 
 /// Bytes of the structure.
 pub(super) const COMMON_LEN: usize = 0x38;
@@ -30,6 +32,10 @@ const FEATURES_OK: u8 = VIRTIO_CONFIG_S_FEATURES_OK as u8;
 const DRIVER_OK: u8 = VIRTIO_CONFIG_S_DRIVER_OK as u8;
 const FAILED: u8 = VIRTIO_CONFIG_S_FAILED as u8;
 const NEEDS_RESET: u8 = VIRTIO_CONFIG_S_NEEDS_RESET as u8;
+
+/// What a driver can cause to be logged.
+static DRIVER_LINES: LogLimit = LogLimit::new(Duration::from_secs(1));
+static FAILURES: LogLimit = LogLimit::new(Duration::from_secs(10));
 
 /// A queue's registers.
 struct Queue {
@@ -221,9 +227,7 @@ impl Common {
     }
 
     fn read_status(&mut self) -> u8 {
-        if self.resetting {
-            self.is_reset();
-        }
+        self.end_reset();
         let needs_reset = self.status != 0 && self.notifier.wants_reset();
         self.status | if needs_reset { NEEDS_RESET } else { 0 }
     }
@@ -238,8 +242,15 @@ impl Common {
         }
         let new = value & !self.status;
         self.status |= new & !(FEATURES_OK | DRIVER_OK | NEEDS_RESET);
-        if new & FAILED != 0 {
-            tracing::info!(device = %self.name, "the guest's driver gave up on the device");
+        if new & FAILED != 0
+            && let Some(suppressed) = DRIVER_LINES.pass()
+        {
+            let device = self.name.as_str();
+            tracing::info!(
+                device,
+                suppressed,
+                "the guest's driver gave up on the device"
+            );
         }
         if new & FEATURES_OK != 0 && self.features_ok() {
             self.status |= FEATURES_OK;
@@ -255,9 +266,10 @@ impl Common {
         let ok = chosen & !offered == 0
             && chosen >> VIRTIO_F_VERSION_1 & 1 == 1
             && self.device.accepts(chosen);
-        if !ok {
+        if !ok && let Some(suppressed) = DRIVER_LINES.pass() {
             tracing::info!(
                 device = %self.name,
+                suppressed,
                 chosen = format_args!("{chosen:#x}"),
                 offered = format_args!("{offered:#x}"),
                 "features refused"
@@ -321,22 +333,24 @@ impl Common {
     }
 
     fn fail(&self, reason: &str) {
-        tracing::warn!(device = %self.name, reason, "the device needs a reset");
+        if let Some(suppressed) = FAILURES.pass() {
+            tracing::warn!(device = %self.name, suppressed, reason, "the device needs a reset");
+        }
         self.notifier.needs_reset();
     }
 
-    /// Begins a reset; the registers are as new at once but for the status.
+    /// Begins a reset, which ends when the device has let go.
     pub(super) fn reset(&mut self) {
         if self.resetting {
             return;
         }
         self.device.reset();
         self.resetting = true;
-        self.is_reset();
+        self.end_reset();
     }
 
-    /// Whether no reset is under way; ends one that the device is done with.
-    pub(super) fn is_reset(&mut self) -> bool {
+    /// Ends a reset that the device is done with.
+    fn end_reset(&mut self) {
         if self.resetting && self.device.reset_progress() == ResetProgress::Done {
             self.notifier.reset();
             self.resetting = false;
@@ -347,7 +361,6 @@ impl Common {
                 *queue = Queue::new(queue.max_size);
             }
         }
-        !self.resetting
     }
 }
 

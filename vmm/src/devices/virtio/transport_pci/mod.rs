@@ -24,6 +24,7 @@ mod notifier;
 mod tests;
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use virtio_bindings::virtio_ids;
 use vm_memory::GuestMemoryMmap;
@@ -36,6 +37,7 @@ use crate::pci::msix::{ENTRY_SIZE, MAX_VECTORS, Msix};
 use crate::pci::{
     CAPABILITY_MSIX, Capability, DoorbellAt, Identity, PciFunction, Wiring, WiringError,
 };
+use crate::telemetry::LogLimit;
 
 const COMMON: u64 = 0x0000;
 const ISR: u64 = 0x1000;
@@ -48,6 +50,8 @@ const DEVICE_LEN: u64 = 0x1000;
 const TABLE_LEN: u64 = MAX_VECTORS as u64 * ENTRY_SIZE as u64;
 /// Bytes between the doorbells of two queues.
 const NOTIFY_MULTIPLIER: u32 = 4;
+
+static DOORBELLS: LogLimit = LogLimit::new(Duration::from_secs(10));
 
 /// Capability id: vendor specific, as virtio's are.
 const CAPABILITY_VENDOR: u8 = 0x09;
@@ -201,16 +205,22 @@ impl PciFunction for VirtioPci {
 
     fn moved(&self, base: Option<u64>) {
         for doorbell in &self.doorbells {
-            if let Err(error) = doorbell.remove() {
-                tracing::warn!(device = %self.name, %error, "cannot take a doorbell away");
+            if let Err(error) = doorbell.remove()
+                && let Some(suppressed) = DOORBELLS.pass()
+            {
+                let device = self.name();
+                tracing::warn!(device, suppressed, %error, "cannot take a doorbell away");
             }
         }
         let Some(base) = base else { return };
         for (doorbell, queue) in self.doorbells.iter().zip(0..) {
             let gpa = base + NOTIFY + queue * u64::from(NOTIFY_MULTIPLIER);
-            if let Err(error) = doorbell.place(gpa) {
+            if let Err(error) = doorbell.place(gpa)
+                && let Some(suppressed) = DOORBELLS.pass()
+            {
                 // Kicks still arrive, by an exit each.
-                tracing::warn!(device = %self.name, queue, %error, "cannot place a doorbell");
+                let device = self.name();
+                tracing::warn!(device, queue, suppressed, %error, "cannot place a doorbell");
             }
         }
     }
@@ -222,10 +232,6 @@ impl PciFunction for VirtioPci {
     fn reset(&self) {
         self.common().reset();
         self.msix.reset();
-    }
-
-    fn is_reset(&self) -> bool {
-        self.common().is_reset()
     }
 }
 

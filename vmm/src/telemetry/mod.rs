@@ -1,0 +1,5 @@
+//! What the VMM says about itself.
+
+mod log;
+
+pub use self::log::LogLimit;
