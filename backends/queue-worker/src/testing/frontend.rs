@@ -102,6 +102,23 @@ impl FakeFrontend {
         }
     }
 
+    /// Whether the backend has closed the connection, rather than answer `request`, whose reply
+    /// is one number and which was sent already.
+    pub fn is_closed_or_number(&mut self, request: FrontendReq) -> bool {
+        let mut reply = [0; HEADER_SIZE + 8];
+        match self.stream.read_exact(&mut reply) {
+            Ok(()) => {
+                assert_eq!(reply[..4], u32::from(request).to_ne_bytes());
+                false
+            }
+            Err(e) => {
+                let ended = [ErrorKind::UnexpectedEof, ErrorKind::ConnectionReset];
+                assert!(ended.contains(&e.kind()), "no answer to {request:?}: {e}");
+                true
+            }
+        }
+    }
+
     /// Ends the connection.
     pub fn disconnect(&mut self) {
         let _ = self.stream.shutdown(Shutdown::Both);
