@@ -3,6 +3,7 @@
 
 #![allow(clippy::unwrap_used, reason = "test code outside of test functions")]
 
+mod ring;
 mod stock;
 
 use std::os::unix::net::UnixListener;
@@ -17,7 +18,8 @@ use berth_vmm::devices::virtio::device::{
 };
 use berth_vmm::memory::GuestRam;
 use berth_vmm::vhost_user::{Frontends, Kind, SessionState};
-use stock::{Driver, FEATURES, QUEUES, Stock, wait};
+use ring::wait;
+use stock::{Driver, FEATURES, QUEUES, Stock};
 use vhost::vhost_user::message::VhostUserProtocolFeatures as Protocol;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use vmm_sys_util::tempdir::TempDir;
@@ -56,10 +58,14 @@ fn protocol() -> Protocol {
 
 /// A disk with two queues whose backend is not there yet.
 fn bench() -> Bench {
+    bench_with(4 << 20)
+}
+
+fn bench_with(size_bytes: u64) -> Bench {
     let dir = TempDir::new().unwrap();
     let path = dir.as_path().join("disk.sock");
     let ram = GuestRam::new(&MemoryConfig {
-        size_bytes: 4 << 20,
+        size_bytes,
         hugepages: false,
     })
     .unwrap();
@@ -156,6 +162,21 @@ fn a_stock_device_serves_rings_of_two_queues_and_again_after_a_reset() {
         1200,
         "a ring that was taken back ran"
     );
+}
+
+#[test]
+fn rings_above_the_pci_hole_are_served_through_the_second_region() {
+    let mut bench = bench_with((3 << 30) + (4 << 20));
+    let _stock = Stock::listen(&bench.path, protocol());
+    assert!(bench.frontends.wait_settled(PATIENCE));
+    let (mut low, mut high) = (bench.driver(0x10_0000), bench.driver((4 << 30) + 0x10_0000));
+    bench.activate(&[&high, &low]);
+    for _ in 0..10 {
+        high.submit();
+        high.complete();
+        low.submit();
+        low.complete();
+    }
 }
 
 #[test]

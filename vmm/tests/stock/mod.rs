@@ -1,5 +1,4 @@
-//! A vhost-user device built on `vhost-user-backend`, which shares no code with the frontend under test,
-//! and the driver's side of a split ring.
+//! A vhost-user device built on `vhost-user-backend`, which shares no code with the frontend under test.
 
 #![allow(clippy::unwrap_used, reason = "test code outside of test functions")]
 
@@ -18,11 +17,12 @@ use vhost_user_backend::{
 };
 use virtio_queue::QueueT;
 use vm_memory::{Bytes, GuestAddress, GuestAddressSpace, GuestMemoryAtomic, GuestMemoryMmap};
-use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
+use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::event::{
     EventConsumer, EventFlag, EventNotifier, new_event_consumer_and_notifier,
 };
-use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+use crate::ring::{Buffer, Ring};
 
 /// Features of the device: VERSION_1, INDIRECT_DESC, PROTOCOL_FEATURES, FLUSH, CONFIG_WCE, MQ.
 pub(crate) const FEATURES: u64 = 1 << 32 | 1 << 28 | 1 << 30 | 1 << 9 | 1 << 11 | 1 << 12;
@@ -202,112 +202,43 @@ impl Drop for Stock {
     }
 }
 
-/// The driver's side of one ring. Everything it needs lies in 64 KiB from `base`.
+/// A driver of the device: asks for one buffer after the other, and checks it.
 pub(crate) struct Driver {
-    memory: GuestMemoryMmap,
-    base: u64,
-    size: u16,
-    avail: u16,
-    used: u16,
-    kick: EventFd,
-    call: EventFd,
+    ring: Ring,
+    buffer: Buffer,
 }
 
 impl Driver {
-    const AVAIL: u64 = 0x4000;
-    const USED: u64 = 0x6000;
-    const BUFFERS: u64 = 0x8000;
-    const BUFFER: u32 = 64;
-
-    /// An empty ring.
+    /// With a ring of its own, and the buffer behind it.
     pub(crate) fn new(memory: &GuestMemoryMmap, base: u64, size: u16) -> Self {
-        memory
-            .write_slice(&vec![0; 0x1_0000], GuestAddress(base))
-            .unwrap();
         Self {
-            memory: memory.clone(),
-            base,
-            size,
-            avail: 0,
-            used: 0,
-            kick: EventFd::new(EFD_NONBLOCK).unwrap(),
-            call: EventFd::new(EFD_NONBLOCK).unwrap(),
+            ring: Ring::new(memory, base, size),
+            buffer: Buffer {
+                gpa: base + Ring::LEN,
+                len: 64,
+                writable: true,
+            },
         }
     }
 
-    /// What the transport would hand over for it.
+    /// What the transport would hand over for its ring.
     pub(crate) fn setup(&self, index: u16) -> QueueSetup {
-        QueueSetup {
-            index,
-            size: self.size,
-            desc: self.base,
-            avail: self.base + Self::AVAIL,
-            used: self.base + Self::USED,
-            kick: self.kick.try_clone().unwrap(),
-            call: self.call.try_clone().unwrap(),
-        }
+        self.ring.setup(index)
     }
 
-    fn buffer(&self, slot: u16) -> GuestAddress {
-        GuestAddress(self.base + Self::BUFFERS + u64::from(slot) * u64::from(Self::BUFFER))
-    }
-
-    /// Makes a buffer available and rings the doorbell.
+    /// Makes the buffer available and rings the doorbell.
     pub(crate) fn submit(&mut self) {
-        let slot = self.avail % self.size;
-        let mut desc = [0; 16];
-        desc[..8].copy_from_slice(&self.buffer(slot).0.to_le_bytes());
-        desc[8..12].copy_from_slice(&Self::BUFFER.to_le_bytes());
-        desc[12..14].copy_from_slice(&2_u16.to_le_bytes());
-        let at = |offset: u64| GuestAddress(self.base + offset);
-        let memory = &self.memory;
-        memory
-            .write_slice(&[0; Self::BUFFER as usize], self.buffer(slot))
-            .unwrap();
-        memory.write_slice(&desc, at(16 * u64::from(slot))).unwrap();
-        memory
-            .write_obj(slot, at(Self::AVAIL + 4 + 2 * u64::from(slot)))
-            .unwrap();
-        self.avail = self.avail.wrapping_add(1);
-        // Release: the device that sees the index sees the descriptor too.
-        memory
-            .store(self.avail, at(Self::AVAIL + 2), Ordering::Release)
-            .unwrap();
-        self.kick.write(1).unwrap();
+        let gpa = GuestAddress(self.buffer.gpa);
+        self.ring.memory.write_slice(&[0; 64], gpa).unwrap();
+        self.ring.submit(&[self.buffer]);
     }
 
-    /// Waits until all buffers came back, and checks them.
+    /// Waits until it came back, and checks it.
     pub(crate) fn complete(&mut self) {
-        while self.used != self.avail {
-            let index = GuestAddress(self.base + Self::USED + 2);
-            let used: u16 = self.memory.load(index, Ordering::Acquire).unwrap();
-            if used == self.used {
-                wait(&self.call, "an interrupt");
-                continue;
-            }
-            let slot = self.used % self.size;
-            let entry = GuestAddress(self.base + Self::USED + 4 + 8 * u64::from(slot));
-            let [id, len]: [u32; 2] = self.memory.read_obj(entry).unwrap();
-            assert_eq!((id, len), (u32::from(slot), Self::BUFFER));
-            let mut bytes = [0; Self::BUFFER as usize];
-            self.memory
-                .read_slice(&mut bytes, self.buffer(slot))
-                .unwrap();
-            assert_eq!(bytes, [PATTERN; Self::BUFFER as usize]);
-            self.used = self.used.wrapping_add(1);
-        }
+        assert_eq!(self.ring.complete(), self.buffer.len);
+        let mut bytes = [0; 64];
+        let gpa = GuestAddress(self.buffer.gpa);
+        self.ring.memory.read_slice(&mut bytes, gpa).unwrap();
+        assert_eq!(bytes, [PATTERN; 64]);
     }
-}
-
-/// Waits for an event; a test that waits long has failed.
-pub(crate) fn wait(event: &EventFd, what: &str) {
-    use std::os::fd::AsRawFd;
-    let epoll = Epoll::new().unwrap();
-    let interest = EpollEvent::new(EventSet::IN, 0);
-    epoll
-        .ctl(ControlOperation::Add, event.as_raw_fd(), interest)
-        .unwrap();
-    let ready = epoll.wait(20_000, &mut [EpollEvent::default()]).unwrap();
-    assert_eq!(ready, 1, "no {what} in 20 s");
-    event.read().unwrap();
 }
