@@ -36,7 +36,7 @@ impl Connection {
     /// Serves the device until the connection ends.
     pub(super) fn serve(&mut self, session: &mut Session) -> Result<Infallible, End> {
         self.publish(&session.shared);
-        session.live();
+        session.live(self.offer.queues);
         loop {
             while self.reconcile(session)? {}
             for ready in self.waiter.wait(None).map_err(waiting)? {
@@ -184,7 +184,14 @@ impl Connection {
             .is_some_and(|begun| Arc::ptr_eq(begun, &rings));
         session.begun = Some(Arc::clone(&rings));
         self.peer.begin(session.limit);
-        let running = Running::start(&mut self.peer, &rings, &self.offer, resume)?;
+        let started = Running::start(&mut self.peer, &rings, &self.offer, resume);
+        let running = started.inspect_err(|error| {
+            // What one refuses that never had the rings it will refuse again, such as their size. One
+            // that comes back may only need time.
+            if !resume && matches!(error, Error::Refused { .. }) {
+                session.shared.refuse(&rings, &error.to_string());
+            }
+        })?;
         for (err, token) in running.errors().zip(RING_ERROR..) {
             self.waiter.watch(err, token).map_err(waiting)?;
         }
@@ -229,12 +236,22 @@ impl Work {
 }
 
 impl Session {
-    fn live(&mut self) {
+    fn live(&mut self, queues: u16) {
         tracing::info!(
             device = self.shared.id(),
             socket = %self.shared.socket.display(),
             "the backend is connected"
         );
+        let configured = self.shared.kind.backend().num_queues;
+        if queues < configured {
+            let device = self.shared.id();
+            tracing::warn!(
+                device,
+                configured,
+                served = queues,
+                "the backend has fewer queues"
+            );
+        }
         self.said = None;
         self.shared.set_session(SessionState::Live);
     }

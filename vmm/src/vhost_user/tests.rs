@@ -43,6 +43,7 @@ const FLUSH: u64 = 1 << 9;
 /// What the backend does at a request.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Fault {
+    Refuse,
     Silent,
     HalfAReply,
     WrongReply,
@@ -160,7 +161,7 @@ fn serve(mut stream: UnixStream, script: &Script, seen: &Seen) {
         if let Some(file) = file {
             seen.files.lock().unwrap().push((code, file));
         }
-        let answer = match code {
+        let mut answer = match code {
             GET_FEATURES => script.features.to_le_bytes().to_vec(),
             GET_PROTOCOL_FEATURES => script.protocol.to_le_bytes().to_vec(),
             GET_QUEUE_NUM => 1_u64.to_le_bytes().to_vec(),
@@ -179,6 +180,10 @@ fn serve(mut stream: UnixStream, script: &Script, seen: &Seen) {
         let silent = match script.fault {
             Some((at, fault)) if at == code => match fault {
                 Fault::HangUp => return,
+                Fault::Refuse => {
+                    answer = 1_u64.to_le_bytes().to_vec();
+                    false
+                }
                 Fault::Silent => true,
                 Fault::HalfAReply => stream.write_all(&reply[..7]).is_ok(),
                 Fault::WrongReply => {
@@ -384,6 +389,22 @@ fn a_start_that_stops_halfway_is_begun_anew_with_the_next_connection() {
         assert_eq!(base, [0; 8], "request {at}");
         assert!(bench.reset() < PATIENCE);
     }
+}
+
+#[test]
+fn rings_that_the_backend_refuses_need_a_reset() {
+    let mut bench = bench();
+    let refusing = faulty(SET_VRING_NUM, Fault::Refuse);
+    let _backend = Backend::listen(&bench.path, &[refusing, GOOD]);
+    bench.live();
+    bench.activate();
+    wait(&bench.notes.reset, "NEEDS_RESET");
+    bench.reset();
+    // The next driver may do better.
+    bench.live();
+    let [kick, _] = bench.activate();
+    bench.reset();
+    assert!(kick.read().is_err(), "nothing was resumed");
 }
 
 #[test]
