@@ -60,23 +60,26 @@ fn a_reset_boots_the_guest_again_and_again() {
 }
 
 #[test]
-fn memory_does_not_grow_with_reboots() {
+fn neither_memory_nor_threads_nor_files_grow_with_reboots() {
     if !has_kvm() {
         return;
     }
     let guest = Guest::start(&Code::new().print("boot\n").out8(0xcf9, 6).halt());
     let maps = format!("/proc/{}/maps", guest.pid());
-    eventually("ten boots", || {
-        (guest.serial().lines().count() >= 10).then_some(())
+    eventually("twenty boots", || {
+        (guest.serial().lines().count() >= 20).then_some(())
     });
     let mapped = std::fs::read_to_string(maps).unwrap();
     let rams = mapped.matches("berth-guest-ram").count();
     // One machine may be on its way out while the next is made.
     assert!((1..=2).contains(&rams), "{rams} guest memories:\n{mapped}");
-    let threads = std::fs::read_dir(format!("/proc/{}/task", guest.pid()))
-        .unwrap()
-        .count();
+    let count = |what: &str| {
+        let path = format!("/proc/{}/{what}", guest.pid());
+        std::fs::read_dir(path).unwrap().count()
+    };
+    let (threads, files) = (count("task"), count("fd"));
     assert!(threads < 12, "{threads} threads");
+    assert!(files < 80, "{files} open files");
 }
 
 #[test]
