@@ -14,6 +14,7 @@ pub mod disk;
 pub mod interop_qemu;
 mod memory;
 pub mod net;
+pub mod net_control;
 pub mod pci;
 pub mod power;
 
@@ -28,6 +29,7 @@ pub fn stories() -> Vec<Story> {
         boot::STORIES,
         counters::STORIES,
         backend_loss::STORIES,
+        net_control::STORIES,
         pci::STORIES,
         power::STORIES,
         interop_qemu::STORIES,
