@@ -5,11 +5,13 @@ use std::process::ExitCode;
 use berth_blk::BlkDevice;
 use berth_blk::args::Args;
 use berth_blk::image::{Disk, OpenOptions};
-use berth_queue_worker::{fail, init_logging, run};
-use clap::Parser;
+use berth_queue_worker::{fail, init_logging, parse_args, run};
 
 fn main() -> ExitCode {
-    let args = Args::parse();
+    let args = match parse_args::<Args>() {
+        Ok(args) => args,
+        Err(code) => return code,
+    };
     if args.print_capabilities {
         let features = ["read-only", "blk-file"];
         println!(

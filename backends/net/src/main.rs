@@ -7,12 +7,14 @@ use berth_net::args::Args;
 use berth_net::config::{Config, PortConfig};
 use berth_net::net_device::NetDevice;
 use berth_net::port::tap::Tap;
-use clap::Parser;
 
 const NAME: &str = "berth-net";
 
 fn main() -> ExitCode {
-    let args = Args::parse();
+    let args = match berth_queue_worker::parse_args::<Args>() {
+        Ok(args) => args,
+        Err(code) => return code,
+    };
     if args.print_capabilities {
         println!("{}", serde_json::json!({ "type": "net" }));
         return ExitCode::SUCCESS;
