@@ -79,6 +79,7 @@ pub struct SetupHeader {
     payload: (u64, u64),
     pref_address: u64,
     init_size: u64,
+    alignment: u64,
 }
 
 /// Whether a file's first bytes are those of a bzImage.
@@ -133,8 +134,14 @@ impl SetupHeader {
             payload,
             pref_address: field(head, 0x258).map_or(0, u64::from_le_bytes),
             init_size: u32_at(0x260).into(),
+            alignment: u32_at(0x230).into(),
             raw,
         })
+    }
+
+    /// Where the kernel wants to start, how much memory it needs from there, and its alignment.
+    pub fn span(&self) -> (u64, u64, u64) {
+        (self.pref_address, self.init_size, self.alignment)
     }
 
     /// A reader of the compressed kernel.

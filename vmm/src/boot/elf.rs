@@ -23,6 +23,8 @@ const MAX_HEAD: u64 = 64 << 10;
 const MAX_NOTES: u64 = 64 << 10;
 /// A kernel image is no longer than this, unpacked.
 const MAX_IMAGE: u64 = 2 << 30;
+/// Most bytes behind the ELF image that are kept.
+const MAX_TAIL: usize = 64 << 20;
 /// How much of the stream is held.
 const CHUNK: usize = 256 << 10;
 /// Granularity in which zeros are left out.
@@ -89,8 +91,18 @@ pub enum Error {
     Zero(#[from] memory::Error),
 }
 
-/// What became of a kernel in guest memory.
+/// What is behind the ELF image in the stream.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Tail {
+    /// Nothing of interest, such as symbols: reading stops when all that matters was seen.
+    Ignore,
+    /// What a kernel's build appends: it is kept, and as the stream is read to its end, a decompressor gets to
+    /// check its checksum.
+    Keep,
+}
+
+/// What became of a kernel in guest memory.
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Loaded {
     /// 64-bit entry (`e_entry`).
     pub entry64: GuestAddress,
@@ -98,6 +110,8 @@ pub struct Loaded {
     pub pvh_entry: Option<GuestAddress>,
     /// End of the highest segment.
     pub end: GuestAddress,
+    /// What was behind the ELF image, if it was to be kept.
+    pub tail: Vec<u8>,
 }
 
 /// One PT_LOAD: where its bytes are in the file and where they go.
@@ -117,11 +131,12 @@ struct Plan {
     notes: Vec<Range<u64>>,
     /// Bytes of the file that matter.
     file_end: u64,
+    /// End of the section headers, which are the last of a linker's output.
+    image_end: u64,
 }
 
-/// Loads the ELF image that `image` yields at its physical addresses plus `bias`. Reads to the image's
-/// end when `drain` says so, which is how a decompressor gets to check its checksum.
-pub fn load(ram: &GuestRam, image: &mut dyn Read, bias: u64, drain: bool) -> Result<Loaded, Error> {
+/// Loads the ELF image that `image` yields at its physical addresses plus `bias`.
+pub fn load(ram: &GuestRam, image: &mut dyn Read, bias: u64, tail: Tail) -> Result<Loaded, Error> {
     let mut chunk = vec![0; CHUNK];
     let mut filled = fill(image, &mut chunk, 0)?;
     let plan = Plan::parse(&chunk[..filled], bias)?;
@@ -129,6 +144,7 @@ pub fn load(ram: &GuestRam, image: &mut dyn Read, bias: u64, drain: bool) -> Res
         segment.check_and_zero(ram)?;
     }
     let mut notes: Vec<Vec<u8>> = vec![Vec::new(); plan.notes.len()];
+    let mut kept = Vec::new();
     let mut offset = 0;
     while filled > 0 {
         let bytes = &chunk[..filled];
@@ -139,8 +155,13 @@ pub fn load(ram: &GuestRam, image: &mut dyn Read, bias: u64, drain: bool) -> Res
             let (piece, _) = overlap(range, offset, bytes);
             note.extend_from_slice(piece);
         }
+        if tail == Tail::Keep && kept.len() < MAX_TAIL {
+            let behind = plan.image_end.max(plan.file_end)..u64::MAX;
+            let (piece, _) = overlap(&behind, offset, bytes);
+            kept.extend_from_slice(piece);
+        }
         offset += filled as u64;
-        if (!drain && offset >= plan.file_end) || offset > MAX_IMAGE {
+        if (tail == Tail::Ignore && offset >= plan.file_end) || offset > MAX_IMAGE {
             break;
         }
         filled = fill(image, &mut chunk, offset)?;
@@ -152,7 +173,7 @@ pub fn load(ram: &GuestRam, image: &mut dyn Read, bias: u64, drain: bool) -> Res
             got: offset,
         });
     }
-    plan.loaded(&notes)
+    plan.loaded(&notes, kept)
 }
 
 impl Plan {
@@ -182,7 +203,9 @@ impl Plan {
                 needed: end,
                 got: head.len() as u64,
             })?;
+        let sections_len = u64::from(u16_at(ehdr, 58)) * u64::from(u16_at(ehdr, 60));
         let mut plan = Self {
+            image_end: u64_at(ehdr, 40).saturating_add(sections_len),
             bias,
             entry: u64_at(ehdr, 24).wrapping_add(bias),
             segments: Vec::new(),
@@ -238,7 +261,7 @@ impl Plan {
     }
 
     /// The result, once all bytes are in place: entries must be in what was loaded.
-    fn loaded(&self, notes: &[Vec<u8>]) -> Result<Loaded, Error> {
+    fn loaded(&self, notes: &[Vec<u8>], tail: Vec<u8>) -> Result<Loaded, Error> {
         let inside = |gpa: u64| {
             let in_segment = |s: &Segment| (s.gpa..s.gpa + s.mem_len).contains(&gpa);
             self.segments.iter().any(in_segment)
@@ -267,6 +290,7 @@ impl Plan {
             entry64: GuestAddress(self.entry),
             pvh_entry: pvh_entry.map(GuestAddress),
             end: GuestAddress(end.unwrap_or(0)),
+            tail,
         })
     }
 }
@@ -388,7 +412,7 @@ mod tests {
     use crate::boot::testing::{self, Phdr};
 
     fn load_bytes(ram: &GuestRam, image: &[u8], bias: u64) -> Result<Loaded, Error> {
-        load(ram, &mut &image[..], bias, false)
+        load(ram, &mut &image[..], bias, Tail::Ignore)
     }
 
     fn bytes_at(ram: &GuestRam, gpa: u64, len: usize) -> Vec<u8> {
@@ -412,6 +436,7 @@ mod tests {
                 entry64: GuestAddress(0x10_0010),
                 pvh_entry: Some(GuestAddress(0x10_0020)),
                 end: GuestAddress(0x28_0000),
+                tail: vec![],
             }
         );
         assert_eq!(
@@ -447,6 +472,16 @@ mod tests {
         );
         load_bytes(&ram, &image, 0).unwrap();
         assert!(bytes_at(&ram, 0x10_0000, text.len()) == text);
+    }
+
+    #[test]
+    fn what_is_behind_the_image_is_kept_if_asked() {
+        let ram = testing::ram(4 << 20);
+        let mut image = testing::small_kernel();
+        image.extend(b"behind");
+        let kept = |tail| load(&ram, &mut &image[..], 0, tail).unwrap().tail;
+        assert_eq!(kept(Tail::Ignore), b"");
+        assert_eq!(kept(Tail::Keep), b"behind");
     }
 
     #[test]

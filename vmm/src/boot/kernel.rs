@@ -1,21 +1,23 @@
 //! From a kernel file to a kernel in guest memory: what the file is, and which loader takes it.
 //!
 //! ```text
-//!   file ─┬─ ELF ──────────────────────────── elf::load ─┬─ pvh ────── PVH note's entry
-//!         └─ bzImage ─┬─ decompress ── elf::load ────────┴─ linux64 ── e_entry
-//!                     └─ entry=bzimage, or not unpackable ─ its own 64-bit entry
+//!   file ─┬─ ELF ───────────────────── elf::load ─┬─ pvh ─────────── PVH note's entry
+//!         └─ bzImage ─┬─ decompress ── elf::load ─┴─ linux64, kaslr ── e_entry
+//!                     └─ entry=bzimage, or not unpackable ────────────── its own 64-bit entry
 //! ```
 
 use std::fs::File;
 use std::io::{self, Read, Seek};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use vm_memory::{GuestAddress, ReadVolatile};
 
 use super::bzimage::{self, HEAD_LEN, SetupHeader};
+use super::cmdline;
 use super::decompress::Compression;
-use super::{cmdline, elf};
-use crate::config::KernelEntry;
+use super::elf::{self, Loaded, Tail};
+use super::kaslr::{self, Relocations};
+use crate::config::{KernelEntry, PayloadConfig};
 use crate::memory::GuestRam;
 
 /// Why a kernel cannot be started.
@@ -65,6 +67,14 @@ pub enum Error {
         /// Name of the compressor, or that it is unknown.
         format: &'static str,
     },
+    /// The kernel could not be randomised.
+    #[error("cannot randomise the kernel {}", .path.display())]
+    Kaslr {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong.
+        source: kaslr::Error,
+    },
     /// The kernel has no such entry.
     #[error("the kernel {} has no entry for entry={entry}: {reason}", .path.display())]
     NoEntry {
@@ -95,8 +105,9 @@ pub struct Kernel {
     pub end: GuestAddress,
     /// Setup header of the bzImage that it came from.
     pub header: Option<SetupHeader>,
-    /// Whether a bzImage's own code unpacks the kernel, and so randomises it.
-    pub unpacks_itself: bool,
+    /// Whether the kernel is to be told that it may randomise its memory areas: where its own code does
+    /// not unpack it and the command line does not forbid it.
+    pub kaslr: bool,
 }
 
 impl Kernel {
@@ -113,46 +124,36 @@ impl Kernel {
     }
 }
 
-/// Loads the kernel at `path`.
-pub fn load(ram: &GuestRam, path: &Path, entry: KernelEntry) -> Result<Kernel, Error> {
-    let open_error = |source| Error::Open {
-        path: path.to_owned(),
-        source,
-    };
-    let mut file = File::open(path).map_err(open_error)?;
-    let metadata = file.metadata().map_err(open_error)?;
+/// Loads the payload's kernel.
+pub fn load(ram: &GuestRam, payload: &PayloadConfig) -> Result<Kernel, Error> {
+    let loader = Loader { ram, payload };
+    let mut file = File::open(&payload.kernel).map_err(|error| loader.open_error(error))?;
+    let metadata = file.metadata().map_err(|error| loader.open_error(error))?;
     if !metadata.is_file() {
-        return Err(Loader { ram, path }.foreign("not a regular file"));
+        return Err(loader.foreign("not a regular file"));
     }
-    load_from(ram, path, &mut file, metadata.len(), entry)
+    load_from(ram, payload, &mut file, metadata.len())
 }
 
-/// Loads the kernel that the first `len` bytes of `file` are; `path` is for messages.
+/// Loads the kernel that the first `len` bytes of `file` are, as the payload says; its path is for
+/// messages only.
 pub fn load_from<F: Read + Seek + ReadVolatile>(
     ram: &GuestRam,
-    path: &Path,
+    payload: &PayloadConfig,
     file: &mut F,
     len: u64,
-    entry: KernelEntry,
 ) -> Result<Kernel, Error> {
-    let loader = Loader { ram, path };
-    let open_error = |source| Error::Open {
-        path: path.to_owned(),
-        source,
-    };
+    let loader = Loader { ram, payload };
     let mut head = Vec::with_capacity(HEAD_LEN);
     file.by_ref()
         .take(HEAD_LEN as u64)
         .read_to_end(&mut head)
-        .map_err(open_error)?;
+        .map_err(|error| loader.open_error(error))?;
     if bzimage::is_bzimage(&head) {
-        loader.bzimage(file, &head, len, entry)
+        loader.bzimage(file, &head, len)
     } else if head.starts_with(b"\x7fELF") {
-        if entry == KernelEntry::BzImage {
-            return Err(loader.no_entry(entry, "it is an ELF file"));
-        }
-        file.rewind().map_err(open_error)?;
-        loader.elf(file, 0, false, entry)
+        file.rewind().map_err(|error| loader.open_error(error))?;
+        loader.vmlinux(file)
     } else {
         Err(loader.foreign(foreign_kind(&head)))
     }
@@ -160,35 +161,21 @@ pub fn load_from<F: Read + Seek + ReadVolatile>(
 
 struct Loader<'a> {
     ram: &'a GuestRam,
-    path: &'a Path,
+    payload: &'a PayloadConfig,
 }
 
 impl Loader<'_> {
-    /// Loads an ELF image and picks its entry.
-    fn elf(
-        &self,
-        image: &mut dyn Read,
-        bias: u64,
-        drain: bool,
-        entry: KernelEntry,
-    ) -> Result<Kernel, Error> {
-        let loaded = elf::load(self.ram, image, bias, drain).map_err(|source| Error::Elf {
-            path: self.path.to_owned(),
-            source,
-        })?;
-        let point = match (entry, loaded.pvh_entry) {
-            (KernelEntry::Auto | KernelEntry::Pvh, Some(gpa)) => EntryPoint::Pvh(gpa),
-            (KernelEntry::Pvh, None) => {
-                return Err(self.no_entry(entry, "it has no PVH note (CONFIG_PVH)"));
-            }
-            _ => EntryPoint::Linux64(loaded.entry64),
+    /// Loads an ELF file.
+    fn vmlinux(&self, file: &mut dyn Read) -> Result<Kernel, Error> {
+        if self.payload.entry == KernelEntry::BzImage {
+            return Err(self.no_entry("it is an ELF file"));
+        }
+        let loaded = self.elf(file, Tail::Ignore)?;
+        let entry = match (self.payload.entry, loaded.pvh_entry) {
+            (KernelEntry::Auto, Some(gpa)) => EntryPoint::Pvh(gpa),
+            _ => self.entry_as_asked(&loaded)?,
         };
-        Ok(Kernel {
-            entry: point,
-            end: loaded.end,
-            header: None,
-            unpacks_itself: false,
-        })
+        Ok(self.kernel(&loaded, entry, None))
     }
 
     /// Unpacks a bzImage, or leaves that to itself.
@@ -197,73 +184,120 @@ impl Loader<'_> {
         file: &mut F,
         head: &[u8],
         file_len: u64,
-        entry: KernelEntry,
     ) -> Result<Kernel, Error> {
         let error = |source| Error::BzImage {
-            path: self.path.to_owned(),
+            path: self.payload.kernel.clone(),
             source,
         };
         let header = SetupHeader::parse(head, file_len).map_err(error)?;
-        let format = self.payload_format(file, &header).map_err(error)?;
-        let unpackable = format.is_some_and(Compression::is_supported);
-        if entry == KernelEntry::BzImage || (entry == KernelEntry::Auto && !unpackable) {
-            tracing::info!(
-                format = format.map_or("unknown", Compression::name),
-                "the kernel unpacks itself"
-            );
-            let (entry, end) = header.load(self.ram, file, file_len).map_err(error)?;
-            return Ok(Kernel {
-                entry: EntryPoint::Linux64(entry),
-                end,
-                header: Some(header),
-                unpacks_itself: true,
-            });
-        }
-        let Some(format) = format.filter(|_| unpackable) else {
-            return Err(Error::Packed {
-                path: self.path.to_owned(),
+        let format = payload_format(file, &header).map_err(error)?;
+        let unpackable = format.filter(|format| format.is_supported());
+        match (self.payload.entry, unpackable) {
+            (KernelEntry::BzImage, _) | (KernelEntry::Auto, None) => {
+                let format = format.map_or("unknown", Compression::name);
+                tracing::info!(format, "the kernel unpacks itself");
+                let (entry, end) = header.load(self.ram, file, file_len).map_err(error)?;
+                Ok(Kernel {
+                    entry: EntryPoint::Linux64(entry),
+                    end,
+                    header: Some(header),
+                    kaslr: false,
+                })
+            }
+            (_, Some(format)) => {
+                let packed = header.payload(file).map_err(error)?;
+                self.packed(format, packed, header)
+            }
+            (_, None) => Err(Error::Packed {
+                path: self.payload.kernel.clone(),
                 format: format.map_or("an unknown compressor", Compression::name),
-            });
-        };
-        let payload = header.payload(file).map_err(error)?;
-        let mut image = format.reader(payload).map_err(|source| Error::Elf {
-            path: self.path.to_owned(),
-            source: elf::Error::Read { offset: 0, source },
-        })?;
-        let kernel = self.elf(&mut image, 0, true, entry)?;
-        drop(image);
-        Ok(Kernel {
-            header: Some(header),
-            ..kernel
-        })
+            }),
+        }
     }
 
-    /// The compressor by the payload's first bytes.
-    fn payload_format<F: Read + Seek>(
+    /// Unpacks the kernel of a bzImage, and moves it unless that is forbidden.
+    fn packed(
         &self,
-        file: &mut F,
-        header: &SetupHeader,
-    ) -> Result<Option<Compression>, bzimage::Error> {
-        let mut magic = Vec::new();
-        header
-            .payload(file)?
-            .take(16)
-            .read_to_end(&mut magic)
-            .map_err(|error| bzimage::Error::Read(0, error))?;
-        Ok(Compression::detect(&magic))
+        format: Compression,
+        packed: impl Read,
+        header: SetupHeader,
+    ) -> Result<Kernel, Error> {
+        let mut image = format
+            .reader(packed)
+            .map_err(|source| self.elf_error(elf::Error::Read { offset: 0, source }))?;
+        let loaded = self.elf(&mut image, Tail::Keep)?;
+        drop(image);
+        let entry = self.entry_as_asked(&loaded)?;
+        if matches!(entry, EntryPoint::Linux64(_)) && !kaslr::is_forbidden(&self.payload.cmdline) {
+            self.randomise(&loaded, &header)?;
+        }
+        Ok(self.kernel(&loaded, entry, Some(header)))
+    }
+
+    /// Moves the kernel in virtual memory, where it comes with its relocations.
+    fn randomise(&self, loaded: &Loaded, header: &SetupHeader) -> Result<(), Error> {
+        let error = |source| Error::Kaslr {
+            path: self.payload.kernel.clone(),
+            source,
+        };
+        let Some(relocations) = Relocations::parse(&loaded.tail) else {
+            tracing::debug!("the kernel has no relocations, its image stays where it was linked");
+            return Ok(());
+        };
+        let (start, size, alignment) = header.span();
+        let delta = kaslr::delta(kaslr::random().map_err(error)?, start, size, alignment);
+        relocations
+            .apply(self.ram, loaded.end, delta)
+            .map_err(error)
+    }
+
+    /// The entry that was asked for; without a wish, the 64-bit one.
+    fn entry_as_asked(&self, loaded: &Loaded) -> Result<EntryPoint, Error> {
+        match (self.payload.entry, loaded.pvh_entry) {
+            (KernelEntry::Pvh, Some(gpa)) => Ok(EntryPoint::Pvh(gpa)),
+            (KernelEntry::Pvh, None) => Err(self.no_entry("it has no PVH note (CONFIG_PVH)")),
+            _ => Ok(EntryPoint::Linux64(loaded.entry64)),
+        }
+    }
+
+    fn elf(&self, image: &mut dyn Read, tail: Tail) -> Result<Loaded, Error> {
+        elf::load(self.ram, image, 0, tail).map_err(|source| self.elf_error(source))
+    }
+
+    fn kernel(&self, loaded: &Loaded, entry: EntryPoint, header: Option<SetupHeader>) -> Kernel {
+        Kernel {
+            entry,
+            end: loaded.end,
+            header,
+            kaslr: !kaslr::is_forbidden(&self.payload.cmdline),
+        }
+    }
+
+    fn open_error(&self, source: io::Error) -> Error {
+        Error::Open {
+            path: self.payload.kernel.clone(),
+            source,
+        }
+    }
+
+    fn elf_error(&self, source: elf::Error) -> Error {
+        Error::Elf {
+            path: self.payload.kernel.clone(),
+            source,
+        }
     }
 
     fn foreign(&self, what: &str) -> Error {
         Error::Foreign {
-            path: self.path.to_owned(),
+            path: self.payload.kernel.clone(),
             what: what.to_owned(),
         }
     }
 
-    fn no_entry(&self, entry: KernelEntry, reason: &'static str) -> Error {
+    fn no_entry(&self, reason: &'static str) -> Error {
         Error::NoEntry {
-            path: self.path.to_owned(),
-            entry: match entry {
+            path: self.payload.kernel.clone(),
+            entry: match self.payload.entry {
                 KernelEntry::Auto => "auto",
                 KernelEntry::Pvh => "pvh",
                 KernelEntry::Linux64 => "linux64",
@@ -272,6 +306,20 @@ impl Loader<'_> {
             reason,
         }
     }
+}
+
+/// The compressor by the payload's first bytes.
+fn payload_format<F: Read + Seek>(
+    file: &mut F,
+    header: &SetupHeader,
+) -> Result<Option<Compression>, bzimage::Error> {
+    let mut magic = Vec::new();
+    header
+        .payload(file)?
+        .take(16)
+        .read_to_end(&mut magic)
+        .map_err(|error| bzimage::Error::Read(0, error))?;
+    Ok(Compression::detect(&magic))
 }
 
 /// Says what a file is that is no kernel for us.
@@ -305,11 +353,21 @@ fn foreign_kind(head: &[u8]) -> &'static str {
 mod tests {
     use super::*;
     use crate::boot::testing::{self, TempFile};
+    use std::path::Path;
     use vm_memory::Bytes;
+
+    fn payload(kernel: &Path, entry: KernelEntry) -> PayloadConfig {
+        PayloadConfig {
+            kernel: kernel.to_owned(),
+            entry,
+            initramfs: None,
+            cmdline: "quiet".to_owned(),
+        }
+    }
 
     fn load_bytes(bytes: &[u8], entry: KernelEntry) -> Result<Kernel, Error> {
         let file = TempFile::new(bytes);
-        load(&testing::ram(4 << 20), file.path(), entry)
+        load(&testing::ram(4 << 20), &payload(file.path(), entry))
     }
 
     fn packed_kernel(format: Compression) -> Vec<u8> {
@@ -342,8 +400,8 @@ mod tests {
         for format in testing::FORMATS.into_iter().chain([Compression::None]) {
             let file = TempFile::new(&packed_kernel(format));
             let ram = testing::ram(4 << 20);
-            let kernel = load(&ram, file.path(), KernelEntry::Auto).unwrap();
-            assert_eq!(kernel.entry, EntryPoint::Pvh(GuestAddress(0x10_0020)));
+            let kernel = load(&ram, &payload(file.path(), KernelEntry::Auto)).unwrap();
+            assert_eq!(kernel.entry, EntryPoint::Linux64(GuestAddress(0x10_0010)));
             assert_eq!(kernel.initrd_addr_max(), 0x7fff_ffff);
             let mut text = vec![0; 0x3000];
             ram.memory()
@@ -354,10 +412,50 @@ mod tests {
     }
 
     #[test]
+    fn a_kernel_with_relocations_moves_unless_that_is_forbidden() {
+        // One 64-bit place at the start of the text.
+        let mut plain = testing::small_kernel();
+        for word in [0u32, 0x8010_0000, 0, 0] {
+            plain.extend(word.to_le_bytes());
+        }
+        let image = testing::bzimage(&testing::pack(Compression::Lz4, &plain), 0);
+        let first = u64::from_le_bytes(testing::x86_like_bytes(8).try_into().unwrap());
+        let mut deltas = std::collections::BTreeSet::new();
+        for (entry, cmdline, may_move) in [
+            (KernelEntry::Auto, "quiet", true),
+            (KernelEntry::Linux64, "quiet", true),
+            (KernelEntry::Auto, "quiet", true),
+            (KernelEntry::Linux64, "nokaslr", false),
+            (KernelEntry::Pvh, "quiet", false),
+        ] {
+            let ram = testing::ram(4 << 20);
+            let payload = PayloadConfig {
+                cmdline: cmdline.to_owned(),
+                ..payload(Path::new("kernel"), entry)
+            };
+            let mut file = io::Cursor::new(&image);
+            let kernel = load_from(&ram, &payload, &mut file, image.len() as u64).unwrap();
+            assert_eq!(kernel.kaslr, cmdline != "nokaslr");
+            let value: u64 = ram.memory().read_obj(GuestAddress(0x10_0000)).unwrap();
+            let delta = value.wrapping_sub(first);
+            assert!(
+                delta.is_multiple_of(0x20_0000) && delta < 1 << 30,
+                "{delta:#x}"
+            );
+            assert!(may_move || delta == 0, "{entry:?} {cmdline}");
+            deltas.insert(delta);
+        }
+        assert!(
+            deltas.len() > 1,
+            "three of about 500 places are the same as linked"
+        );
+    }
+
+    #[test]
     fn a_bzimage_may_unpack_itself() {
         let kernel = load_bytes(&packed_kernel(Compression::Zstd), KernelEntry::BzImage).unwrap();
         assert_eq!(kernel.entry, EntryPoint::Linux64(GuestAddress(0x10_0200)));
-        assert!(kernel.header.is_some() && kernel.unpacks_itself);
+        assert!(kernel.header.is_some() && !kernel.kaslr);
     }
 
     #[test]
@@ -390,11 +488,10 @@ mod tests {
         let ram = testing::ram(4 << 20);
         let image = packed_kernel(Compression::Zstd);
         for len in 0..image.len() {
-            let mut file = io::Cursor::new(&image[..len]);
-            let path = Path::new("kernel");
             for entry in [KernelEntry::Auto, KernelEntry::BzImage] {
-                assert!(load_from(&ram, path, &mut file, len as u64, entry).is_err());
-                file.set_position(0);
+                let payload = payload(Path::new("kernel"), entry);
+                let mut file = io::Cursor::new(&image[..len]);
+                assert!(load_from(&ram, &payload, &mut file, len as u64).is_err());
             }
         }
     }
@@ -430,9 +527,10 @@ mod tests {
             assert!(error.contains(what) && !error.contains('\n'), "{error}");
         }
         let ram = testing::ram(4 << 20);
-        let error = load(&ram, Path::new("/"), KernelEntry::Auto).unwrap_err();
+        let error = load(&ram, &payload(Path::new("/"), KernelEntry::Auto)).unwrap_err();
         assert!(error.to_string().contains("not a regular file"));
-        let error = load(&ram, Path::new("/nonexistent"), KernelEntry::Auto).unwrap_err();
+        let missing = payload(Path::new("/nonexistent"), KernelEntry::Auto);
+        let error = load(&ram, &missing).unwrap_err();
         assert!(matches!(error, Error::Open { .. }));
     }
 }

@@ -17,6 +17,7 @@ pub mod cmdline;
 pub mod decompress;
 pub mod elf;
 pub mod initramfs;
+pub mod kaslr;
 pub mod kernel;
 pub mod lz4;
 pub mod memmap;
@@ -82,7 +83,7 @@ pub struct Handover {
 /// Puts kernel, initramfs, command line and boot parameters into guest memory. What was there before
 /// may be anything: what the kernel expects to be zero is made zero. `rsdp` comes from ACPI.
 pub fn load(ram: &GuestRam, payload: &PayloadConfig, rsdp: GuestAddress) -> Result<Entry, Error> {
-    let kernel = kernel::load(ram, &payload.kernel, payload.entry)?;
+    let kernel = kernel::load(ram, payload)?;
     let initramfs = payload
         .initramfs
         .as_deref()
@@ -98,7 +99,7 @@ pub fn load(ram: &GuestRam, payload: &PayloadConfig, rsdp: GuestAddress) -> Resu
         EntryPoint::Pvh(rip) => pvh::write(ram, &handover)
             .map(|start_info| Entry::Pvh { rip, start_info })
             .map_err(Error::Parameters),
-        EntryPoint::Linux64(rip) => zero_page::write(ram, &handover, &kernel, &payload.cmdline)
+        EntryPoint::Linux64(rip) => zero_page::write(ram, &handover, &kernel)
             .map(|zero_page| Entry::Linux64 { rip, zero_page })
             .map_err(Error::Parameters),
     }

@@ -130,7 +130,10 @@ pub(super) fn elf(entry: u64, phdrs: &[Phdr]) -> Vec<u8> {
     image.extend(1u32.to_le_bytes());
     image.extend(entry.to_le_bytes());
     image.extend(64u64.to_le_bytes());
-    image.extend([0; 14]);
+    // No section headers, but where they would be: at the image's end.
+    let len = 64 + phdrs.iter().map(|p| 56 + p.bytes.len()).sum::<usize>();
+    image.extend((len as u64).to_le_bytes());
+    image.extend([0; 6]);
     image.extend(56u16.to_le_bytes());
     image.extend((phdrs.len() as u16).to_le_bytes());
     image.extend([0; 6]);

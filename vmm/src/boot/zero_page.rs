@@ -44,12 +44,11 @@ pub fn write(
     ram: &GuestRam,
     handover: &Handover,
     kernel: &Kernel,
-    cmdline: &str,
 ) -> Result<GuestAddress, GuestMemoryError> {
-    let loadflags = if kernel.unpacks_itself || cmdline.split_whitespace().any(|w| w == "nokaslr") {
-        LOADED_HIGH
-    } else {
+    let loadflags = if kernel.kaslr {
         LOADED_HIGH | KASLR_FLAG
+    } else {
+        LOADED_HIGH
     };
     let page = build(ram, handover, kernel.header.as_ref(), loadflags);
     ram.memory().write_slice(&page, GuestAddress(ZERO_PAGE))?;
@@ -152,22 +151,21 @@ mod tests {
     }
 
     #[test]
-    fn only_a_kernel_that_did_not_unpack_itself_is_told_to_randomise() {
+    fn a_kernel_is_told_whether_to_randomise() {
         let ram = testing::ram(2 << 20);
-        let loadflags = |unpacks_itself, cmdline| {
+        let loadflags = |kaslr| {
             let kernel = Kernel {
                 entry: EntryPoint::Linux64(GuestAddress(0x10_0000)),
                 end: GuestAddress(0x20_0000),
                 header: None,
-                unpacks_itself,
+                kaslr,
             };
-            let at = write(&ram, &handover(), &kernel, cmdline).unwrap();
+            let at = write(&ram, &handover(), &kernel).unwrap();
             ram.memory()
                 .read_obj::<u8>(GuestAddress(at.0 + LOADFLAGS as u64))
                 .unwrap()
         };
-        assert_eq!(loadflags(false, "quiet"), LOADED_HIGH | KASLR_FLAG);
-        assert_eq!(loadflags(false, "quiet nokaslr"), LOADED_HIGH);
-        assert_eq!(loadflags(true, "quiet"), LOADED_HIGH);
+        assert_eq!(loadflags(true), LOADED_HIGH | KASLR_FLAG);
+        assert_eq!(loadflags(false), LOADED_HIGH);
     }
 }

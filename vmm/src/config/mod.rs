@@ -142,7 +142,8 @@ pub struct PayloadConfig {
 /// How a kernel is entered. Which of them keep KASLR: docs/boot.md.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum KernelEntry {
-    /// Chosen by what the file is: PVH for a vmlinux with the note, else linux64; a bzImage is unpacked here.
+    /// Chosen by what the file is: PVH for a vmlinux with the note, else linux64; a bzImage is unpacked here
+    /// and entered by linux64.
     #[default]
     Auto,
     /// 32-bit entry of an ELF kernel's XEN_ELFNOTE_PHYS32_ENTRY note.
