@@ -228,4 +228,31 @@ mod tests {
         assert!(!text.contains("Content-Length"), "{text}");
         assert!(text.ends_with("\r\n\r\n"), "{text}");
     }
+
+    #[test]
+    fn no_bytes_are_too_strange() {
+        let seed =
+            b"PUT /api/v1/vm.pause HTTP/1.1\r\nContent-Length: 2\r\nConnection: close\r\n\r\n{}";
+        let mut random = 0x2545_f491_4f6c_dd1d_u64;
+        let mut next = || {
+            random ^= random << 13;
+            random ^= random >> 7;
+            random ^= random << 17;
+            random as usize
+        };
+        for _ in 0..20_000 {
+            let mut bytes = seed.to_vec();
+            for _ in 0..next() % 6 {
+                let at = next() % bytes.len();
+                match next() % 3 {
+                    0 => bytes[at] = next() as u8,
+                    1 => bytes.insert(at, next() as u8),
+                    _ => drop(bytes.remove(at)),
+                }
+            }
+            if let Parsed::Complete(_, len) = parse(&bytes) {
+                assert!(len <= bytes.len(), "{bytes:?}");
+            }
+        }
+    }
 }
