@@ -18,6 +18,9 @@ use virtio_bindings::virtio_net::{VIRTIO_NET_ERR, VIRTIO_NET_OK};
 use crate::ctrl::{Limits, MAX_COMMAND_LEN, parse};
 use crate::state::DeviceState;
 
+/// Commands answered before anything else gets a turn.
+const BATCH: usize = 16;
+
 /// The control queue between start and stop.
 pub struct CtrlQueue {
     state: Arc<DeviceState>,
@@ -78,7 +81,10 @@ impl QueueWorker for CtrlQueue {
         if !std::mem::replace(&mut self.begun, true) && ring.next_avail() == 0 {
             self.state.forget_driver();
         }
-        while ring.pop_into(&mut self.chain)? {
+        for _ in 0..BATCH {
+            if !ring.pop_into(&mut self.chain)? {
+                break;
+            }
             let done = self.execute();
             let answer = if done { VIRTIO_NET_OK } else { VIRTIO_NET_ERR } as u8;
             let answered = self.chain.writer().write(&[answer]);

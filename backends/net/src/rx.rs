@@ -144,8 +144,9 @@ impl RxQueue {
         }
     }
 
-    /// Pops buffers until the pool has `goal` bytes, or the ring is empty.
-    fn fill(&mut self, ring: &mut Ring, goal: usize) -> Result<(), QueueError> {
+    /// Pops buffers until the pool has `goal` bytes, or the ring is empty, or a useless buffer was
+    /// given back. False if the next one is useless, and has to wait for its turn to be given back.
+    fn fill(&mut self, ring: &mut Ring, goal: usize) -> Result<bool, QueueError> {
         while self.pool.bytes < goal && (self.mergeable || self.pool.buffers.is_empty()) {
             let mut chain = self.pool.spare.pop().unwrap_or_default();
             if !ring.pop_into(&mut chain)? {
@@ -158,16 +159,17 @@ impl RxQueue {
                 self.counters.errors.add(1);
                 ring.push_used(chain.head(), 0)?;
                 self.pool.spare.push(chain);
+                // One a time: a driver that adds nothing else must not keep us here.
+                return Ok(true);
             } else if useless || self.pool.pieces + pieces > MAX_POOL_PIECES {
-                // Its turn comes when those before it are used.
                 ring.put_back(1);
                 self.pool.spare.push(chain);
-                break;
+                return Ok(false);
             } else {
                 self.pool.push(chain, pieces);
             }
         }
-        Ok(())
+        Ok(true)
     }
 
     /// Reads one frame into the pool and, where that ends, into the spill.
@@ -219,12 +221,12 @@ impl RxQueue {
 
     /// Delivers the frame in the spill; false if the driver has yet to give buffers.
     fn deliver_spilled(&mut self, len: usize, ring: &mut Ring) -> Result<bool, QueueError> {
-        self.fill(ring, len)?;
+        let may_grow = self.fill(ring, len)?;
         if len <= self.pool.bytes {
             self.pool.copy_in(&self.spill[..len]);
             self.spilled = None;
             self.finish(len, ring)?;
-        } else if self.pool.pieces >= usize::from(ring.size()).min(MAX_POOL_PIECES) {
+        } else if !may_grow || self.pool.pieces >= usize::from(ring.size()) {
             // The driver has no buffer left to give: waiting would be for ever.
             self.counters.dropped.add(1);
             self.spilled = None;

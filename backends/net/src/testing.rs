@@ -45,12 +45,13 @@ pub fn hostile_guest(data: &[u8]) {
         pairs: 1,
     };
     let features = u64::from_le_bytes(prologue[1..9].try_into().unwrap()) & identity.features(true);
-    let features = features | 1 << 32 | u64::from(prologue[0] & 0x80) << 22;
+    // VERSION_1; two bits of the kind are RING_INDIRECT_DESC and RING_EVENT_IDX.
+    let features = features | 1 << 32 | u64::from(prologue[0] & 0xc0) << 22;
     let port = Arc::new(SocketPort::new(1).unwrap());
     let state = Arc::new(DeviceState::new(identity, port.clone()));
     state.set_features(features);
     let mut ring = ring_in(memory, features);
-    let mut queue = queue_of(prologue[0] % 3, &state, features);
+    let mut queue = queue_of((prologue[0] & 0x3f) % 3, &state, features);
     for chunk in prologue[9..].chunks(2) {
         let len = usize::from(u16::from_le_bytes([chunk[0], chunk[1]]));
         let mut frame = memory[..memory.len().min(len)].to_vec();

@@ -317,6 +317,25 @@ fn a_buffer_without_room_for_the_header_comes_back_empty() {
 }
 
 #[test]
+fn a_useless_buffer_does_not_stall_a_frame_that_lacks_buffers() {
+    // Arrange: the frame needs more than the first buffer, and the second cannot help
+    let mut guest = Guest::new(1, &[], 128);
+    let ram = &guest.driver.ram;
+    let (good, small) = (ram.alloc(1536, 16), ram.alloc(8, 16));
+    let queue = &mut guest.driver.queues[RX];
+    queue.add(&[Buffer::writable(good, 1536)]).unwrap();
+    queue.add(&[Buffer::writable(small, 8)]).unwrap();
+    queue.kick_if_wanted();
+    // Act
+    guest.port.inject(0, &frame(PLAIN, OWN, 5000, 1)).unwrap();
+    guest.port.inject(0, &frame(PLAIN, OWN, 100, 2)).unwrap();
+    // Assert
+    assert_eq!(guest.driver.queues[RX].wait_used().1, 100);
+    assert_eq!(guest.driver.queues[RX].wait_used().1, 0);
+    assert_eq!(guest.dropped(0), 1);
+}
+
+#[test]
 fn a_frame_from_the_guest_however_it_is_cut() {
     let mut guest = Guest::new(1, &[], 128);
     let cuts: [&[usize]; 5] = [
