@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::os::unix::fs::{FileExt, MetadataExt};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
@@ -27,10 +27,14 @@ struct TempImage(PathBuf);
 
 impl TempImage {
     fn new(size: u64) -> TempImage {
+        TempImage::at(&std::env::temp_dir(), size)
+    }
+
+    fn at(dir: &Path, size: u64) -> TempImage {
         static COUNT: AtomicU32 = AtomicU32::new(0);
         let n = COUNT.fetch_add(1, Ordering::Relaxed);
         let name = format!("berth-blk-test-{}-{n}.img", std::process::id());
-        let path = std::env::temp_dir().join(name);
+        let path = dir.join(name);
         File::create(&path).unwrap().set_len(size).unwrap();
         TempImage(path)
     }
@@ -180,6 +184,18 @@ fn any_framing_and_alignment_of_buffers_is_taken_by_direct_io() {
     };
     let (mut driver, _) = drive(&options, Setup::default());
     let ram = Arc::clone(&driver.ram);
+    // More than a bounce buffer holds.
+    let long = pattern(300 << 10, 11);
+    let place = ram.alloc(300 << 10, 512) + 101;
+    let _ = ram.alloc(4096, 16);
+    ram.write(place, &long);
+    let one = Buffer::readable(place, 300 << 10);
+    assert_eq!(run(&mut driver, VIRTIO_BLK_T_OUT, 100, &[one]), OK);
+    assert_eq!(image.bytes(51200, 300 << 10), long);
+    ram.write(place, &vec![0; 300 << 10]);
+    let one = Buffer::writable(place, 300 << 10);
+    assert_eq!(run(&mut driver, VIRTIO_BLK_T_IN, 100, &[one]), OK);
+    assert_eq!(ram.read(place, 300 << 10), long);
     let data = pattern(8192, 7);
     // An odd address, and pieces of odd lengths that cross pages.
     let gpa = ram.alloc(8192 + 13, 4096) + 13;
@@ -270,6 +286,31 @@ fn discard_and_write_zeroes(engine: EngineChoice) {
     );
     assert_eq!(ranges(&mut driver, VIRTIO_BLK_T_DISCARD, &[]), IOERR);
     driver.finish();
+}
+
+#[test]
+fn zeros_are_written_where_the_file_system_cannot_make_them() {
+    // tmpfs punches holes, but does not know FALLOC_FL_ZERO_RANGE.
+    let shm = Path::new("/dev/shm");
+    if !shm.is_dir() {
+        eprintln!("skipped: no /dev/shm");
+        return;
+    }
+    for engine in [EngineChoice::Best, EngineChoice::Sync] {
+        let image = TempImage::at(shm, 4 * MIB);
+        image.file().write_all_at(&vec![7; 4 << 20], 0).unwrap();
+        let (mut driver, _) = drive_with(&image.options(), Setup::default(), engine);
+        // Longer than one step, and not a whole number of steps; then a second range.
+        let list = [(8, 2001, 0), (4096, 8, 0)];
+        assert_eq!(ranges(&mut driver, VIRTIO_BLK_T_WRITE_ZEROES, &list), OK);
+        driver.finish();
+        assert_eq!(image.bytes(0, 4096), [7; 4096]);
+        assert_eq!(image.bytes(4096, 2001 * 512), vec![0; 2001 * 512]);
+        assert_eq!(image.bytes(2009 * 512, 512), [7; 512]);
+        assert_eq!(image.bytes(2 * MIB, 4096), [0; 4096]);
+        assert_eq!(image.bytes(2 * MIB + 4096, 512), [7; 512]);
+        assert_eq!(image.file().metadata().unwrap().blocks(), 4 * MIB / 512);
+    }
 }
 
 #[test]
