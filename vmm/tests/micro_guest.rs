@@ -145,6 +145,29 @@ fn a_guest_that_was_shut_down_can_be_booted_again() {
 }
 
 #[test]
+fn a_boot_that_a_client_asked_for_may_fail_and_be_tried_again() {
+    if !has_kvm() {
+        return;
+    }
+    let guest = Guest::start(&Code::new().print("boot\n").halt());
+    let (kernel, aside) = (guest.path("kernel"), guest.path("aside"));
+    eventually("a boot", || {
+        (guest.serial().lines().count() == 1).then_some(())
+    });
+    assert_eq!(guest.api("PUT", "vm.shutdown").0, 204);
+    std::fs::rename(&kernel, &aside).unwrap();
+    assert_eq!(guest.api("PUT", "vm.boot").0, 204);
+    eventually("the failure", || {
+        (guest.state() == "Shutdown").then_some(())
+    });
+    std::fs::rename(&aside, &kernel).unwrap();
+    assert_eq!(guest.api("PUT", "vm.boot").0, 204);
+    eventually("the second boot", || {
+        (guest.serial().lines().count() == 2).then_some(())
+    });
+}
+
+#[test]
 fn the_kernel_counts_the_same_exits() {
     if !has_kvm() {
         return;

@@ -74,6 +74,8 @@ pub struct Driver {
     boot: u64,
     /// When it began to run.
     booted: Instant,
+    /// A client of the API asked for this boot: where it fails, the process stays for the next try.
+    stays_if_unbuilt: bool,
     /// Tells the boot thread that nobody waits for its machine any more.
     cancel: Arc<AtomicBool>,
     /// Set once the process is to end.
@@ -106,6 +108,7 @@ impl Driver {
             machine: None,
             boot: 0,
             booted: Instant::now(),
+            stays_if_unbuilt: false,
             cancel: Arc::default(),
             exit: None,
         })
@@ -208,7 +211,11 @@ impl Driver {
             (Action::Resume, Some(machine)) => machine.resume(),
             (Action::Shutdown, _) => drop(self.stop_machine()?),
             // Sets the state itself.
-            (Action::Boot | Action::Reboot, _) => return self.start_boot().map(Ok),
+            (Action::Boot | Action::Reboot, _) => {
+                self.start_boot()?;
+                self.stays_if_unbuilt = true;
+                return Ok(Ok(()));
+            }
             (Action::PowerButton | Action::Pause | Action::Resume, None) => {}
         }
         tracing::info!(?action, state = ?next, "the guest's state was changed by the API");
@@ -241,6 +248,7 @@ impl Driver {
     fn start_boot(&mut self) -> Result<(), Error> {
         let gone = self.stop_machine()?;
         self.state = VmState::Created;
+        self.stays_if_unbuilt = false;
         let boot = self.boot;
         let sender = self.sender.clone();
         let events = {
@@ -284,6 +292,11 @@ impl Driver {
                     tracing::info!(boot = self.boot, "the guest runs");
                 }
                 self.booted = Instant::now();
+            }
+            Err(error) if self.stays_if_unbuilt => {
+                self.state = VmState::Shutdown;
+                let error = error_chain(&error);
+                tracing::error!(error, "the guest cannot be booted");
             }
             Err(error) => self.exit = Some(Err(error.into())),
         }
@@ -332,6 +345,15 @@ impl Driver {
         groups.insert("vmm".to_owned(), own.into());
         groups
     }
+}
+
+/// The error and its sources in one line.
+fn error_chain(error: &dyn std::error::Error) -> String {
+    let sources = std::iter::successors(error.source(), |error| error.source());
+    let text = sources.fold(error.to_string(), |text, source| {
+        format!("{text}: {source}")
+    });
+    text.replace('\n', " ")
 }
 
 fn take_apart(machine: Box<Machine>) -> Result<Receiver<()>, Error> {
