@@ -443,22 +443,23 @@ fn a_stop_of_the_vm_waits_for_a_silent_backend_no_longer_than_asked() {
 }
 
 #[test]
-fn a_backend_that_acknowledges_nothing_cannot_stuff_the_socket_up() {
-    let mut bench = bench();
-    let script = Script {
-        protocol: GOOD.protocol & !REPLY_ACK,
-        fault: Some((SET_MEM_TABLE, Fault::Silent)),
-        ..GOOD
-    };
-    let good = Script {
-        fault: None,
-        ..script.clone()
-    };
-    let _backend = Backend::listen(&bench.path, &[script, good]);
-    bench.live();
-    let [kick, _] = bench.activate();
-    wait(&kick, "kick after the restart");
-    assert!(bench.reset() < PATIENCE);
+fn a_backend_that_acknowledges_nothing_is_asked_whether_it_is_there() {
+    for at in [SET_MEM_TABLE, SET_VRING_KICK, SET_VRING_ENABLE] {
+        let mut bench = bench();
+        let good = Script {
+            protocol: GOOD.protocol & !REPLY_ACK,
+            ..GOOD
+        };
+        let silent = Script {
+            fault: Some((at, Fault::Silent)),
+            ..good.clone()
+        };
+        let _backend = Backend::listen(&bench.path, &[silent, good]);
+        bench.live();
+        let [kick, _] = bench.activate();
+        wait(&kick, "kick after the restart");
+        assert!(bench.reset() < PATIENCE);
+    }
 }
 
 #[test]
