@@ -26,6 +26,8 @@ mod express;
 #[cfg(test)]
 pub(crate) mod fake;
 pub(crate) mod msix;
+#[cfg(test)]
+mod random_tests;
 mod root_port;
 #[cfg(test)]
 mod tests;

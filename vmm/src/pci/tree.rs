@@ -92,7 +92,7 @@ impl Tree {
         }
     }
 
-    /// Every device that is not a bridge.
+    /// Every device that is not a bridge; on bus 0, where nothing is found, below a port that has no bus.
     pub(super) fn endpoints(&self) -> impl Iterator<Item = (Bdf, &Endpoint)> {
         self.slots
             .iter()
@@ -100,7 +100,10 @@ impl Tree {
             .filter_map(|(slot, device)| match slot {
                 Slot::HostBridge(_) => None,
                 Slot::Builtin(endpoint) => Some((Bdf::new(0, device), &**endpoint)),
-                Slot::Port(port) => Some((Bdf::new(port.secondary()?, 0), &port.endpoint)),
+                Slot::Port(port) => {
+                    let bus = port.secondary().unwrap_or(0);
+                    Some((Bdf::new(bus, 0), &port.endpoint))
+                }
             })
     }
 

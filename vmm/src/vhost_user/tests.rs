@@ -56,6 +56,8 @@ struct Script {
     features: u64,
     protocol: u64,
     fault: Option<(u32, Fault)>,
+    /// Flips a bit of some replies; which ones and which bits follows from the number.
+    mangle: Option<u64>,
 }
 
 /// MQ, REPLY_ACK, BACKEND_REQ, CONFIG.
@@ -63,6 +65,7 @@ const GOOD: Script = Script {
     features: VERSION_1 | FLUSH | 1 << 30,
     protocol: 1 | REPLY_ACK | 1 << 5 | 1 << 9,
     fault: None,
+    mangle: None,
 };
 
 #[derive(Default)]
@@ -133,14 +136,20 @@ impl Backend {
     }
 }
 
+impl Backend {
+    fn hang_up(&self) {
+        if let Some(stream) = &*self.seen.current.lock().unwrap() {
+            let _ = stream.shutdown(std::net::Shutdown::Both);
+        }
+    }
+}
+
 impl Drop for Backend {
     fn drop(&mut self) {
         self.scripts.lock().unwrap().clear();
         let thread = self.thread.take().unwrap();
         while !thread.is_finished() {
-            if let Some(stream) = &*self.seen.current.lock().unwrap() {
-                let _ = stream.shutdown(std::net::Shutdown::Both);
-            }
+            self.hang_up();
             drop(UnixStream::connect(&self.path));
             thread::yield_now();
         }
@@ -148,7 +157,16 @@ impl Drop for Backend {
     }
 }
 
+/// The next number of a sequence that is the same in each run.
+fn next(random: &mut u64) -> u64 {
+    *random ^= *random << 13;
+    *random ^= *random >> 7;
+    *random ^= *random << 17;
+    *random
+}
+
 fn serve(mut stream: UnixStream, script: &Script, seen: &Seen) {
+    let mut mangle = script.mangle;
     let mut header = [0; 12];
     while let Ok((12, file)) = stream.recv_with_fd(&mut header) {
         let word = |i: usize| u32::from_le_bytes(header[4 * i..][..4].try_into().unwrap());
@@ -200,6 +218,12 @@ fn serve(mut stream: UnixStream, script: &Script, seen: &Seen) {
         }
         if !answer.is_empty() {
             reply.extend(answer);
+            if let Some(random) = &mut mangle
+                && next(random).is_multiple_of(4)
+            {
+                let bit = next(random) as usize % (8 * reply.len());
+                reply[bit / 8] ^= 1 << (bit % 8);
+            }
             if stream.write_all(&reply).is_err() {
                 return;
             }
@@ -544,4 +568,35 @@ fn a_successor_that_lacks_a_feature_is_not_given_the_rings() {
         .filter(|(code, _)| *code == SET_MEM_TABLE)
         .count();
     assert_eq!((handshakes, starts), (2, 1));
+}
+
+#[test]
+fn replies_with_wrong_bits_end_a_connection_and_nothing_else() {
+    let mut bench = patient_bench(Duration::from_millis(50));
+    let mut scripts = vec![faulty(SET_VRING_ENABLE, Fault::HangUp)];
+    scripts.extend((1..=50).map(|seed| Script {
+        mangle: Some(0x9e37_79b9_7f4a_7c15 ^ seed),
+        ..GOOD
+    }));
+    scripts.push(GOOD);
+    let backend = Backend::listen(&bench.path, &scripts);
+    bench.live();
+    bench.activate();
+    let begin = Instant::now();
+    while backend.scripts.lock().unwrap().len() > 1 {
+        assert!(begin.elapsed() < 3 * PATIENCE);
+        // One that was mangled where it does no harm stays until it is closed.
+        if bench.frontends.sessions()[0].state == SessionState::Live {
+            backend.hang_up();
+        }
+        thread::yield_now();
+    }
+    bench.reset();
+    bench.live();
+    let [kick, _] = bench.activate();
+    until("started", || {
+        backend.seen.payload(SET_VRING_ENABLE).is_some()
+    });
+    bench.reset();
+    drop(kick);
 }
