@@ -76,7 +76,7 @@ impl Machine {
             1 => u64::MAX,
             2 => random.pick(&[0x6, 0x4, 0x0, 0x0007_0700, 0x0001_0100, 0x0303_0300]),
             3 => random.pick(&[0x4, 0x0010_0010, 0x0021_0011, 0xc010_c010]),
-            _ => random.below(64) * BAR_LEN | random.pick(&[0, MMIO32_START, MMIO64]),
+            _ => random.pick(&[0, MMIO32_START, MMIO64]) + random.below(64) * BAR_LEN,
         };
         let len = random.pick(&[1, 2, 4, 4, 4, 8]);
         let at = ECAM_START + (bus << 20) + (device << 15) + register;
