@@ -128,12 +128,12 @@ pub(crate) fn random_writes(console: &mut Console) -> Result<()> {
     let script = "set -e; cd /mnt
         dd if=/dev/urandom of=/tmp/noise bs=64k count=64 2>/dev/null
         for file in a b c; do
-            for i in $(seq 20); do
+            for i in $(seq 12); do
                 dd if=/tmp/noise of=$file bs=4k count=$((RANDOM % 8 + 1)) skip=$((RANDOM % 1000)) \
                    seek=$((RANDOM % 4096)) conv=notrunc 2>/dev/null
             done
         done
-        for i in $(seq 10); do
+        for i in $(seq 6); do
             dd if=/tmp/noise of=direct bs=4k count=4 skip=$((RANDOM % 1000)) seek=$((RANDOM % 1024)) \
                oflag=direct conv=notrunc 2>/dev/null
         done
@@ -174,11 +174,11 @@ pub(crate) fn refuses_writes(console: &mut Console, disk: &str, sum: &str) -> Re
     Ok(())
 }
 
-/// What the guest deletes and trims leaves the image file.
+/// What the guest deletes and trims leaves the image file. Comes after [`random_writes`].
 pub(crate) fn discard(console: &mut Console, image: &Path) -> Result<()> {
     const SIZE: u64 = 64 << 20;
     console.sh_within(
-        "tr '\\0' x </dev/zero | dd of=/mnt/big bs=1M count=64 iflag=fullblock 2>/dev/null; sync",
+        "for i in $(seq 16); do cat /tmp/noise; done >/mnt/big; sync",
         seconds(120),
     )?;
     let full = image::allocated_bytes(image)?;

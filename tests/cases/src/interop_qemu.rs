@@ -102,7 +102,7 @@ fn qemu_guest(context: &Context) -> Result<()> {
     })?;
     let frames = FrameCounter::start("tap0")?;
     context.check("qemu.net_transfer_100mb_each_way", || {
-        transfer(context, console, HOST, 100 << 20)
+        transfer(context, console, [HOST, GUEST], 100 << 20)
     })?;
     context.check("qemu.net_tso_both_ways", || frames_over_mtu(frames))?;
     context.check("qemu.power_off", || {

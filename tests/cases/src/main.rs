@@ -34,14 +34,9 @@ struct Args {
     /// Which cases
     #[arg(long, value_enum)]
     tier: TierName,
-    /// Only stories whose name, or the name of one of whose checks, contains TEXT
-    #[arg(
-        long,
-        value_name = "TEXT",
-        default_value = "",
-        hide_default_value = true
-    )]
-    filter: String,
+    /// Only stories whose name, or the name of one of whose checks, contains one of these texts
+    #[arg(long, value_name = "TEXT", value_delimiter = ',')]
+    filter: Vec<String>,
     /// Print the names of stories and checks, run nothing
     #[arg(long)]
     list: bool,
@@ -84,7 +79,7 @@ fn run(args: &Args) -> Result<bool> {
     if stories.is_empty() {
         eprintln!(
             "berth-cases: no case of this tier matches '{}' (try --list)",
-            args.filter
+            args.filter.join(",")
         );
     }
     if args.list {
@@ -123,11 +118,10 @@ fn wanted(args: &Args, story: &Story) -> bool {
         TierName::Guest => Tier::Guest,
         TierName::Client => Tier::Client,
     };
+    let named = |text: &String| {
+        story.name.contains(text) || story.checks.iter().any(|check| check.contains(text))
+    };
     story.tier == tier
         && (args.full || !story.long)
-        && (story.name.contains(&args.filter)
-            || story
-                .checks
-                .iter()
-                .any(|check| check.contains(&args.filter)))
+        && (args.filter.is_empty() || args.filter.iter().any(named))
 }

@@ -7,7 +7,7 @@ use anyhow::{Result, ensure};
 use berth_tests_framework::console::Console;
 use berth_tests_framework::daemons::Daemon;
 use berth_tests_framework::image;
-use berth_tests_framework::net::{self, FrameCounter, PageServer, Sink};
+use berth_tests_framework::net::{self, FrameCounter, PageServer};
 use berth_tests_framework::story::{Context, Story, Tier};
 use berth_tests_framework::vmm::{self, Vm, VmBuilder};
 use berth_tests_framework::wait::{seconds, until};
@@ -71,7 +71,7 @@ fn two_cards(context: &Context) -> Result<()> {
     })?;
     let frames = FrameCounter::start("tap0")?;
     context.check("net.transfer_100mb_each_way", || {
-        transfer(context, &mut vm.console, HOST[0], 100 << 20)
+        transfer(context, &mut vm.console, [HOST[0], GUEST[0]], 100 << 20)
     })?;
     context.check("net.tso_both_ways", || frames_over_mtu(frames))?;
     context.check("rng.present", || rng(&mut vm))?;
@@ -83,7 +83,7 @@ fn two_cards(context: &Context) -> Result<()> {
         until("answer to a ping after the restart", seconds(60), || {
             Ok(ping(&mut vm.console, HOST[0]).is_ok().then_some(()))
         })?;
-        transfer(context, &mut vm.console, HOST[0], 1 << 20)
+        transfer(context, &mut vm.console, [HOST[0], GUEST[0]], 1 << 20)
     })?;
     context.check("power.off_by_guest", || vm.power_off())
 }
@@ -93,11 +93,11 @@ pub(crate) fn ping(console: &mut Console, host: Ipv4Addr) -> Result<()> {
     console.sh(&format!("ping -c 3 -W 10 {host}")).map(drop)
 }
 
-/// A random file goes to the guest by HTTP, is summed there, and comes back over a plain stream.
+/// A random file goes to the guest by HTTP, is summed there, and comes back from a server in the guest.
 pub(crate) fn transfer(
     context: &Context,
     console: &mut Console,
-    host: Ipv4Addr,
+    [host, guest]: [Ipv4Addr; 2],
     size_bytes: u64,
 ) -> Result<()> {
     let (sent, back) = (context.scratch("sent"), context.scratch("back"));
@@ -105,20 +105,16 @@ pub(crate) fn transfer(
     let sum = image::md5(&sent)?;
     let server = PageServer::start(host, &sent)?;
     context.step("host to guest");
-    console.sh_within(
-        &format!("wget -q -O /tmp/data {}", server.url()),
-        seconds(120),
-    )?;
-    let seen = console.sh("md5sum </tmp/data")?;
+    let wget = format!(
+        "mkdir -p /tmp/www && wget -q -O /tmp/www/data {}",
+        server.url()
+    );
+    console.sh_within(&wget, seconds(120))?;
+    let seen = console.sh("md5sum </tmp/www/data")?;
     ensure!(seen.starts_with(&sum), "sent {sum}, the guest has {seen:?}");
     context.step("guest to host");
-    let sink = Sink::start(host, back.clone())?;
-    let port = sink.port();
-    console.sh_within(
-        &format!("nc {host} {port} </tmp/data && rm /tmp/data"),
-        seconds(120),
-    )?;
-    let received = sink.finish(seconds(30))?;
+    console.sh("busybox httpd -p 80 -h /tmp/www")?;
+    let received = net::fetch((guest, 80).into(), "/data", &back, seconds(60))?;
     ensure!(
         received == size_bytes,
         "{received} of {size_bytes} bytes came back"
@@ -127,7 +123,7 @@ pub(crate) fn transfer(
         image::same(&sent, &back)?,
         "what came back differs from what was sent"
     );
-    Ok(())
+    console.sh("killall httpd; rm /tmp/www/data").map(drop)
 }
 
 /// Frames longer than the MTU passed the tap both ways: nobody cut them up before.

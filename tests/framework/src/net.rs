@@ -1,4 +1,4 @@
-//! Taps, a page server, a sink and a frame counter, all in the story's network namespace.
+//! Taps, a page server and client, and a frame counter, all in the story's network namespace.
 //!
 //! Sockets are made on the story's thread, which fixes their namespace, and served by helper threads.
 
@@ -6,7 +6,7 @@ use std::fs::File;
 use std::io::{BufRead, BufReader, Write};
 use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
 use std::os::fd::OwnedFd;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::JoinHandle;
@@ -16,7 +16,6 @@ use anyhow::{Context, Result};
 
 use crate::process::run;
 use crate::sys;
-use crate::wait::Broken;
 
 /// Makes a tap of one queue, so one that a daemon attaches to without IFF_MULTI_QUEUE.
 ///
@@ -122,74 +121,23 @@ fn serve_file(client: TcpStream, path: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Takes one connection and writes all that comes into a file.
-#[derive(Debug)]
-pub struct Sink {
-    address: SocketAddr,
-    done: std::sync::mpsc::Receiver<std::io::Result<u64>>,
-}
-
-impl Sink {
-    /// Listens on `address` and a port of its own.
-    ///
-    /// # Errors
-    /// The address is not ours.
-    pub fn start(address: Ipv4Addr, file: PathBuf) -> Result<Self> {
-        let listener =
-            TcpListener::bind((address, 0)).with_context(|| format!("bind {address}"))?;
-        let address = listener.local_addr()?;
-        let (send, done) = std::sync::mpsc::channel();
-        std::thread::Builder::new()
-            .name("sink".to_owned())
-            .spawn(move || {
-                let result = listener.accept().and_then(|(mut client, _)| {
-                    std::io::copy(&mut client, &mut File::create(file)?)
-                });
-                // The story may have ended meanwhile.
-                let _ = send.send(result);
-            })?;
-        Ok(Self { address, done })
-    }
-
-    /// Port to connect to.
-    #[must_use]
-    pub fn port(&self) -> u16 {
-        self.address.port()
-    }
-
-    /// Waits for the client's end of stream; bytes received.
-    ///
-    /// # Errors
-    /// Not in time, or the file cannot be written.
-    pub fn finish(&self, limit: Duration) -> Result<u64> {
-        match self.done.recv_timeout(crate::wait::patient(limit)) {
-            Ok(result) => Ok(result?),
-            Err(_) => Err(Broken::deadline("end of the guest's stream", limit)),
-        }
-    }
-}
-
-/// GET of `url` path from a server in the guest.
+/// GET from a server in the guest, into a file; bytes of the body.
 ///
 /// # Errors
-/// No answer in time.
-pub fn fetch(address: SocketAddr, path: &str, limit: Duration) -> Result<Vec<u8>> {
+/// No whole answer in time.
+pub fn fetch(address: SocketAddr, path: &str, to: &Path, limit: Duration) -> Result<u64> {
+    let limit = crate::wait::patient(limit);
     let mut stream = TcpStream::connect_timeout(&address, limit)
         .with_context(|| format!("connect to {address}"))?;
     stream.set_read_timeout(Some(limit))?;
     write!(stream, "GET {path} HTTP/1.0\r\nHost: guest\r\n\r\n")?;
-    let mut answer = Vec::new();
-    std::io::Read::read_to_end(&mut stream, &mut answer)?;
-    let split = answer
-        .windows(4)
-        .position(|window| window == b"\r\n\r\n")
-        .with_context(|| format!("no HTTP answer from {address}"))?;
-    anyhow::ensure!(
-        answer.starts_with(b"HTTP/1.") && answer[8..].starts_with(b" 200"),
-        "{address} answers: {}",
-        String::from_utf8_lossy(answer.split(|&byte| byte == b'\r').next().unwrap_or(b""))
-    );
-    Ok(answer.split_off(split + 4))
+    let mut reader = BufReader::with_capacity(1 << 16, stream);
+    let mut line = String::new();
+    reader.read_line(&mut line)?;
+    let status = line.split_whitespace().nth(1).unwrap_or_default();
+    anyhow::ensure!(status == "200", "{address} answers: {line:?}");
+    while reader.read_line(&mut line)? > 0 && !line.ends_with("\n\r\n") {}
+    Ok(std::io::copy(&mut reader, &mut File::create(to)?)?)
 }
 
 /// Frames seen on an interface, by direction.
@@ -279,10 +227,11 @@ mod tests {
         std::fs::write(&path, b"a page").expect("written");
         let server = PageServer::start(Ipv4Addr::LOCALHOST, &path).expect("a server");
         let limit = Duration::from_secs(20);
-        assert_eq!(
-            fetch(server.address, "/page", limit).expect("a page"),
-            b"a page"
-        );
+        let copy = path.with_extension("copy");
+        let size = fetch(server.address, "/page", &copy, limit).expect("a page");
+        assert_eq!(size, 6);
+        assert_eq!(std::fs::read(&copy).expect("a copy"), b"a page");
         let _ = std::fs::remove_file(path);
+        let _ = std::fs::remove_file(copy);
     }
 }

@@ -146,14 +146,17 @@ fn pages(context: &Context, vm: &mut Vm) -> Result<()> {
 
     vm.sh("busybox httpd -p 80 -h /srv/www")?;
     let address = SocketAddr::from((GUEST, 80));
-    let body = until("the guest's web server", seconds(30), || {
-        Ok(net::fetch(address, "/index.html", seconds(10)).ok())
+    let copy = context.scratch("from-guest");
+    until("the guest's web server", seconds(30), || {
+        Ok(net::fetch(address, "/index.html", &copy, seconds(10)).ok())
     })?;
-    let inside = vm.sh("cat /srv/www/index.html")?;
+    let (inside, outside) = (
+        vm.sh("cat /srv/www/index.html")?,
+        fs::read_to_string(&copy)?,
+    );
     ensure!(
-        body == inside.as_bytes(),
-        "the host got {:?}",
-        String::from_utf8_lossy(&body)
+        outside == inside,
+        "the host got {outside:?}, not {inside:?}"
     );
     Ok(())
 }
