@@ -40,6 +40,11 @@ fn one_line(error: &clap::Error) -> Option<String> {
             line.push_str(name);
         }
     }
+    if let Some(ContextValue::Strings(values)) = error.get(ContextKind::ValidValue)
+        && !values.is_empty()
+    {
+        line.push_str(&format!(" (expected: {})", values.join(", ")));
+    }
     if let Some(ContextValue::String(near)) = error.get(ContextKind::SuggestedArg) {
         line.push_str(&format!(" (nearest: '{near}')"));
     }
@@ -54,6 +59,8 @@ mod tests {
     struct Args {
         #[arg(long)]
         file: String,
+        #[arg(long, value_parser = ["red", "green"])]
+        light: Option<String>,
     }
 
     fn line(words: &[&str]) -> Option<String> {
@@ -72,6 +79,11 @@ mod tests {
         assert_eq!(
             text,
             "the following required arguments were not provided: --file <FILE>"
+        );
+        let text = line(&["x", "--file=1", "--light=blue"]).unwrap();
+        assert_eq!(
+            text,
+            "invalid value 'blue' for '--light <LIGHT>' (expected: red, green)"
         );
         assert_eq!(line(&["x", "--help"]), None);
     }
