@@ -124,10 +124,11 @@ unit_summary() {
         END { print passed + 0, failed + 0, skipped + 0 }'
 }
 
-# The part of a failed tier's log that a person wants to see first.
+# The part of a failed tier's log that a person wants to see: the cases' own reports, or the end.
 show_end() {
-    printf -- '-- %s failed; its log %s ends:\n' "$1" "$2"
-    tail -n 60 "$2"
-    printf -- '--\n'
-    grep -aE '^FAILED ' "$2" || true
+    printf -- '-- %s failed; from its log %s:\n' "$1" "$2"
+    case $1 in
+        client | lab) grep -aE '^FAILED |^  \| ' "$2" || tail -n 60 "$2" ;;
+        *) tail -n 80 "$2" ;;
+    esac
 }
