@@ -85,15 +85,14 @@ tier_lab() {
 
 tier_demo() { check demo limited 900 ./demo; }
 
-# limited SECONDS COMMAND...: a deadline, so that nothing hangs.
-limited() { timeout --kill-after=20 "$@"; }
+# limited SECONDS COMMAND...: a deadline, so that nothing hangs. It stays in the tier's process group.
+limited() { timeout --foreground --kill-after=20 "$@"; }
 
-# follow PID LOG TIER: shows results and progress until the process ends; returns its exit code.
+# follow PID LOG TIER: shows results and progress until the process ends.
 follow() {
     local pattern='^(ok|FAILED|skipped) |^(install|assets|build|where|run|demo): |^ +Summary '
     [ "$3" != demo ] || pattern=''
     tail -n +1 -q -s 0.2 -F --pid="$1" "$2" 2>/dev/null | grep --line-buffered -aE "$pattern" || true
-    wait "$1"
 }
 
 # count TIER LOG CODE: prints passed, failed and skipped.
