@@ -131,8 +131,7 @@ impl Connection {
             if running.is_some() {
                 self.stop(limit)?;
                 session.shared.let_go();
-                session.begun = None;
-                session.written.clear();
+                session.forget_driver();
             } else if let Some(rings) = work.wanted {
                 self.start(rings, session)?;
             }
@@ -176,6 +175,7 @@ impl Connection {
     fn start(&mut self, rings: Arc<Rings>, session: &mut Session) -> Result<(), End> {
         if let Err(reason) = self.offer.fits(&rings) {
             session.shared.refuse(&rings, &reason);
+            session.shared.let_go();
             return Ok(());
         }
         let resume = session

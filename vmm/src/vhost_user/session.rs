@@ -153,7 +153,21 @@ impl Session {
         }
     }
 
+    /// What a driver left that is gone does not concern the next.
+    pub(super) fn forget_driver(&mut self) {
+        self.begun = None;
+        self.written.clear();
+    }
+
     fn connect(&mut self, stream: UnixStream) -> Result<Connection, End> {
+        let wanted = self.shared.state().wanted.clone();
+        if let Some(begun) = &self.begun
+            && !wanted
+                .as_ref()
+                .is_some_and(|wanted| Arc::ptr_eq(begun, wanted))
+        {
+            self.forget_driver();
+        }
         let kind = &self.shared.kind;
         let (mut peer, mut found) = Peer::handshake(stream, kind, &self.deadlines, self.limit)?;
         if let Some(config) = &mut found.config {
@@ -163,7 +177,6 @@ impl Session {
             }
         }
         let offer = kind.offer(&found).map_err(Error::Unfit)?;
-        let wanted = self.shared.state().wanted.clone();
         if let Some(rings) = wanted {
             offer.fits(&rings).map_err(Error::Unfit)?;
         }

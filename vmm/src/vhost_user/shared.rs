@@ -150,7 +150,6 @@ impl Shared {
     pub(super) fn refuse(&self, rings: &Arc<Rings>, reason: &str) {
         tracing::warn!(device = self.id(), reason, "the device needs a reset");
         let mut state = self.state();
-        state.held = false;
         state.wanted.take_if(|wanted| Arc::ptr_eq(wanted, rings));
         if let Some(notify) = &state.notify {
             notify.needs_reset();
