@@ -8,7 +8,7 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
+use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use super::lock::{self, LockError};
@@ -148,11 +148,13 @@ impl Disk {
             self.physical_block_size = ioctl_u32(&self.file, libc::BLKPBSZGET)?;
         }
         if cache == Cache::None {
-            let direct = direct_limits(&self.file)?.unwrap_or(Direct {
-                // An old kernel does not say; these suit every disk of 4 KiB blocks or less.
-                mem_align: 4096,
-                offset_align: u64::from(self.block_size.max(512)),
-            });
+            let direct = match direct_limits(&self.file)? {
+                Some(direct) => direct,
+                None => Direct {
+                    mem_align: 4096,
+                    offset_align: probe_offset_align(&self.file, self.block_size)?,
+                },
+            };
             // The guest must use whole blocks of direct I/O.
             self.block_size = self.block_size.max(direct.offset_align as u32);
             self.direct = Some(direct);
@@ -270,6 +272,21 @@ fn ioctl_u32(file: &File, request: libc::Ioctl) -> io::Result<u32> {
     }
 }
 
+/// The smallest block of direct I/O that works, for kernels and file systems that do not say.
+fn probe_offset_align(file: &File, block_size: u32) -> io::Result<u64> {
+    let mut buffer = vec![0u8; 3 * 4096];
+    let aligned = buffer.as_ptr().align_offset(4096);
+    for len in [block_size as usize, 4096] {
+        // A short read at the end of a small image is an answer too.
+        match file.read_at(&mut buffer[aligned..aligned + len.min(4096)], 0) {
+            Ok(_) => return Ok(len as u64),
+            Err(e) if e.raw_os_error() == Some(libc::EINVAL) => {}
+            Err(e) => return Err(e),
+        }
+    }
+    Err(io::ErrorKind::Unsupported.into())
+}
+
 /// What the kernel says about direct I/O on the file (statx, since 6.1); none where it does not.
 fn direct_limits(file: &File) -> io::Result<Option<Direct>> {
     // SAFETY: statx is plain data, filled by the call; the path is an empty C string.
@@ -288,4 +305,30 @@ fn direct_limits(file: &File) -> io::Result<Option<Direct>> {
         mem_align: u64::from(stat.stx_dio_mem_align).max(1),
         offset_align: u64::from(stat.stx_dio_offset_align).max(SECTOR_SIZE),
     }))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn probed_alignment_is_no_finer_than_what_the_kernel_says() {
+        let name = format!("berth-blk-probe-{}.img", std::process::id());
+        let path = std::env::temp_dir().join(name);
+        std::fs::write(&path, vec![1; 1 << 20]).unwrap();
+        let opened = open_file(&OpenOptions {
+            path: path.clone(),
+            read_only: true,
+            cache: Cache::None,
+        });
+        std::fs::remove_file(&path).unwrap();
+        let Ok(file) = opened else {
+            eprintln!("skipped: no direct I/O in the temporary directory");
+            return;
+        };
+        let probed = probe_offset_align(&file, 512).unwrap();
+        if let Some(said) = direct_limits(&file).unwrap() {
+            assert_eq!(probed, said.offset_align);
+        }
+    }
 }
