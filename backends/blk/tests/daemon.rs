@@ -194,6 +194,24 @@ fn misbehaving_frontends_and_guests_leave_the_daemon_alive() {
 }
 
 #[test]
+fn guest_memory_that_is_cut_off_ends_the_session_and_nothing_else() {
+    let dir = TempDir::new();
+    let image = dir.image("disk.img", 8 * MIB);
+    let socket = dir.path("disk.sock");
+    let mut daemon = Daemon::serve(&socket, &image, &[]);
+    let mut driver = FakeDriver::connect(&socket, Setup::default());
+    write_and_read(&mut driver, 0, 2);
+    driver.ram.truncate();
+    driver.queues[0].kick();
+    assert!(driver.frontend.is_closed());
+    daemon.wait_for("session ended: the frontend took guest memory away");
+    let mut driver = FakeDriver::connect(&socket, Setup::default());
+    write_and_read(&mut driver, 0, 3);
+    driver.finish();
+    daemon.terminate();
+}
+
+#[test]
 fn metrics_socket_answers_http_and_plain_readers() {
     let dir = TempDir::new();
     let image = dir.image("disk.img", 8 * MIB);

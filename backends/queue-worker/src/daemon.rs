@@ -152,7 +152,7 @@ impl<D: Device> Server<D> {
 
     /// One session, from its first message to its end.
     fn serve_one(&self, stream: UnixStream) -> Result<Next, DaemonError> {
-        let session = Session::new(Arc::clone(&self.device), self.metrics.clone(), stream);
+        let session = Session::new(Arc::clone(&self.device), &self.metrics, stream);
         let session = session.map_err(|source| DaemonError::System {
             what: "begin a session",
             source,
@@ -178,7 +178,7 @@ pub fn serve_connection<D: Device>(
     metrics: Metrics,
     stream: UnixStream,
 ) -> Result<SessionError, DaemonError> {
-    let session = Session::new(device, metrics, stream).map_err(|source| DaemonError::System {
+    let session = Session::new(device, &metrics, stream).map_err(|source| DaemonError::System {
         what: "begin a session",
         source,
     })?;
@@ -200,10 +200,14 @@ fn run_session<D: Device>(
             sys::poll_slot(signals, libc::POLLIN),
             sys::poll_slot(session.connection_fd().as_raw_fd(), libc::POLLIN),
             sys::poll_slot(session.notify_fd().as_raw_fd(), libc::POLLIN),
+            sys::poll_slot(session.memory_lost_fd().as_raw_fd(), libc::POLLIN),
         ];
         wait(&mut slots)?;
         if slots[0].revents != 0 {
             return Ok(None);
+        }
+        if slots[3].revents != 0 {
+            return Ok(Some(SessionError::MemoryLost));
         }
         if slots[2].revents != 0 {
             session.notify_frontend();

@@ -241,6 +241,9 @@ pub enum QueueError {
     /// A request that cannot even be answered with an error: no room for a status, no header.
     #[error("the driver sent a malformed request: {0}")]
     Request(&'static str),
+    /// The frontend truncated the file behind guest memory. Ends the session, too.
+    #[error("the frontend took guest memory away")]
+    MemoryLost,
     /// The device's own resource failed (tap gone, io_uring refused).
     #[error("{what} failed")]
     Device {

@@ -24,12 +24,15 @@
 
 use std::fs::File;
 use std::io;
+use std::mem::ManuallyDrop;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::ptr::NonNull;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU16;
 
 use vm_memory::ByteValued;
+
+use crate::sigbus::Guarded;
 
 /// Why guest memory could not be mapped or accessed.
 #[derive(Debug, thiserror::Error)]
@@ -114,6 +117,8 @@ pub struct RegionInfo {
 /// One mapped region.
 #[derive(Debug)]
 pub struct Region {
+    /// Dropped by hand, before the mapping goes.
+    guard: ManuallyDrop<Guarded>,
     info: RegionInfo,
     map: NonNull<u8>,
     map_len: usize,
@@ -156,6 +161,8 @@ impl Region {
             .and_then(|len| usize::try_from(len).ok())
             .ok_or_else(bad)?;
         let offset = libc::off_t::try_from(info.file_offset - delta).map_err(|_| bad())?;
+        // Less than a page, so it fits.
+        let delta = usize::try_from(delta).map_err(|_| bad())?;
         // SAFETY: a fresh shared mapping at an address the kernel chooses; arguments were checked.
         let map = unsafe {
             libc::mmap(
@@ -171,14 +178,23 @@ impl Region {
             Some(map) if map.as_ptr().cast() != libc::MAP_FAILED => map,
             _ => return Err(map_error(io::Error::last_os_error())),
         };
-        // delta < align, far below usize::MAX.
-        let delta = usize::try_from(delta).map_err(|_| bad())?;
+        let guard = Guarded::new(map.as_ptr() as usize, map_len).map_err(|source| {
+            // SAFETY: just mapped, and nobody knows of it.
+            unsafe { libc::munmap(map.as_ptr().cast(), map_len) };
+            map_error(source)
+        })?;
         Ok(Region {
+            guard: ManuallyDrop::new(guard),
             info,
             map,
             map_len,
             delta,
         })
+    }
+
+    /// Whether the file was truncated under us: what was in the region is gone.
+    pub fn is_lost(&self) -> bool {
+        self.guard.is_lost()
     }
 
     /// What the frontend said about this region.
@@ -210,8 +226,12 @@ impl Region {
 
 impl Drop for Region {
     fn drop(&mut self) {
-        // SAFETY: map and map_len are what mmap returned; nothing that borrows the region lives.
-        unsafe { libc::munmap(self.map.as_ptr().cast(), self.map_len) };
+        // SAFETY: the guard is dropped once, here, so that the table never names what is not mapped.
+        // map and map_len are what mmap returned; nothing that borrows the region lives.
+        unsafe {
+            ManuallyDrop::drop(&mut self.guard);
+            libc::munmap(self.map.as_ptr().cast(), self.map_len);
+        }
     }
 }
 
@@ -437,6 +457,11 @@ impl GuestMemory {
     /// Whether the frontend has given no memory yet.
     pub fn is_empty(&self) -> bool {
         self.regions.is_empty()
+    }
+
+    /// Whether the file of a region was truncated under us.
+    pub fn is_lost(&self) -> bool {
+        self.regions.iter().any(|region| region.is_lost())
     }
 
     /// The regions, by ascending guest physical address.

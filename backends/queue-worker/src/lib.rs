@@ -93,6 +93,7 @@ pub mod metrics;
 pub mod notify;
 pub mod protocol;
 pub mod session;
+mod sigbus;
 mod sys;
 pub mod testing;
 pub mod uring;

@@ -9,6 +9,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
+use vmm_sys_util::eventfd::EventFd;
+
 use crate::metrics::QueueCounters;
 use crate::sys;
 
@@ -21,6 +23,8 @@ pub(crate) struct Notifiers {
     pub(crate) kick: VringFd,
     pub(crate) call: Option<VringFd>,
     pub(crate) err: Option<VringFd>,
+    /// Tells the session that guest memory was lost.
+    pub(crate) memory_lost: Arc<EventFd>,
     pub(crate) counters: Arc<QueueCounters>,
 }
 

@@ -103,6 +103,9 @@ pub enum SessionError {
         /// Why not.
         source: Refusal,
     },
+    /// The frontend truncated the file behind guest memory.
+    #[error("the frontend took guest memory away while it was in use")]
+    MemoryLost,
 }
 
 /// What goes back to the frontend.
@@ -139,7 +142,6 @@ impl SessionHandle {
 /// One frontend's session.
 pub struct Session<D: Device> {
     device: Arc<D>,
-    metrics: Metrics,
     connection: Connection,
     acked_features: u64,
     acked_protocol: u64,
@@ -148,11 +150,12 @@ pub struct Session<D: Device> {
     backend_channel: Option<OwnedFd>,
     config_changed: Arc<EventFd>,
     has_channel: Arc<AtomicBool>,
+    memory_lost: Arc<EventFd>,
 }
 
 impl<D: Device> Session<D> {
-    /// Begins a session on a connected socket.
-    pub fn new(device: Arc<D>, metrics: Metrics, stream: UnixStream) -> io::Result<Session<D>> {
+    /// Begins a session on a connected socket; `metrics` has counters for every queue.
+    pub fn new(device: Arc<D>, metrics: &Metrics, stream: UnixStream) -> io::Result<Session<D>> {
         let connection = Connection::new(stream)?;
         let config_changed = Arc::new(EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK)?);
         let has_channel = Arc::new(AtomicBool::new(false));
@@ -160,10 +163,14 @@ impl<D: Device> Session<D> {
             config_changed: Arc::clone(&config_changed),
             has_channel: Arc::clone(&has_channel),
         });
-        let vrings = (0..device.num_queues()).map(Vring::new).collect();
+        let memory_lost = Arc::new(EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK)?);
+        let vring = |index| {
+            let counters = metrics.queue(index).cloned().unwrap_or_default();
+            Vring::new(index, counters, Arc::clone(&memory_lost))
+        };
+        let vrings = (0..device.num_queues()).map(vring).collect();
         Ok(Session {
             device,
-            metrics,
             connection,
             acked_features: 0,
             acked_protocol: 0,
@@ -172,6 +179,7 @@ impl<D: Device> Session<D> {
             backend_channel: None,
             config_changed,
             has_channel,
+            memory_lost,
         })
     }
 
@@ -183,6 +191,11 @@ impl<D: Device> Session<D> {
     /// To be polled for input: then call [`notify_frontend`](Session::notify_frontend).
     pub fn notify_fd(&self) -> &EventFd {
         &self.config_changed
+    }
+
+    /// To be polled for input, which is the end: [`SessionError::MemoryLost`].
+    pub fn memory_lost_fd(&self) -> &EventFd {
+        &self.memory_lost
     }
 
     /// Handles every request that has come completely. An error ends the session.
@@ -207,6 +220,9 @@ impl<D: Device> Session<D> {
     }
 
     fn set_backend_channel(&mut self, channel: Option<OwnedFd>) {
+        // The flags of this end of the channel are ours: a frontend that does not read must not
+        // block us.
+        let channel = channel.filter(|fd| set_nonblocking(fd).is_ok());
         self.has_channel.store(channel.is_some(), Ordering::Relaxed);
         self.backend_channel = channel;
     }
@@ -351,15 +367,8 @@ impl<D: Device> Session<D> {
         let enabled_by_default = self.acked_features & 1 << features::PROTOCOL_FEATURES == 0;
         let (device, memory) = (Arc::clone(&self.device), Arc::clone(&self.memory));
         let features = self.acked_features;
-        let Some(counters) = u16::try_from(index)
-            .ok()
-            .and_then(|i| self.metrics.queue(i))
-        else {
-            return Err(Refusal::NoQueue(index));
-        };
-        let counters = Arc::clone(counters);
         let vring = self.vring(index)?;
-        vring.start_if_ready(&device, &memory, features, enabled_by_default, counters)
+        vring.start_if_ready(&device, &memory, features, enabled_by_default)
     }
 
     fn start_all_ready(&mut self) -> Result<(), Refusal> {
@@ -465,6 +474,10 @@ impl<D: Device> Drop for Session<D> {
         self.vrings.clear();
         self.device.session_ended();
     }
+}
+
+fn set_nonblocking(fd: &OwnedFd) -> io::Result<()> {
+    UnixStream::from(fd.try_clone()?).set_nonblocking(true)
 }
 
 fn number(request: FrontendReq, value: u64) -> Answer {

@@ -135,8 +135,17 @@ fn is_transient(error: &io::Error) -> bool {
 
 impl Drop for IoRing {
     fn drop(&mut self) {
-        while self.in_flight() > 0 && self.wait().is_ok() {
-            self.take_completions(|_, _| {});
+        while self.in_flight() > 0 {
+            match self.wait() {
+                Ok(()) => self.take_completions(|_, _| {}),
+                // Never submitted, so the kernel does not know of them.
+                Err(_) if self.in_flight == 0 => break,
+                // The kernel still writes to memory that is about to be freed.
+                Err(error) => {
+                    tracing::error!(%error, "cannot wait for I/O in flight");
+                    std::process::abort();
+                }
+            }
         }
         // The kernel tears a closed ring down later, on a thread of its own. Registered files, and
         // the locks on them, must not outlast this value. No file registered is fine.

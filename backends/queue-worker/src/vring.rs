@@ -4,6 +4,8 @@
 use std::sync::Arc;
 use std::sync::mpsc::Receiver;
 
+use vmm_sys_util::eventfd::EventFd;
+
 use crate::command::{Command, Start, WorkerHandle};
 use crate::device::{Device, QueueStart};
 use crate::guest_memory::GuestMemory;
@@ -27,10 +29,17 @@ pub(crate) struct Vring {
     enabled: Option<bool>,
     running: bool,
     worker: Option<WorkerHandle>,
+    counters: Arc<QueueCounters>,
+    /// Written by the worker when the frontend took guest memory away.
+    memory_lost: Arc<EventFd>,
 }
 
 impl Vring {
-    pub(crate) fn new(index: u16) -> Vring {
+    pub(crate) fn new(
+        index: u16,
+        counters: Arc<QueueCounters>,
+        memory_lost: Arc<EventFd>,
+    ) -> Vring {
         Vring {
             index,
             size: 0,
@@ -42,6 +51,8 @@ impl Vring {
             enabled: None,
             running: false,
             worker: None,
+            counters,
+            memory_lost,
         }
     }
 
@@ -147,7 +158,6 @@ impl Vring {
         memory: &Arc<GuestMemory>,
         features: u64,
         enabled_by_default: bool,
-        counters: Arc<QueueCounters>,
     ) -> Result<(), Refusal> {
         let enabled = self.enabled.unwrap_or(enabled_by_default);
         let (Some(addr), Some(kick)) = (self.addr, &self.kick) else {
@@ -164,7 +174,7 @@ impl Vring {
                 queue: self.index,
                 size: self.size,
                 features,
-                counters: Arc::clone(&counters),
+                counters: Arc::clone(&self.counters),
             },
             layout: RingLayout {
                 size: self.size,
@@ -178,7 +188,8 @@ impl Vring {
                 kick: Arc::clone(kick),
                 call: self.call.clone(),
                 err: self.err.clone(),
-                counters,
+                memory_lost: Arc::clone(&self.memory_lost),
+                counters: Arc::clone(&self.counters),
             },
             enabled,
         };

@@ -29,6 +29,7 @@ use crate::command::{Command, Start};
 use crate::device::{Device, Interest, QueueError, QueueWorker, Ready, Source};
 use crate::guest_memory::GuestMemory;
 use crate::notify::{LogLimit, Notifiers};
+use crate::sigbus;
 use crate::sys;
 use crate::virtqueue::Ring;
 
@@ -58,6 +59,8 @@ struct Running<W> {
     /// Call `process` before the next sleep.
     pending: Option<Ready>,
     interest: Interest,
+    /// Losses of guest memory in this process when ours was looked at last.
+    losses: u64,
 }
 
 /// Slots of the poll array before the worker's sources.
@@ -140,11 +143,15 @@ impl<D: Device> QueueThread<D> {
         let queue = start.queue.queue;
         let memory = Rc::new(GuestMemory::clone(&start.memory));
         let features = start.queue.features;
+        let losses = sigbus::losses();
         let ring = match Ring::new(start.layout, start.base, features, memory) {
             Ok(ring) => ring,
             Err(error) => {
                 report_broken(D::NAME, queue, &error.into());
                 start.notifiers.raise_err();
+                if start.memory.is_lost() {
+                    let _ = start.notifiers.memory_lost.write(1);
+                }
                 return None;
             }
         };
@@ -159,6 +166,7 @@ impl<D: Device> QueueThread<D> {
             broken: false,
             pending: Some(Ready::default()),
             interest: Interest::KICK,
+            losses,
         };
         match self.device.new_worker(&start.queue) {
             Ok(worker) => {
@@ -264,7 +272,9 @@ impl<W: QueueWorker> Running<W> {
     }
 
     fn process(&mut self, ready: Ready) {
-        if let Err(error) = self.try_process(ready) {
+        let result = self.try_process(ready);
+        // Lost memory reads as zeros, which looks like nonsense of the driver: name the cause.
+        if let Err(error) = self.check_memory().and(result) {
             self.fail(&error);
         }
     }
@@ -281,6 +291,17 @@ impl<W: QueueWorker> Running<W> {
                 kicked: true,
                 sources: 0,
             });
+        }
+        Ok(())
+    }
+
+    fn check_memory(&mut self) -> Result<(), QueueError> {
+        let losses = sigbus::losses();
+        if losses != self.losses {
+            self.losses = losses;
+            if self.ring.memory().is_lost() {
+                return Err(QueueError::MemoryLost);
+            }
         }
         Ok(())
     }
@@ -341,6 +362,9 @@ impl<W: QueueWorker> Running<W> {
 
     fn report(&mut self, error: &QueueError) {
         self.broken = true;
+        if self.ring.memory().is_lost() {
+            let _ = self.notifiers.memory_lost.write(1);
+        }
         report_broken(self.name, self.queue, error);
         self.notifiers.raise_err();
     }

@@ -395,3 +395,24 @@ fn call_fd_that_blocks_cannot_hold_up_the_session() {
     assert_eq!(driver.frontend.stop_queue(0), 1);
     driver.finish();
 }
+
+#[test]
+fn frontend_that_truncates_guest_memory_ends_its_session_only() {
+    let device = Echo::new(2);
+    let metrics = Metrics::new(Echo::NAME, 2);
+    let start = || FakeDriver::start(Arc::clone(&device), &metrics, Setup::default());
+    let mut other = start();
+    for _ in 0..3 {
+        let mut driver = start();
+        say(&driver.ram, &mut driver.queues[0], b"all is well");
+        driver.ram.truncate();
+        driver.queues[0].kick();
+        driver.queues[0].wait_err();
+        assert!(driver.frontend.is_closed());
+        let error = driver.finish().unwrap();
+        assert!(matches!(error, SessionError::MemoryLost), "{error}");
+        // A session in the same process that lost nothing goes on.
+        say(&other.ram, &mut other.queues[0], b"and still is");
+    }
+    other.finish();
+}

@@ -80,6 +80,12 @@ impl GuestRam {
         data
     }
 
+    /// Cuts the file behind it to nothing, as a hostile frontend may.
+    pub fn truncate(&self) {
+        let file = std::fs::File::from(self.file.try_clone().unwrap());
+        file.set_len(0).unwrap();
+    }
+
     /// A new place that holds `data`.
     pub fn place(&self, data: &[u8]) -> u64 {
         let gpa = self.alloc(data.len() as u64, 16);
