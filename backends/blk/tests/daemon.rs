@@ -92,6 +92,37 @@ fn killed_daemon_is_followed_by_one_on_the_same_socket_and_image() {
 }
 
 #[test]
+fn daemon_killed_in_the_middle_of_direct_writes_is_followed_at_once() {
+    // The kernel still writes, and holds the image's lock, when the process has gone.
+    let dir = TempDir::new();
+    let image = dir.image("disk.img", 64 * MIB);
+    let socket = dir.path("disk.sock");
+    let setup = Setup {
+        ram_size: 64 * MIB,
+        ..Setup::default()
+    };
+    for _ in 0..5 {
+        let daemon = Daemon::serve(&socket, &image, &["--cache=none"]);
+        let mut driver = FakeDriver::connect(&socket, setup);
+        let ram = Arc::clone(&driver.ram);
+        for n in 0..32u64 {
+            // A write to sector n * 2048.
+            let header = [1, n * 2048].map(u64::to_le_bytes).concat();
+            let data = ram.alloc(MIB, 4096);
+            driver.queues[0].add(&[
+                Buffer::readable(ram.place(&header), 16),
+                Buffer::readable(data, MIB as u32),
+                Buffer::writable(ram.place(&[0xff]), 1),
+            ]);
+        }
+        driver.queues[0].kick();
+        driver.queues[0].wait_used();
+        daemon.signal("KILL");
+    }
+    Daemon::serve(&socket, &image, &[]).terminate();
+}
+
+#[test]
 fn connected_fd_is_one_session_and_listening_fd_serves_on() {
     let dir = TempDir::new();
     let image = dir.image("disk.img", 8 * MIB);
