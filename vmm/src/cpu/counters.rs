@@ -19,17 +19,20 @@ pub(super) enum Reason {
     Interrupted,
     /// All else.
     Other,
+    /// Not an exit of its own: a write of an address that a BAR can have.
+    BarWrite,
     /// Not an exit of its own: an access that no device answered.
     Unclaimed,
 }
 
-const NAMES: [(Reason, &str); 7] = [
+const NAMES: [(Reason, &str); 8] = [
     (Reason::IoIn, "exits_io_in"),
     (Reason::IoOut, "exits_io_out"),
     (Reason::MmioRead, "exits_mmio_read"),
     (Reason::MmioWrite, "exits_mmio_write"),
     (Reason::Interrupted, "exits_interrupted"),
     (Reason::Other, "exits_other"),
+    (Reason::BarWrite, "exits_mmio_write_bar"),
     (Reason::Unclaimed, "accesses_unclaimed"),
 ];
 
@@ -44,11 +47,16 @@ impl ExitCounters {
         self.0[reason as usize].fetch_add(1, Ordering::Relaxed);
     }
 
+    /// One of them.
+    pub(super) fn get(&self, reason: Reason) -> u64 {
+        self.0[reason as usize].load(Ordering::Relaxed)
+    }
+
     /// Names and values.
     pub(super) fn snapshot(&self) -> impl Iterator<Item = (&'static str, u64)> {
         NAMES
             .iter()
-            .map(|(reason, name)| (*name, self.0[*reason as usize].load(Ordering::Relaxed)))
+            .map(|(reason, name)| (*name, self.get(*reason)))
     }
 }
 

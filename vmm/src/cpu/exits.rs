@@ -12,6 +12,7 @@ use kvm_ioctls::{VcpuExit, VcpuFd};
 
 use super::counters::{ExitCounters, Reason};
 use crate::bus::Bus;
+use crate::memory::layout::{HIGH_RAM_START, MMIO32_LEN, MMIO32_START};
 
 /// The two address spaces of a machine.
 #[derive(Clone, Default)]
@@ -43,6 +44,9 @@ pub(super) fn run_once(fd: &mut VcpuFd, buses: &Buses, counters: &ExitCounters) 
         }
         Ok(VcpuExit::MmioWrite(address, data)) => {
             counters.count(Reason::MmioWrite);
+            if may_be_bar(address) {
+                counters.count(Reason::BarWrite);
+            }
             return answered(buses.mmio.write(address, data), counters);
         }
         Ok(VcpuExit::Intr) => {
@@ -74,6 +78,11 @@ pub(super) fn run_once(fd: &mut VcpuFd, buses: &Buses, counters: &ExitCounters) 
     } else {
         dead
     })
+}
+
+/// Whether a BAR can be there: in the windows of the PCI host bridge.
+pub(super) fn may_be_bar(address: u64) -> bool {
+    address >= HIGH_RAM_START || (MMIO32_START..MMIO32_START + MMIO32_LEN).contains(&address)
 }
 
 fn answered(answered: bool, counters: &ExitCounters) -> Next {

@@ -10,7 +10,6 @@
     reason = "immediate_exit is written by two threads, and signals go to threads"
 )]
 
-use std::fs::File;
 use std::io;
 use std::os::unix::thread::JoinHandleExt;
 use std::sync::atomic::{AtomicU8, Ordering};
@@ -21,11 +20,12 @@ use std::time::{Duration, Instant};
 use kvm_ioctls::VcpuFd;
 use vmm_sys_util::signal::{SIGRTMIN, register_signal_handler};
 
-use super::counters::ExitCounters;
+use super::counters::{ExitCounters, Reason};
 use super::exits::{Buses, Next, run_once};
 use super::gate::{Gate, Pass};
+use super::perf::DoorbellCounter;
+use super::regs;
 use super::stats::KernelStats;
-use super::{perf, regs};
 use crate::vm::{GuestEvent, GuestEvents};
 
 /// How long all vCPUs together may take to come out of the guest.
@@ -66,7 +66,7 @@ struct Shared {
     /// Locked for a kick and at the thread's end.
     immediate_exit: Mutex<ImmediateExit>,
     /// Doorbells that KVM took itself, where perf may count them.
-    fast_mmio: OnceLock<File>,
+    doorbells: OnceLock<DoorbellCounter>,
 }
 
 impl Shared {
@@ -116,7 +116,7 @@ impl Vcpus {
             let shared = Arc::new(Shared {
                 exits: ExitCounters::default(),
                 immediate_exit: Mutex::new(ImmediateExit(Some(flag))),
-                fast_mmio: OnceLock::new(),
+                doorbells: OnceLock::new(),
             });
             let stats = KernelStats::open(&fd)
                 .inspect_err(|error| tracing::debug!(index, %error, "no kernel counters"))
@@ -195,8 +195,11 @@ impl Vcpu {
                 Err(error) => tracing::debug!(%error, "kernel counters"),
             }
         }
-        if let Some(count) = self.shared.fast_mmio.get().and_then(perf::read) {
-            counters.push(("doorbells_fast_mmio".to_owned(), count));
+        if let Some(doorbells) = self.shared.doorbells.get() {
+            match doorbells.read(self.shared.exits.get(Reason::BarWrite)) {
+                Ok(count) => counters.push(("doorbells".to_owned(), count)),
+                Err(error) => tracing::debug!(%error, "doorbell counter"),
+            }
         }
         counters
     }
@@ -218,8 +221,8 @@ struct Runner {
 
 impl Runner {
     fn run(mut self) {
-        match perf::fast_mmio_of_this_thread() {
-            Ok(counter) => drop(self.shared.fast_mmio.set(counter)),
+        match DoorbellCounter::of_this_thread() {
+            Ok(counter) => drop(self.shared.doorbells.set(counter)),
             Err(error) => tracing::debug!(index = self.index, %error, "doorbells are not counted"),
         }
         loop {
