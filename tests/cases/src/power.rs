@@ -60,6 +60,10 @@ fn shutdown_by_api(context: &Context) -> Result<()> {
     })?;
     context.check("power.vm_shutdown_by_api", || {
         vm.api.put("vm.shutdown")?;
+        let info = vm.api.get("vm.info")?;
+        ensure!(info["state"] == "Shutdown", "state {}", info["state"]);
+        // The VMM outlives its guest until it is told to end too.
+        vm.api.put("vmm.shutdown")?;
         vm.console.wait_closed(seconds(10))?;
         Ok(())
     })

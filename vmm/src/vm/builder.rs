@@ -102,8 +102,33 @@ fn refused(what: &'static str) -> impl Fn(kvm_ioctls::Error) -> Error {
     move |source| Error::Refused { what, source }
 }
 
+/// KVM's side of a machine that has nothing yet.
+pub struct NewVm {
+    kvm: Kvm,
+    vm: Arc<VmFd>,
+}
+
+impl NewVm {
+    /// Makes it. To be called by the main thread: KVM's folder for it in debugfs bears the id of the thread
+    /// that made it, and tools look for the process's.
+    pub fn create() -> Result<Self, Error> {
+        let kvm = kvm::open()?;
+        let vm = kvm.create_vm().map_err(refused("create a VM"))?;
+        vm.set_identity_map_address(KVM_IDENTITY_MAP)
+            .map_err(refused("place its identity map"))?;
+        vm.set_tss_address(KVM_TSS as usize)
+            .map_err(refused("place its TSS"))?;
+        Ok(Self {
+            kvm,
+            vm: Arc::new(vm),
+        })
+    }
+}
+
 /// What a machine is made from.
 pub struct Parts {
+    /// KVM's side of it.
+    pub new_vm: NewVm,
     /// The configuration, validated.
     pub config: Arc<VmConfig>,
     /// The queues behind the serial port; none, no port.
@@ -115,26 +140,25 @@ pub struct Parts {
 }
 
 /// Builds the machine; its vCPUs wait for [`Machine::resume`].
-pub fn build(parts: Parts) -> Result<Machine, Error> {
+pub fn build(parts: &Parts) -> Result<Machine, Error> {
     let config = &*parts.config;
-    let kvm = kvm::open()?;
-    let vm = create_vm(&kvm)?;
+    let NewVm { kvm, vm } = &parts.new_vm;
     let ram = GuestRam::new(&config.memory)?;
-    let slots = ram.register(&vm)?;
-    let chip = Chip::new(Arc::clone(&vm))?;
+    let slots = ram.register(vm)?;
+    let chip = Chip::new(Arc::clone(vm))?;
 
     let buses = Buses::default();
     let sci = Arc::new(chip.line(SCI_PIN, Trigger::Level)?);
     let power = add_power(&buses, &sci, &parts.events)?;
     add_clock(&buses, config)?;
-    let serial = add_serial(&buses, &chip, &parts)?;
+    let serial = add_serial(&buses, &chip, parts)?;
     // Backends are dialled from here on, while the kernel is loaded.
     let mut frontends = Frontends::new().map_err(Error::Frontends)?;
     let pci = add_pci(&buses, &chip, &ram, config, &mut frontends)?;
 
     let rsdp = write_acpi(&ram, config)?;
     let entry = boot::load(&ram, &config.payload, rsdp)?;
-    let fds = create_vcpus(&kvm, &vm, config, &ram, &entry)?;
+    let fds = create_vcpus(kvm, vm, config, &ram, &entry)?;
     wait_for_backends(&frontends, &parts.cancel)?;
     let vcpus = Vcpus::start(fds, &buses, &parts.events)?;
     Ok(Machine {
@@ -148,15 +172,6 @@ pub fn build(parts: Parts) -> Result<Machine, Error> {
         chip,
         _slots: slots,
     })
-}
-
-fn create_vm(kvm: &Kvm) -> Result<Arc<VmFd>, Error> {
-    let vm = kvm.create_vm().map_err(refused("create a VM"))?;
-    vm.set_identity_map_address(KVM_IDENTITY_MAP)
-        .map_err(refused("place its identity map"))?;
-    vm.set_tss_address(KVM_TSS as usize)
-        .map_err(refused("place its TSS"))?;
-    Ok(Arc::new(vm))
 }
 
 fn write_acpi(ram: &GuestRam, config: &VmConfig) -> Result<GuestAddress, Error> {

@@ -256,6 +256,7 @@ impl Driver {
             GuestEvents::new(move |event| sender.send(Request::Guest(boot, event)))
         };
         let parts = builder::Parts {
+            new_vm: builder::NewVm::create()?,
             config: Arc::clone(&self.config),
             serial: (self.config.serial != SerialConfig::Off)
                 .then(|| (self.host.output(), self.host.input())),
@@ -269,7 +270,7 @@ impl Driver {
                 if let Some(gone) = gone {
                     let _ = gone.recv();
                 }
-                let built = builder::build(parts).map(Box::new);
+                let built = builder::build(&parts).map(Box::new);
                 sender.send(Request::Built(boot, built));
             })
             .map_err(host("cannot start the boot thread"))?;
