@@ -83,6 +83,9 @@ tier_lab() {
     fi
 }
 
+# Ten minutes of each target, a target for each core.
+tier_fuzz() { limited 7200 tests/fuzz/run --seconds 600 --jobs "$(nproc)"; }
+
 tier_demo() { check demo limited 900 ./demo; }
 
 # limited SECONDS COMMAND...: a deadline, so that nothing hangs. It stays in the tier's process group.
