@@ -76,21 +76,23 @@ fn silent_at_the_start(context: &Context) -> Result<()> {
     })
 }
 
-/// A disk's daemon comes late, and is stopped by a signal with requests in flight.
+/// One disk's daemon comes late and is stopped while idle, another's is stopped with a request in flight.
 fn stopped_in_flight(context: &Context) -> Result<()> {
-    let (good, bad) = (context.scratch("good.img"), context.scratch("bad.img"));
-    image::sparse(&good, 64 << 20)?;
-    image::sparse(&bad, 64 << 20)?;
-    let steady = Daemon::blk(context, "blk-steady", &good, BlkSettings::default())?;
+    let start = |name: &str| -> Result<Daemon> {
+        let image = context.scratch(&format!("{name}.img"));
+        image::sparse(&image, 64 << 20)?;
+        Daemon::blk(context, name, &image, BlkSettings::default())
+    };
+    let (steady, busy) = (start("blk-steady")?, start("blk-busy")?);
     context.step("start the VMM before one of its backends");
-    let late = context.scratch("blk-stopped.sock");
     let builder = VmBuilder::new(context, "vmm")
         .cpus(2)
         .disk(steady.socket(), "")
-        .disk(&late, "");
+        .disk(&context.scratch("blk-idle.sock"), "")
+        .disk(busy.socket(), "");
     let mut vm = builder.start(context)?;
-    vm.process.wait_output("blk-stopped.sock", seconds(30))?;
-    let stopped = Daemon::blk(context, "blk-stopped", &bad, BlkSettings::default())?;
+    vm.process.wait_output("blk-idle.sock", seconds(30))?;
+    let idle = start("blk-idle")?;
     context.step("boot");
     vm.console.wait_ready(BOOT_LIMIT)?;
     context.check("backend.late_is_waited_for", || {
@@ -98,25 +100,28 @@ fn stopped_in_flight(context: &Context) -> Result<()> {
     })?;
 
     disk::make_and_mount(&mut vm.console, "/dev/vda")?;
-    stopped.signal(Signal::Stop)?;
-    vm.sh("dd if=/dev/vdb of=/dev/null bs=4k count=1 iflag=direct >/tmp/log 2>&1 &")?;
+    idle.signal(Signal::Stop)?;
+    busy.signal(Signal::Stop)?;
+    vm.sh("dd if=/dev/vdc of=/dev/null bs=4k count=1 iflag=direct >/tmp/log 2>&1 &")?;
     context.check("backend.stopped_holds_up_no_api", || api_at_once(&vm))?;
     context.check("backend.stopped_holds_up_no_other_disk", || {
         disk::random_writes(&mut vm.console)
     })?;
     context.check("backend.stopped_during_reset", || {
-        // Unbinding resets the device, which asks the backend for its rings' positions.
-        vm.sh(
-            "function=$(basename $(readlink -f /sys/block/vdb/device/..))
-             echo $function >/sys/bus/pci/drivers/virtio-pci/unbind 2>/tmp/log &",
-        )?;
+        // Unbinding resets the device, which asks the stopped backend for its rings' positions.
+        let unbind = "function=$(basename $(readlink -f /sys/block/vdb/device/..))
+            (echo $function >/sys/bus/pci/drivers/virtio-pci/unbind; echo over) >/tmp/unbound 2>&1 &";
+        vm.sh(unbind)?;
         api_at_once(&vm)?;
-        disk::verify(&mut vm.console)
+        disk::verify(&mut vm.console)?;
+        vm.sh("i=0; until grep over /tmp/unbound; do i=$((i + 1)); test $i -lt 300; usleep 100000; done")
+            .map(drop)
     })?;
     context.check("backend.stopped_holds_up_no_power_off", || {
         vm.sh("umount /mnt")?;
-        vm.console.start("poweroff -f")?;
+        vm.console.start("poweroff -n -f")?;
         vm.process.wait_success(seconds(30))
     })?;
-    stopped.signal(Signal::Cont)
+    idle.signal(Signal::Cont)?;
+    busy.signal(Signal::Cont)
 }

@@ -61,10 +61,7 @@ impl DataPath {
     pub fn measure(vm: &mut Vm, disk: &Daemon) -> Result<Self> {
         let tids = vcpu_threads(vm)?;
         let margin = REQUESTS / 10;
-        let command = format!(
-            "dd if=/dev/vda of=/dev/null bs=4k iflag=direct count={} 2>/dev/null",
-            REQUESTS + 2 * margin
-        );
+        let command = reads(REQUESTS + 2 * margin);
         let before = disk.total("berth_requests_total")?;
         let id = vm.console.start(&command)?;
         let wait = |requests: u64| {
@@ -94,6 +91,17 @@ impl DataPath {
         );
         Ok(path)
     }
+}
+
+/// A command that reads `count` blocks of `/dev/vda`, eight at a time.
+fn reads(count: u64) -> String {
+    let each = count.div_ceil(8);
+    format!(
+        "for part in $(seq 0 7); do
+             dd if=/dev/vda of=/dev/null bs=4k iflag=direct skip=$((part * {each})) count={each} \
+                2>/dev/null &
+         done; wait"
+    )
 }
 
 fn vcpu_threads(vm: &Vm) -> Result<Vec<i32>> {
@@ -147,7 +155,6 @@ impl Stretch {
         let tids = vcpu_threads(vm)?;
         let bar = Function::of_disk(&mut vm.console, "vda")?;
         let (first, last) = (bar.start, bar.start + bar.size - 1);
-        let pid = vm.process.pid();
         vm.api.put("vm.pause")?;
         let before = vm.counters()?;
         let mut port_exits = user_exits(PORT_EXITS, &tids)?;
@@ -157,7 +164,7 @@ impl Stretch {
         let mut slow = TracepointCount::start("kvm", "kvm_mmio", &slow, &tids)?;
         let fast = format!("gpa >= {first} && gpa <= {last}");
         let mut fast = TracepointCount::start("kvm", "kvm_fast_mmio", &fast, &tids)?;
-        let interrupts = kvm_stat(pid, "irq_injections")?;
+        let interrupts = kvm_stat(&vm.process, "irq_injections")?;
         let (kicks, calls) = (
             disk.total("berth_kicks_total")?,
             disk.total("berth_calls_total")?,
@@ -171,7 +178,7 @@ impl Stretch {
             kernel_port_exits: port_exits.read()?,
             kernel_mmio_exits: mmio_exits.read()?,
             kernel_doorbells: slow.read()? + fast.read()?,
-            kernel_interrupts: kvm_stat(pid, "irq_injections")? - interrupts,
+            kernel_interrupts: kvm_stat(&vm.process, "irq_injections")? - interrupts,
             kicks: disk.total("berth_kicks_total")? - kicks,
             calls: disk.total("berth_calls_total")? - calls,
         };
@@ -201,9 +208,10 @@ fn agree_with_the_kernel(context: &Context) -> Result<()> {
     })?;
     // Ports are read and written too, and unclaimed and claimed MMIO, so that equal means more than zero.
     let work = format!(
-        "dd if=/dev/vda of=/dev/null bs=4k iflag=direct count={REQUESTS} 2>/dev/null
+        "{}
          for i in $(seq 20); do cat /sys/class/rtc/rtc0/since_epoch; done
-         hexdump -n 64 /sys/bus/pci/devices/0000:00:00.0/config"
+         hexdump -n 64 /sys/bus/pci/devices/0000:00:00.0/config",
+        reads(REQUESTS)
     );
     context.step("watch 10000 requests on both sides");
     let stretch = Stretch::watch(&mut vm, &disk, &work)?;

@@ -111,12 +111,12 @@ fn moves_a_bar(context: &Context) -> Result<()> {
     context.check("pci.doorbells_moved_along", || {
         vm.sh("mount -t ext4 /dev/vda /mnt")?;
         let (exits, kicks) = (
-            kvm_stat(vm.process.pid(), "mmio_exits")?,
+            kvm_stat(&vm.process, "mmio_exits")?,
             daemon.total("berth_kicks_total")?,
         );
         disk::verify(&mut vm.console)?;
         disk::random_writes(&mut vm.console)?;
-        let exits = kvm_stat(vm.process.pid(), "mmio_exits")? - exits;
+        let exits = kvm_stat(&vm.process, "mmio_exits")? - exits;
         let kicks = daemon.total("berth_kicks_total")? - kicks;
         ensure!(kicks > 50, "{kicks} doorbells reached the daemon");
         ensure!(

@@ -37,7 +37,7 @@ pub(crate) fn button(vm: &mut Vm) -> Result<()> {
 
 fn shutdown_by_api(context: &Context) -> Result<()> {
     context.step("boot");
-    let vm = VmBuilder::new(context, "vmm")
+    let mut vm = VmBuilder::new(context, "vmm")
         .cpus(2)
         .memory("1G")
         .boot(context)?;
@@ -60,11 +60,9 @@ fn shutdown_by_api(context: &Context) -> Result<()> {
     })?;
     context.check("power.vm_shutdown_by_api", || {
         vm.api.put("vm.shutdown")?;
-        let info = vm.api.get("vm.info")?;
-        ensure!(info["state"] == "Shutdown", "state {}", info["state"]);
+        ensure!(vm.state()? == "Shutdown", "state {} after it", vm.state()?);
         // The VMM outlives its guest until it is told to end too.
         vm.api.put("vmm.shutdown")?;
-        vm.console.wait_closed(seconds(10))?;
-        Ok(())
+        vm.wait_off()
     })
 }

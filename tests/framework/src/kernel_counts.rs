@@ -6,31 +6,38 @@ use std::path::PathBuf;
 
 use anyhow::{Context, Result, bail};
 
+use crate::process::Process;
 use crate::sys;
 
 /// One number of KVM's statistics of a VM, all vCPUs together: `mmio_exits`, `io_exits`, `exits`, …
 ///
 /// # Errors
 /// debugfs is not mounted, or the process has no VM.
-pub fn kvm_stat(pid: u32, name: &str) -> Result<u64> {
-    let path = kvm_directory(pid)?.join(name);
+pub fn kvm_stat(process: &Process, name: &str) -> Result<u64> {
+    let path = kvm_directory(process)?.join(name);
     let text = fs::read_to_string(&path).with_context(|| path.display().to_string())?;
     text.trim()
         .parse()
         .with_context(|| format!("{}: {text}", path.display()))
 }
 
-/// debugfs directory of the one VM of process `pid`.
-fn kvm_directory(pid: u32) -> Result<PathBuf> {
+/// debugfs directory of the one VM of a process. Its name has the thread that made the VM, which may be
+/// gone; the vCPUs' own say which threads run them.
+fn kvm_directory(process: &Process) -> Result<PathBuf> {
+    let tids: Vec<_> = process
+        .threads()?
+        .into_iter()
+        .map(|(tid, _)| tid.to_string())
+        .collect();
     let root = PathBuf::from("/sys/kernel/debug/kvm");
-    let prefix = format!("{pid}-");
     for entry in fs::read_dir(&root).with_context(|| root.display().to_string())? {
-        let entry = entry?;
-        if entry.file_name().to_string_lossy().starts_with(&prefix) {
-            return Ok(entry.path());
+        let directory = entry?.path();
+        let tid = fs::read_to_string(directory.join("vcpu0/pid")).unwrap_or_default();
+        if tids.iter().any(|known| known == tid.trim()) {
+            return Ok(directory);
         }
     }
-    bail!("no VM of process {pid} in {}", root.display());
+    bail!("no VM of process {} in {}", process.pid(), root.display());
 }
 
 /// Counts hits of one tracepoint by some threads; exact, as nothing is buffered.
