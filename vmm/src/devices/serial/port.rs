@@ -17,6 +17,21 @@ use crate::bus::BusDevice;
 pub const INPUT_CAPACITY: usize = 64 << 10;
 /// Offset of the data register (with DLAB off).
 const DATA: u64 = 0;
+/// Offset of the interrupt enable register (with DLAB off).
+const INTERRUPT_ENABLE: u64 = 1;
+/// Interrupt enable: received data.
+const ENABLE_RECEIVED: u8 = 1 << 0;
+/// Offset of the interrupt identification register.
+const INTERRUPT_ID: u64 = 2;
+/// Interrupt identification: nothing is pending; received data is.
+const ID_NONE: u8 = 1 << 0;
+const ID_RECEIVED: u8 = 1 << 2;
+/// Offset of the line control register, whose top bit is DLAB.
+const LINE_CONTROL: u64 = 3;
+const DLAB: u8 = 1 << 7;
+/// Offset of the line status register, whose lowest bit says that there is data.
+const LINE_STATUS: u64 = 5;
+const DATA_READY: u8 = 1 << 0;
 /// Offset of the modem control register.
 const MODEM_CONTROL: u64 = 4;
 /// Modem control: request to send. Without it the other side must keep its bytes.
@@ -74,6 +89,18 @@ struct Uart {
     /// Whether the guest has ever raised RTS; a guest that never does has no flow control.
     uses_rts: bool,
     rts: bool,
+}
+
+impl Uart {
+    /// Whether received data is waiting that the guest wants to be told of. In a 16550 that is pending
+    /// until the FIFO is empty; vm-superio forgets it with the first byte that is read, and a driver
+    /// that takes a limited number of bytes at a time would never come back for the rest.
+    fn received_is_pending(&mut self) -> bool {
+        let mut register = |offset: u64| self.registers.read(offset as u8);
+        register(LINE_STATUS) & DATA_READY != 0
+            && register(LINE_CONTROL) & DLAB == 0
+            && register(INTERRUPT_ENABLE) & ENABLE_RECEIVED != 0
+    }
 }
 
 /// The port.
@@ -138,6 +165,9 @@ impl BusDevice for SerialPort {
         *byte = uart.registers.read(offset as u8);
         if offset == DATA {
             self.fill(&mut uart);
+        }
+        if offset == INTERRUPT_ID && *byte & ID_NONE != 0 && uart.received_is_pending() {
+            *byte = *byte & !ID_NONE | ID_RECEIVED;
         }
     }
 
@@ -247,6 +277,26 @@ mod tests {
         line.port.receive();
         assert_eq!(line.interrupts.load(Ordering::Relaxed), 1);
         assert_eq!(drain(&line.port), b"x");
+    }
+
+    /// Linux takes 256 bytes at most before it asks again what is pending.
+    #[test]
+    fn a_driver_that_takes_some_of_the_input_is_told_of_the_rest() {
+        let line = line();
+        line.port.write(IER, &[1]);
+        line.input.push(&[7; 300]);
+        line.port.receive();
+        let mut received = 0;
+        while read(&line.port, INTERRUPT_ID) & ID_NONE == 0 {
+            for _ in 0..256 {
+                if read(&line.port, LSR) & 1 == 0 {
+                    break;
+                }
+                read(&line.port, DATA);
+                received += 1;
+            }
+        }
+        assert_eq!(received, 300);
     }
 
     #[test]
