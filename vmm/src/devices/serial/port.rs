@@ -15,25 +15,28 @@ use crate::bus::BusDevice;
 
 /// Bytes of input that wait for the guest, at most.
 pub const INPUT_CAPACITY: usize = 64 << 10;
+/// Bytes of the receive FIFO.
+const FIFO_SIZE: usize = 64;
 /// Offset of the data register (with DLAB off).
 const DATA: u64 = 0;
 /// Offset of the interrupt enable register (with DLAB off).
 const INTERRUPT_ENABLE: u64 = 1;
-/// Interrupt enable: received data.
-const ENABLE_RECEIVED: u8 = 1 << 0;
 /// Offset of the interrupt identification register.
 const INTERRUPT_ID: u64 = 2;
-/// Interrupt identification: nothing is pending; received data is.
-const ID_NONE: u8 = 1 << 0;
-const ID_RECEIVED: u8 = 1 << 2;
-/// Offset of the line control register, whose top bit is DLAB.
+/// Offset of the line control register.
 const LINE_CONTROL: u64 = 3;
-const DLAB: u8 = 1 << 7;
-/// Offset of the line status register, whose lowest bit says that there is data.
-const LINE_STATUS: u64 = 5;
-const DATA_READY: u8 = 1 << 0;
 /// Offset of the modem control register.
 const MODEM_CONTROL: u64 = 4;
+/// Line control: the first two registers are the divisor.
+const DLAB: u8 = 1 << 7;
+/// Interrupt enable: received data.
+const IER_RDA: u8 = 1 << 0;
+/// Interrupt identification: none is pending.
+const IIR_NONE: u8 = 1 << 0;
+/// Interrupt identification: the transmitter is empty.
+const IIR_THRE: u8 = 1 << 1;
+/// Interrupt identification: received data.
+const IIR_RDA: u8 = 1 << 2;
 /// Modem control: request to send. Without it the other side must keep its bytes.
 const RTS: u8 = 1 << 1;
 
@@ -86,20 +89,44 @@ impl Trigger for RaiseInterrupt {
 
 struct Uart {
     registers: Serial<RaiseInterrupt, NoEvents, Output>,
+    interrupt_enable: u8,
+    line_control: u8,
     /// Whether the guest has ever raised RTS; a guest that never does has no flow control.
     uses_rts: bool,
     rts: bool,
 }
 
 impl Uart {
-    /// Whether received data is waiting that the guest wants to be told of. In a 16550 that is pending
-    /// until the FIFO is empty; vm-superio forgets it with the first byte that is read, and a driver
-    /// that takes a limited number of bytes at a time would never come back for the rest.
-    fn received_is_pending(&mut self) -> bool {
-        let mut register = |offset: u64| self.registers.read(offset as u8);
-        register(LINE_STATUS) & DATA_READY != 0
-            && register(LINE_CONTROL) & DLAB == 0
-            && register(INTERRUPT_ENABLE) & ENABLE_RECEIVED != 0
+    /// Received data is a condition, not an event: it is reported until all of it is read (data sheet,
+    /// table III), whereas the model forgets it with the first read of this register or of a byte. A
+    /// driver that takes a part, as Linux does with more than 256 bytes, would not look for the rest.
+    fn interrupt_id(&mut self) -> u8 {
+        let value = self.registers.read(INTERRUPT_ID as u8);
+        let data = self.registers.fifo_capacity() < FIFO_SIZE;
+        if !data || self.interrupt_enable & IER_RDA == 0 {
+            return value;
+        }
+        if value & (IIR_NONE | IIR_THRE) == IIR_THRE {
+            // Data has priority; this makes the model remember the transmitter.
+            let enable = self.interrupt_enable;
+            self.write(INTERRUPT_ENABLE, enable);
+        }
+        value & !(IIR_NONE | IIR_THRE) | IIR_RDA
+    }
+
+    fn write(&mut self, offset: u64, byte: u8) {
+        match offset {
+            INTERRUPT_ENABLE if self.line_control & DLAB == 0 => self.interrupt_enable = byte,
+            LINE_CONTROL => self.line_control = byte,
+            MODEM_CONTROL => {
+                self.rts = byte & RTS != 0;
+                self.uses_rts |= self.rts;
+            }
+            _ => {}
+        }
+        if let Err(error) = self.registers.write(offset as u8, byte) {
+            tracing::debug!(?error, "serial port write");
+        }
     }
 }
 
@@ -118,6 +145,8 @@ impl SerialPort {
             output: output.clone(),
             uart: Mutex::new(Uart {
                 registers: Serial::new(interrupt, output),
+                interrupt_enable: 0,
+                line_control: 0,
                 uses_rts: false,
                 rts: false,
             }),
@@ -162,12 +191,13 @@ impl BusDevice for SerialPort {
         data.fill(0xff);
         let [byte] = data else { return };
         let mut uart = self.lock();
-        *byte = uart.registers.read(offset as u8);
+        *byte = if offset == INTERRUPT_ID {
+            uart.interrupt_id()
+        } else {
+            uart.registers.read(offset as u8)
+        };
         if offset == DATA {
             self.fill(&mut uart);
-        }
-        if offset == INTERRUPT_ID && *byte & ID_NONE != 0 && uart.received_is_pending() {
-            *byte = *byte & !ID_NONE | ID_RECEIVED;
         }
     }
 
@@ -177,13 +207,7 @@ impl BusDevice for SerialPort {
             self.output.wait_for_room();
         }
         let mut uart = self.lock();
-        if offset == MODEM_CONTROL {
-            uart.rts = byte & RTS != 0;
-            uart.uses_rts |= uart.rts;
-        }
-        if let Err(error) = uart.registers.write(offset as u8, byte) {
-            tracing::debug!(?error, "serial port write");
-        }
+        uart.write(offset, byte);
         if offset != DATA {
             self.fill(&mut uart);
         }
@@ -197,6 +221,7 @@ mod tests {
     use super::*;
 
     const IER: u64 = 1;
+    const IIR: u64 = 2;
     const LSR: u64 = 5;
 
     struct Line {
@@ -279,24 +304,48 @@ mod tests {
         assert_eq!(drain(&line.port), b"x");
     }
 
-    /// Linux takes 256 bytes at most before it asks again what is pending.
-    #[test]
-    fn a_driver_that_takes_some_of_the_input_is_told_of_the_rest() {
-        let line = line();
-        line.port.write(IER, &[1]);
-        line.input.push(&[7; 300]);
-        line.port.receive();
-        let mut received = 0;
-        while read(&line.port, INTERRUPT_ID) & ID_NONE == 0 {
+    /// As Linux's driver: at most 256 bytes, then the identification register again.
+    fn handle_interrupt(port: &SerialPort) -> Vec<u8> {
+        let mut bytes = Vec::new();
+        while read(port, IIR) & IIR_NONE == 0 {
             for _ in 0..256 {
-                if read(&line.port, LSR) & 1 == 0 {
+                if read(port, LSR) & 1 == 0 {
                     break;
                 }
-                read(&line.port, DATA);
-                received += 1;
+                bytes.push(read(port, DATA));
             }
         }
-        assert_eq!(received, 300);
+        bytes
+    }
+
+    #[test]
+    fn a_driver_that_takes_a_part_finds_the_rest() {
+        for len in 1..1000 {
+            let line = line();
+            line.port.write(IER, &[IER_RDA]);
+            line.input.push(&vec![b'x'; len]);
+            line.port.receive();
+            assert_eq!(line.interrupts.load(Ordering::Relaxed), 1);
+            assert_eq!(handle_interrupt(&line.port).len(), len);
+        }
+    }
+
+    #[test]
+    fn received_data_goes_before_an_empty_transmitter_and_neither_is_lost() {
+        let line = line();
+        line.port.write(IER, &[IER_RDA | 2]);
+        line.input.push(b"x");
+        line.port.receive();
+        assert_eq!(read(&line.port, IIR) & 0xf, IIR_RDA);
+        assert_eq!(read(&line.port, DATA), b'x');
+        assert_eq!(read(&line.port, IIR) & 0xf, IIR_THRE);
+        assert_eq!(read(&line.port, IIR) & 0xf, IIR_NONE);
+    }
+
+    #[test]
+    fn the_model_has_the_fifo_that_we_think() {
+        let line = line();
+        assert_eq!(line.port.lock().registers.fifo_capacity(), FIFO_SIZE);
     }
 
     #[test]
