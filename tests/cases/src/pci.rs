@@ -1,6 +1,7 @@
-//! PCI: a BAR that the guest moves, or switches off and on, takes its registers and doorbells along.
+//! PCI: a BAR that Linux moves, or switches off and on, takes its registers and doorbells along; devices go
+//! and come back.
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Result, ensure};
 use berth_tests_framework::console::Console;
 use berth_tests_framework::daemons::{BlkSettings, Daemon};
 use berth_tests_framework::image;
@@ -19,6 +20,9 @@ pub const STORIES: &[Story] = &[Story {
         "pci.bar_off_and_on",
         "pci.bar_moved",
         "pci.doorbells_moved_along",
+        "pci.driver_bound_again",
+        "pci.port_removed_and_found_again",
+        "pci.reset_of_its_bus",
     ],
     run: moves_a_bar,
 }];
@@ -28,8 +32,6 @@ pub const STORIES: &[Story] = &[Story {
 pub(crate) struct Function {
     /// `0000:01:00.0`.
     address: String,
-    /// Index of the BAR's first register.
-    bar: usize,
     /// Address of its first byte.
     pub(crate) start: u64,
     /// Bytes.
@@ -48,7 +50,7 @@ impl Function {
     fn at(console: &mut Console, address: &str) -> Result<Self> {
         const IORESOURCE_MEM: u64 = 0x200;
         let table = console.sh(&format!("cat /sys/bus/pci/devices/{address}/resource"))?;
-        for (bar, line) in table.lines().take(6).enumerate() {
+        for line in table.lines().take(6) {
             let fields: Result<Vec<_>, _> = line
                 .split_whitespace()
                 .map(|field| u64::from_str_radix(field.trim_start_matches("0x"), 16))
@@ -59,7 +61,6 @@ impl Function {
                 let (address, size) = (address.to_owned(), end - start + 1);
                 return Ok(Self {
                     address,
-                    bar,
                     start,
                     size,
                 });
@@ -71,22 +72,6 @@ impl Function {
     fn sysfs(&self) -> String {
         format!("/sys/bus/pci/devices/{}", self.address)
     }
-
-    /// Where ECAM has configuration register `offset` of this function.
-    fn ecam(&self, console: &mut Console, offset: u64) -> Result<u64> {
-        let iomem = console.sh("grep -E 'PCI (ECAM|MMCONFIG)' /proc/iomem")?;
-        let base = iomem.trim().split('-').next().unwrap_or_default();
-        let base = u64::from_str_radix(base, 16).with_context(|| iomem.clone())?;
-        let parts: Result<Vec<_>, _> = self
-            .address
-            .split([':', '.'])
-            .map(|part| u64::from_str_radix(part, 16))
-            .collect();
-        let [0, bus, device, function] = parts?[..] else {
-            anyhow::bail!("not a function of segment 0: {}", self.address)
-        };
-        Ok(base + (bus << 20 | device << 15 | function << 12) + offset)
-    }
 }
 
 fn moves_a_bar(context: &Context) -> Result<()> {
@@ -94,7 +79,7 @@ fn moves_a_bar(context: &Context) -> Result<()> {
     image::sparse(&image, 64 << 20)?;
     let daemon = Daemon::blk(context, "blk", &image, BlkSettings::default())?;
     context.step("boot");
-    // iomem=relaxed lets devmem write to configuration space.
+    // iomem=relaxed lets devmem read the BAR of a device that has a driver.
     let mut vm = VmBuilder::new(context, "vmm")
         .append("iomem=relaxed")
         .disk(daemon.socket(), "")
@@ -126,8 +111,49 @@ fn moves_a_bar(context: &Context) -> Result<()> {
         Ok(())
     })?;
     vm.sh("umount /mnt")?;
+    context.check("pci.driver_bound_again", || {
+        away_and_back(
+            &mut vm.console,
+            "d=$(basename $(readlink -f /sys/block/vda/device))
+             echo $d >/sys/bus/virtio/drivers/virtio_blk/unbind",
+            "echo $d >/sys/bus/virtio/drivers/virtio_blk/bind",
+        )
+    })?;
+    let function = Function::of_disk(&mut vm.console, "vda")?;
+    context.check("pci.port_removed_and_found_again", || {
+        let remove = format!("echo 1 >$(readlink -f {}/..)/remove", function.sysfs());
+        let console = &mut vm.console;
+        away_and_back(console, &remove, "echo 1 >/sys/bus/pci/rescan")?;
+        // Its port forwards no I/O ports, so Linux gives it none.
+        console
+            .sh("! grep 'PCI Bus 0000:01' /proc/ioports")
+            .map(drop)
+    })?;
+    context.check("pci.reset_of_its_bus", || {
+        let (address, sysfs) = (&function.address, function.sysfs());
+        let driver = "/sys/bus/pci/drivers/virtio-pci";
+        away_and_back(
+            &mut vm.console,
+            &format!("echo {address} >{driver}/unbind; echo 1 >{sysfs}/reset"),
+            &format!("echo {address} >{driver}/bind"),
+        )
+    })?;
     vm.power_off()
 }
+
+/// The disk goes by one command and comes by another, with what was on it.
+fn away_and_back(console: &mut Console, away: &str, back: &str) -> Result<()> {
+    console.sh(&format!(
+        "set -e\n{away}\ntest ! -e /dev/vda\n{back}\n{DISK_IS_THERE}"
+    ))?;
+    console.sh("mount -t ext4 /dev/vda /mnt")?;
+    disk::verify(console)?;
+    console.sh("umount /mnt").map(drop)
+}
+
+/// Waits until Linux has found the disk.
+const DISK_IS_THERE: &str =
+    "i=0; until test -b /dev/vda; do i=$((i + 1)); test $i -lt 200; usleep 50000; done";
 
 /// Without memory decoding the BAR's addresses are nobody's; with it again, the device goes on.
 fn off_and_on(console: &mut Console, function: &Function) -> Result<()> {
@@ -161,29 +187,28 @@ fn off_and_on(console: &mut Console, function: &Function) -> Result<()> {
     console.sh("umount /mnt").map(drop)
 }
 
-/// Moves the BAR while Linux does not know the device, and lets Linux find it at its new place.
+/// Has Linux move the BAR, and the window of the port above it: the next time that it finds them it is to
+/// align the BAR to 2 MiB.
 fn move_bar(console: &mut Console, before: &Function) -> Result<()> {
-    let register = before.ecam(console, 0x10 + 4 * before.bar as u64)?;
-    // The next place of its size, in the same window of the root port, which is at least 1 MiB.
-    let target = before.start + before.size;
+    const ALIGNMENT: u64 = 2 << 20;
     ensure!(
-        target >> 20 == before.start >> 20,
-        "no room for {before:x?} in its window"
+        !before.start.is_multiple_of(ALIGNMENT),
+        "{before:x?} is aligned already"
     );
+    let order = ALIGNMENT.trailing_zeros();
     console.sh(&format!(
-        "echo 1 >{}/remove && ! test -e /dev/vda",
-        before.sysfs()
+        "echo {order}@{} >/sys/bus/pci/resource_alignment",
+        before.address
     ))?;
-    let low = u32::try_from(target & 0xffff_ffff)?;
-    console.sh(&format!(
-        "devmem {register:#x} 32 {low:#x}; echo 1 >/sys/bus/pci/rescan"
-    ))?;
-    console
-        .sh("i=0; until test -b /dev/vda; do i=$((i + 1)); test $i -lt 200; usleep 50000; done")?;
+    away_and_back(
+        console,
+        &format!("echo 1 >$(readlink -f {}/..)/remove", before.sysfs()),
+        "echo 1 >/sys/bus/pci/rescan",
+    )?;
     let after = Function::of_disk(console, "vda")?;
     ensure!(
-        after.start == target,
-        "moved to {target:#x}, but Linux has it at {after:x?}"
+        after.start.is_multiple_of(ALIGNMENT),
+        "Linux has it at {after:x?}, before at {before:x?}"
     );
     let old = console.sh(&format!("devmem {:#x} 32", before.start))?;
     ensure!(
