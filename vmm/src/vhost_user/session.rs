@@ -17,7 +17,7 @@
 //! holds what the driver chose.
 
 use std::collections::BTreeMap;
-use std::io;
+use std::io::{self, ErrorKind};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -113,10 +113,17 @@ impl Session {
     /// Connects, however long that takes; `None` to end.
     fn dial(&mut self) -> Option<UnixStream> {
         let mut pause = FIRST_PAUSE;
+        let start = Instant::now();
         loop {
             match dial::connect(&self.shared.socket) {
                 Ok(stream) => return Some(stream),
-                Err(error) => self.say_waiting(&error),
+                Err(error) => {
+                    self.say_waiting(&error);
+                    // One that listens and lets others queue is as silent as one that accepts.
+                    if error.kind() == ErrorKind::WouldBlock && start.elapsed() > self.limit {
+                        self.shared.settle();
+                    }
+                }
             }
             if !self.pause(pause) {
                 return None;

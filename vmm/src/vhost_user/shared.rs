@@ -157,7 +157,7 @@ impl Shared {
     }
 
     /// The VM may boot as far as this device is concerned.
-    fn settle(&self) {
+    pub(super) fn settle(&self) {
         if !std::mem::replace(&mut self.state().settled, true) {
             self.roster.change(|counts| counts.unsettled -= 1);
         }

@@ -265,8 +265,14 @@ fn bench() -> Bench {
 
 /// A disk whose backend may take so long.
 fn patient_bench(limit: Duration) -> Bench {
+    bench_after(limit, |_| ())
+}
+
+/// A disk whose session starts when something was done to its path.
+fn bench_after(limit: Duration, before: impl FnOnce(&Path)) -> Bench {
     let dir = TempDir::new().unwrap();
     let path = dir.as_path().join("disk.sock");
+    before(&path);
     let kind = Kind::Blk(DiskConfig {
         id: "_disk0".to_owned(),
         backend: VhostUserConfig {
@@ -394,6 +400,23 @@ fn handshake_fails(at: u32, fault: Fault) {
     assert!(!silent || begin.elapsed() >= LIMIT, "request {at}");
     bench.live();
     assert_eq!(bench.device.features(), VERSION_1 | FLUSH);
+}
+
+#[test]
+fn one_that_never_accepts_settles_also_when_its_queue_is_full() {
+    let mut queue = Vec::new();
+    let mut listener = None;
+    let bench = bench_after(LIMIT, |path| {
+        listener = Some(UnixListener::bind(path).unwrap());
+        while let Ok(stream) = dial::connect(path) {
+            queue.push(stream);
+        }
+    });
+    let begin = Instant::now();
+    assert!(bench.frontends.wait_settled(PATIENCE));
+    assert!(begin.elapsed() >= LIMIT / 2);
+    assert_eq!(bench.frontends.sessions()[0].state, SessionState::Waiting);
+    assert!(!bench.device.accepts(VERSION_1));
 }
 
 #[test]
