@@ -234,10 +234,11 @@ fn qemus_disk_is_read_written_killed_and_stopped() {
     let [mut first, _] = bench.activate();
     first.round_trip(7, 0x77);
 
-    // Stopped in the middle of a reset: over at the deadline; served again when it goes on.
+    // Stopped in the middle of a reset, or of what is left of the start, whose time began a little
+    // earlier: over at the deadline; served again when it goes on.
     daemon.signal("-STOP");
     let took = bench.reset();
-    assert!(took >= LIMIT && took < LIMIT * 5, "{took:?}");
+    assert!(took >= LIMIT / 2 && took < LIMIT * 5, "{took:?}");
     daemon.signal("-CONT");
     bench.wait_for(SessionState::Live);
     let [mut first, _] = bench.activate();
