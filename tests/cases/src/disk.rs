@@ -190,7 +190,7 @@ pub(crate) fn discard(console: &mut Console, image: &Path) -> Result<()> {
 }
 
 /// The daemon of an idle disk dies and comes back: what was there is there, and new data lands.
-fn restart(vm: &mut Vm, daemon: &mut Daemon) -> Result<()> {
+pub(crate) fn restart(vm: &mut Vm, daemon: &mut Daemon) -> Result<()> {
     vm.sh("sync")?;
     daemon.kill();
     daemon.start_again()?;

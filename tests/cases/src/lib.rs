@@ -17,6 +17,7 @@ pub mod net;
 pub mod net_control;
 pub mod pci;
 pub mod power;
+pub mod storm;
 
 use berth_tests_framework::story::Story;
 
@@ -32,6 +33,7 @@ pub fn stories() -> Vec<Story> {
         net_control::STORIES,
         pci::STORIES,
         power::STORIES,
+        storm::STORIES,
         interop_qemu::STORIES,
         bad_input::STORIES,
     ]
