@@ -67,10 +67,11 @@ tier_unit() {
 
 tier_client() {
     limited 900 target/release/berth-cases --tier client --assets target/lab/assets --bin target/release \
-        --out "$LOGS/client" ${FULL:+--full} ${FILTER:+--filter "$FILTER"}
+        --patience 3 --out "$LOGS/client" ${FULL:+--full} ${FILTER:+--filter "$FILTER"}
 }
 
-# One boot of the lab's machine for all guest cases, or none where the host runs guests itself.
+# One boot of the lab's machine for all guest cases, or none where the host runs guests itself. What runs
+# under emulation gets longer deadlines.
 tier_lab() {
     local arguments=(--tier guest ${FULL:+--full} ${FILTER:+--filter "$FILTER"}) limit=1500
     [ -z "$FULL" ] || limit=7200
@@ -79,7 +80,7 @@ tier_lab() {
             --assets target/lab/assets --bin target/release --out "$LOGS/lab"
     else
         tests/lab/run --timeout "$limit" --out "$LOGS/lab" --programs -- \
-            berth-cases "${arguments[@]}" --assets assets --bin bin --out out
+            berth-cases "${arguments[@]}" --patience 3 --assets assets --bin bin --out out
     fi
 }
 
