@@ -15,7 +15,6 @@ use anyhow::{Context, Result};
 use crate::wait::Broken;
 
 const GET_FEATURES: u32 = 1;
-const GET_VRING_BASE: u32 = 11;
 const GET_PROTOCOL_FEATURES: u32 = 15;
 const GET_QUEUE_NUM: u32 = 17;
 const GET_MAX_MEM_SLOTS: u32 = 36;
@@ -37,8 +36,6 @@ pub enum SilentFrom {
     Accept,
     /// Everything before the first GET_CONFIG is answered.
     GetConfig,
-    /// Everything before the first GET_VRING_BASE is answered.
-    GetVringBase,
 }
 
 impl SilentFrom {
@@ -46,7 +43,6 @@ impl SilentFrom {
         match self {
             Self::Accept => None,
             Self::GetConfig => Some(GET_CONFIG),
-            Self::GetVringBase => Some(GET_VRING_BASE),
         }
     }
 }
@@ -163,8 +159,6 @@ fn reply(request: u32, flags: u32, body: &[u8]) -> Option<Vec<u8>> {
         GET_FEATURES => number(VERSION_1 | PROTOCOL_FEATURES),
         GET_PROTOCOL_FEATURES => number(PROTOCOL_MQ | PROTOCOL_REPLY_ACK | PROTOCOL_CONFIG),
         GET_QUEUE_NUM | GET_MAX_MEM_SLOTS => number(1),
-        // Index as asked, position 0.
-        GET_VRING_BASE => Some([body.get(..4)?, &[0; 4]].concat()),
         GET_CONFIG => {
             let mut answer = body.to_vec();
             // A disk of 2048 sectors; the rest of the configuration is zero.
