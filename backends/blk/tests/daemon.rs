@@ -270,6 +270,7 @@ fn metrics_socket_answers_http_and_plain_readers() {
         format!("berth_kicks_total{{device=\"blk\",queue=\"0\"}} {kicks}"),
         "berth_requests_total{device=\"blk\",queue=\"0\"} 2".to_owned(),
         "berth_bytes_to_guest_total{device=\"blk\",queue=\"0\"} 4096".to_owned(),
+        "berth_latency_seconds_count{device=\"blk\",queue=\"0\"} 2".to_owned(),
     ] {
         assert!(plain.contains(&line), "{line} not in {plain}");
     }

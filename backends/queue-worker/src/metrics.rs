@@ -23,6 +23,7 @@ use tracing::warn;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EventFd};
 
 use crate::endpoint::{EndpointError, Listener};
+use crate::latency::Histogram;
 use crate::sys;
 
 /// A number with one writer and many readers.
@@ -62,6 +63,8 @@ pub struct QueueCounters {
     pub bytes_to_guest: Counter,
     /// Payload bytes that came from the guest. Counted by the device.
     pub bytes_from_guest: Counter,
+    /// From the pop of each request's chain to its used entry.
+    pub latency: Histogram,
 }
 
 /// The counters of all queues of a device.
@@ -103,7 +106,31 @@ impl Metrics {
             "Bytes from the guest.",
             |c| &c.bytes_from_guest,
         );
+        self.latency(&mut text);
         text
+    }
+
+    fn latency(&self, text: &mut String) {
+        const NAME: &str = "berth_latency_seconds";
+        let device = self.device;
+        // Writing to a String cannot fail.
+        let _ = writeln!(
+            text,
+            "# HELP {NAME} From taking a request out of the ring to its used entry."
+        );
+        let _ = writeln!(text, "# TYPE {NAME} histogram");
+        for (index, queue) in self.queues.iter().enumerate() {
+            let labels = format!("device=\"{device}\",queue=\"{index}\"");
+            let mut all = 0;
+            for (bound_us, count) in queue.latency.cumulative() {
+                let bound = bound_us.map_or("+Inf".to_owned(), |us| decimal(us, 6));
+                let _ = writeln!(text, "{NAME}_bucket{{{labels},le=\"{bound}\"}} {count}");
+                all = count;
+            }
+            let sum = decimal(queue.latency.sum_ns(), 9);
+            let _ = writeln!(text, "{NAME}_sum{{{labels}}} {sum}");
+            let _ = writeln!(text, "{NAME}_count{{{labels}}} {all}");
+        }
     }
 
     fn family(
@@ -125,6 +152,13 @@ impl Metrics {
             );
         }
     }
+}
+
+/// `value` · 10^-`places`, exactly, with no zeros at its end.
+fn decimal(value: u64, places: usize) -> String {
+    let unit = 10_u64.pow(places as u32);
+    let text = format!("{}.{:0places$}", value / unit, value % unit);
+    text.trim_end_matches('0').trim_end_matches('.').to_owned()
 }
 
 /// Answers connections on the metrics socket until dropped.
@@ -205,4 +239,48 @@ fn answer(mut stream: UnixStream, metrics: &Metrics) -> io::Result<()> {
         )?;
     }
     stream.write_all(body.as_bytes())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn histogram_is_prometheus_text() {
+        let metrics = Metrics::new("test", 2);
+        let queue = metrics.queue(1).unwrap();
+        queue.latency.record(1_500, 2);
+        queue.latency.record(60_000_000_000, 1);
+        let text = metrics.render();
+        let head = "# HELP berth_latency_seconds From taking a request out of the ring to its used entry.\n\
+                    # TYPE berth_latency_seconds histogram\n";
+        assert!(text.contains(head), "{text}");
+        let of_queue_1 = "{device=\"test\",queue=\"1\"";
+        let lines: Vec<_> = text
+            .lines()
+            .filter(|line| line.contains(of_queue_1))
+            .collect();
+        let latency = |suffix: &str| {
+            let start = format!("berth_latency_seconds_{suffix}{of_queue_1}");
+            let lines = lines.iter().filter_map(|line| line.strip_prefix(&start));
+            lines.map(str::to_owned).collect::<Vec<_>>()
+        };
+        let buckets = latency("bucket");
+        assert_eq!(buckets.len(), 25);
+        assert_eq!(buckets[0], ",le=\"0.000001\"} 0");
+        assert_eq!(buckets[1], ",le=\"0.000002\"} 2");
+        assert_eq!(buckets[20], ",le=\"1.048576\"} 2");
+        assert_eq!(buckets[23], ",le=\"8.388608\"} 2");
+        assert_eq!(buckets[24], ",le=\"+Inf\"} 3");
+        assert_eq!(latency("sum"), ["} 60.000003"]);
+        assert_eq!(latency("count"), ["} 3"]);
+    }
+
+    #[test]
+    fn decimals_are_exact() {
+        assert_eq!(decimal(0, 6), "0");
+        assert_eq!(decimal(1_000_000, 6), "1");
+        assert_eq!(decimal(1_000_001, 6), "1.000001");
+        assert_eq!(decimal(u64::MAX, 9), "18446744073.709551615");
+    }
 }

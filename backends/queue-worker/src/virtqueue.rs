@@ -16,6 +16,7 @@
 #![forbid(unsafe_code)]
 
 use std::rc::Rc;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU16, Ordering, fence};
 
 use virtio_bindings::virtio_ring::{
@@ -25,6 +26,8 @@ use virtio_bindings::virtio_ring::{
 
 use crate::chain::Chain;
 use crate::guest_memory::{GuestMemory, GuestSlice, MemoryError, RawSlice};
+use crate::latency::Latency;
+use crate::metrics::QueueCounters;
 
 /// Longest chain taken, indirect descriptors included. The specification's limit is the queue
 /// size; drivers that size indirect tables by seg_max go somewhat above it.
@@ -143,6 +146,7 @@ pub struct Ring {
     published_used: u16,
     /// used.idx when the driver's wish to be signalled was last looked at.
     signalled_used: u16,
+    latency: Option<Latency>,
 }
 
 impl Ring {
@@ -166,12 +170,25 @@ impl Ring {
             next_used: 0,
             published_used: 0,
             signalled_used: 0,
+            latency: None,
         };
         // The used index is in the ring, and survives us there.
         ring.next_used = u16::from_le(ring.used_idx()?.load(Ordering::Acquire));
         ring.published_used = ring.next_used;
         ring.signalled_used = ring.next_used;
         Ok(ring)
+    }
+
+    /// Counts how long requests take into `counters`, whose one writer is this ring's thread.
+    pub(crate) fn measure_latency(&mut self, counters: Arc<QueueCounters>) {
+        self.latency = Some(Latency::new(self.layout.size, counters));
+    }
+
+    /// A call of `process` begins.
+    pub(crate) fn begin_batch(&mut self) {
+        if let Some(latency) = &mut self.latency {
+            latency.begin_batch();
+        }
     }
 
     /// Number of entries.
@@ -246,6 +263,9 @@ impl Ring {
         chain.begin(head, &self.memory);
         self.follow(chain)?;
         self.next_avail = self.next_avail.wrapping_add(1);
+        if let Some(latency) = &mut self.latency {
+            latency.popped(head);
+        }
         Ok(true)
     }
 
@@ -306,6 +326,9 @@ impl Ring {
         let entry = u64::from(head) | u64::from(len) << 32;
         self.used().store(4 + 8 * slot, entry.to_le())?;
         self.next_used = self.next_used.wrapping_add(1);
+        if let Some(latency) = &mut self.latency {
+            latency.used(head);
+        }
         Ok(())
     }
 
@@ -318,6 +341,9 @@ impl Ring {
         let idx = self.next_used.to_le();
         self.used_idx()?.store(idx, Ordering::Release);
         self.published_used = self.next_used;
+        if let Some(latency) = &mut self.latency {
+            latency.published();
+        }
         Ok(true)
     }
 

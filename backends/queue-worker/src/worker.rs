@@ -145,7 +145,10 @@ impl<D: Device> QueueThread<D> {
         let features = start.queue.features;
         let losses = sigbus::losses();
         let ring = match Ring::new(start.layout, start.base, features, memory) {
-            Ok(ring) => ring,
+            Ok(mut ring) => {
+                ring.measure_latency(Arc::clone(&start.queue.counters));
+                ring
+            }
             Err(error) => {
                 report_broken(D::NAME, queue, &error.into());
                 start.notifiers.raise_err();
@@ -283,6 +286,7 @@ impl<W: QueueWorker> Running<W> {
         let Some(worker) = &mut self.worker else {
             return Ok(());
         };
+        self.ring.begin_batch();
         self.ring.disable_notification()?;
         self.interest = worker.process(&mut self.ring, ready)?;
         self.finish_batch()?;
