@@ -66,17 +66,26 @@ fn two_pairs(context: &Context) -> Result<()> {
 }
 
 /// A flow that a vCPU sends goes out by its pair, and the tap sends the answers back there.
+///
+/// The tap learns a flow's pair from a frame only after the host's stack has answered it, and the first
+/// frame may have waited for ARP and gone out on whichever vCPU took the answer: so the first answers come
+/// by the pair of before, and are not counted.
 fn both_pairs(vm: &mut Vm, daemon: &Daemon) -> Result<()> {
     for pair in 0..2 {
+        let mut ping = |count| {
+            let mask = 1 << pair;
+            vm.sh(&format!("taskset {mask} ping -c {count} -W 10 {HOST}"))
+        };
+        ping(2)?;
         let before = daemon.metrics()?;
-        vm.sh(&format!("taskset {} ping -c 5 -W 10 {HOST}", 1 << pair))?;
+        ping(5)?;
         let after = daemon.metrics()?;
         for queue in [2 * pair, 2 * pair + 1] {
             let name = format!("berth_requests_total{{device=\"net\",queue=\"{queue}\"}}");
             let value = |metrics: &std::collections::BTreeMap<_, f64>| metrics.get(&name).copied();
             let more = value(&after).unwrap_or(0.0) - value(&before).unwrap_or(0.0);
             ensure!(
-                more >= 4.0,
+                more >= 5.0,
                 "queue {queue} carried {more} of 5 frames of pair {pair}"
             );
         }
