@@ -4,7 +4,7 @@
 
 use std::path::PathBuf;
 
-use berth_queue_worker::DaemonArgs;
+use berth_queue_worker::{DaemonArgs, RateLimit};
 
 use crate::device::{BlkConfig, MAX_QUEUE_SIZE, MAX_QUEUES, SERIAL_LEN};
 use crate::engine::EngineChoice;
@@ -17,6 +17,10 @@ Examples:
 
   The same, read-only and past the host's page cache:
     berth-blk --socket-path=/run/disk0.sock --blk-file=/dev/vg0/root --read-only --cache=none
+
+  No more than 100 MiB and 5000 requests a second, after 1 GiB at full speed:
+    berth-blk --socket-path=/run/disk0.sock --blk-file=disk.img \
+      --rate-limit=bw_size=100M,bw_one_time_burst=1G,bw_refill_time=1000,ops_size=5000,ops_refill_time=1000
 
   Its guest, under QEMU:
     qemu-system-x86_64 -object memory-backend-memfd,id=m,size=1G,share=on -numa node,memdev=m \\
@@ -58,8 +62,14 @@ pub struct Args {
     pub queue_size: u16,
 
     /// What the guest sees as the disk's serial, up to 20 bytes
-    #[arg(long, value_name = "ID", default_value = "", value_parser = serial)]
+    #[arg(long, visible_alias = "serial", value_name = "ID", default_value = "", value_parser = serial)]
     pub serial_id: String,
+
+    /// Hold the disk, all its queues together, to so many bytes and requests: bw_size=BYTES (or
+    /// 10M, 1G), bw_one_time_burst=, bw_refill_time=MS, ops_size=N, ops_one_time_burst=,
+    /// ops_refill_time=MS
+    #[arg(long, value_name = "KEY=VALUE,...")]
+    pub rate_limit: Option<RateLimit>,
 
     /// Print what this program can do, as JSON for management software, and exit
     #[arg(long)]
@@ -92,6 +102,7 @@ impl Args {
             num_queues: self.num_queues,
             queue_size: self.queue_size,
             engine: EngineChoice::Best,
+            rate_limit: self.rate_limit,
         }
     }
 }

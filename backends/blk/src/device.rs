@@ -8,7 +8,7 @@ use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use berth_queue_worker::{Device, QueueStart};
+use berth_queue_worker::{Device, QueueStart, RateLimit, RateLimiter};
 use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_CONFIG_WCE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH,
     VIRTIO_BLK_F_MQ, VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_SIZE_MAX,
@@ -45,6 +45,7 @@ pub struct Shared {
     /// The driver's choice, if it negotiated CONFIG_WCE: true for write-back. One writer, the
     /// control thread; a request that is taken at the same moment may see either value.
     write_cache: AtomicBool,
+    limiter: Option<Arc<RateLimiter>>,
 }
 
 impl Shared {
@@ -61,6 +62,11 @@ impl Shared {
     /// What does the I/O.
     pub fn engine(&self) -> EngineChoice {
         self.engine
+    }
+
+    /// What all queues together are held to.
+    pub fn limiter(&self) -> Option<&Arc<RateLimiter>> {
+        self.limiter.as_ref()
     }
 
     /// Whether a write may complete before it is durable.
@@ -80,6 +86,8 @@ pub struct BlkConfig {
     pub queue_size: u16,
     /// What does the I/O.
     pub engine: EngineChoice,
+    /// What all queues together are held to.
+    pub rate_limit: Option<RateLimit>,
 }
 
 /// A virtio block device on one image.
@@ -99,6 +107,11 @@ impl BlkDevice {
                 serial: config.serial,
                 engine: config.engine,
                 write_cache: AtomicBool::new(true),
+                limiter: config
+                    .rate_limit
+                    .as_ref()
+                    .map(RateLimiter::new)
+                    .map(Arc::new),
             }),
             num_queues: config.num_queues,
             queue_size: config.queue_size,
@@ -176,7 +189,7 @@ impl Device for BlkDevice {
     }
 
     fn new_worker(&self, start: &QueueStart) -> io::Result<BlkWorker> {
-        Ok(BlkWorker::new(Arc::clone(&self.shared), start))
+        BlkWorker::new(Arc::clone(&self.shared), start)
     }
 
     fn session_ended(&self) {

@@ -17,6 +17,8 @@ use crate::engine::EngineChoice;
 use crate::image::{Cache, Disk, ImageError, OpenOptions};
 use crate::{BlkConfig, BlkDevice};
 
+mod limits;
+
 const OK: u8 = 0;
 const IOERR: u8 = 1;
 const UNSUPP: u8 = 2;
@@ -78,12 +80,24 @@ fn drive(options: &OpenOptions, setup: Setup) -> (FakeDriver, Metrics) {
 }
 
 fn drive_with(options: &OpenOptions, setup: Setup, engine: EngineChoice) -> (FakeDriver, Metrics) {
-    let disk = Disk::open(options).unwrap();
-    let config = BlkConfig {
+    drive_config(options, setup, &config(engine))
+}
+
+fn config(engine: EngineChoice) -> BlkConfig {
+    BlkConfig {
         serial: serial(),
-        num_queues: setup.num_queues,
+        num_queues: 1,
         queue_size: 1024,
         engine,
+        rate_limit: None,
+    }
+}
+
+fn drive_config(options: &OpenOptions, setup: Setup, config: &BlkConfig) -> (FakeDriver, Metrics) {
+    let disk = Disk::open(options).unwrap();
+    let config = BlkConfig {
+        num_queues: setup.num_queues,
+        ..*config
     };
     let device = BlkDevice::new(disk, &config);
     let metrics = Metrics::new(BlkDevice::NAME, setup.num_queues);

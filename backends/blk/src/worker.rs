@@ -2,9 +2,10 @@
 //!
 //! ```text
 //!   ring ─pop─▶ Slot{chain} ─parse─▶ answer at once ───────────────────────────┐
-//!                               └──▶ Task ─step─▶ engine … completion ─┐       ▼
-//!                                     ▲──── more to do (short, ranges) ┘   status byte,
-//!                                                          done ─────────▶ push_used
+//!                 │ ▲           └──▶ Task ─step─▶ engine … completion ─┐       ▼
+//!        over the │ │ timer           ▲──── more to do (short, ranges) ┘   status byte,
+//!           limit ▼ │                                      done ─────────▶ push_used
+//!                  held
 //! ```
 //!
 //! Runs on the queue's thread and owns everything here. A batch is one pass over the ring, one
@@ -18,12 +19,13 @@ use std::sync::Arc;
 
 use berth_queue_worker::{
     Chain, Interest, QueueCounters, QueueError, QueueStart, QueueWorker, Ready, Ring, Source,
+    Throttle,
 };
 use virtio_bindings::virtio_blk::VIRTIO_BLK_F_FLUSH;
 
 use crate::device::Shared;
 use crate::engine::{self, DiskEngine, Io};
-use crate::request::{self, Limits, Request, Status};
+use crate::request::{self, HEADER_SIZE, Limits, Request, Status};
 use crate::task::{Page, Ranges, Transfer, status_of};
 
 /// Most operations in flight for one queue; further requests wait in the ring.
@@ -57,6 +59,11 @@ pub struct BlkWorker {
     counters: Arc<QueueCounters>,
     /// The driver knows FLUSH; if not, every write is durable when it completes.
     flush_negotiated: bool,
+    /// The disk's rate limit, if it has one.
+    throttle: Option<Throttle>,
+    /// The slot of a request that was taken and must wait for the rate limit; nothing more is
+    /// taken from the ring meanwhile.
+    held: Option<u16>,
 }
 
 /// What becomes of a slot after a step.
@@ -67,7 +74,7 @@ enum Next {
 
 impl BlkWorker {
     /// A worker with an engine of its own. On the queue's thread.
-    pub fn new(shared: Arc<Shared>, start: &QueueStart) -> BlkWorker {
+    pub fn new(shared: Arc<Shared>, start: &QueueStart) -> io::Result<BlkWorker> {
         let depth = start.size.clamp(1, MAX_DEPTH);
         let engine = engine::open(shared.disk(), depth, shared.engine());
         let slot = || Slot {
@@ -76,7 +83,9 @@ impl BlkWorker {
             iovecs: Vec::new(),
             bounce: Vec::new(),
         };
-        BlkWorker {
+        let limiter = shared.limiter().cloned();
+        let throttle = limiter.map(Throttle::new).transpose()?;
+        Ok(BlkWorker {
             shared,
             engine,
             slots: (0..depth).map(|_| slot()).collect(),
@@ -84,7 +93,9 @@ impl BlkWorker {
             completions: Vec::new(),
             counters: Arc::clone(&start.counters),
             flush_negotiated: start.features & 1 << VIRTIO_BLK_F_FLUSH != 0,
-        }
+            throttle,
+            held: None,
+        })
     }
 
     fn in_flight(&self) -> usize {
@@ -98,18 +109,54 @@ impl BlkWorker {
 
     /// Takes requests while there are slots; false where the ring still has some.
     fn fill(&mut self, ring: &mut Ring) -> Result<bool, QueueError> {
+        if !self.release_held(ring)? {
+            return Ok(false);
+        }
         while let Some(&index) = self.free.last() {
             let slot = &mut self.slots[usize::from(index)];
             if !ring.pop_into(&mut slot.chain)? {
                 return Ok(true);
             }
             self.free.pop();
-            match self.begin(index)? {
-                Next::InFlight => {}
-                Next::Done(status) => self.complete(ring, index, status)?,
+            if !self.may_go(index)? {
+                self.held = Some(index);
+                self.counters.throttled.add(1);
+                return Ok(false);
             }
+            self.begin_or_answer(ring, index)?;
         }
         Ok(false)
+    }
+
+    /// Charges the request in a slot to the rate limit; false where it has to wait.
+    fn may_go(&mut self, index: u16) -> Result<bool, QueueError> {
+        let Some(throttle) = &mut self.throttle else {
+            return Ok(true);
+        };
+        let chain = &self.slots[usize::from(index)].chain;
+        let sent = chain.readable_len().saturating_sub(HEADER_SIZE);
+        let wanted = chain.writable_len().saturating_sub(1);
+        throttle.charge(sent.saturating_add(wanted) as u64)
+    }
+
+    /// Begins the request that waited for the rate limit; false where it has to wait on.
+    fn release_held(&mut self, ring: &mut Ring) -> Result<bool, QueueError> {
+        if let (Some(index), Some(throttle)) = (self.held, &mut self.throttle) {
+            if !throttle.release()? {
+                return Ok(false);
+            }
+            self.held = None;
+            self.begin_or_answer(ring, index)?;
+        }
+        Ok(true)
+    }
+
+    /// Begins the request in a slot, and completes it where that is all.
+    fn begin_or_answer(&mut self, ring: &mut Ring, index: u16) -> Result<(), QueueError> {
+        match self.begin(index)? {
+            Next::InFlight => Ok(()),
+            Next::Done(status) => self.complete(ring, index, status),
+        }
     }
 
     /// Parses the request in a slot and takes its first step.
@@ -246,15 +293,14 @@ impl BlkWorker {
 
 impl QueueWorker for BlkWorker {
     fn sources(&self) -> Vec<Source> {
-        self.engine
-            .completion_fd()
-            .map(Source::readable)
-            .into_iter()
-            .collect()
+        let completions = self.engine.completion_fd().map(Source::readable);
+        let throttle = self.throttle.as_ref().map(Throttle::source);
+        completions.into_iter().chain(throttle).collect()
     }
 
     fn process(&mut self, ring: &mut Ring, ready: Ready) -> Result<Interest, QueueError> {
-        if ready.source(0) {
+        let completions = u32::from(self.engine.completion_fd().is_some());
+        if completions != 0 && ready.source(0) {
             self.engine.clear_event();
         }
         self.reap(ring)?;
@@ -266,14 +312,25 @@ impl QueueWorker for BlkWorker {
                 break emptied;
             }
         };
+        let in_engine = self.in_flight() - usize::from(self.held.is_some());
+        let mut sources = if in_engine > 0 { completions } else { 0 };
+        if self.held.is_some() {
+            sources |= 1 << completions;
+        }
         Ok(Interest {
             kick: emptied,
-            sources: u32::from(self.in_flight() > 0),
+            sources,
         })
     }
 
     fn drain(&mut self, ring: &mut Ring) -> Result<(), QueueError> {
         let mut result = Ok(());
+        if let Some(index) = self.held.take() {
+            if let Some(throttle) = &mut self.throttle {
+                throttle.give_up();
+            }
+            result = self.begin_or_answer(ring, index);
+        }
         while self.in_flight() > 0 {
             self.engine.wait().map_err(engine_error)?;
             // A ring that cannot be written any more must not keep us from waiting for the rest.

@@ -318,6 +318,11 @@ fn bad_input_is_one_clear_line() {
         ("--serial-id=123456789012345678901", "longer than 20 bytes"),
         ("--cache=fast", "(expected: none, writeback)"),
         ("--blk-fil=x", "(nearest: '--blk-file')"),
+        ("--rate-limit=bw_sise=1", "(nearest: 'bw_size')"),
+        (
+            "--rate-limit=ops_size=9",
+            "ops_size needs ops_refill_time beside it",
+        ),
     ] {
         let (code, text) = refused(&[image_flag.clone(), flag.to_owned()]);
         assert_eq!((code, text.lines().count()), (2, 1), "{text}");
@@ -540,7 +545,7 @@ fn help_version_and_capabilities() {
         .arg(dir.path("s.sock"))
         .arg("--blk-file")
         .arg(&image)
-        .args(["--num-queues", "3", "--serial-id", "X", "--cache", "none"]);
+        .args(["--num-queues", "3", "--serial", "X", "--cache", "none"]);
     let mut daemon = Daemon::spawn(command);
     daemon.wait_for("ready");
     daemon.terminate();

@@ -59,6 +59,8 @@ pub struct QueueCounters {
     pub errors: Counter,
     /// Packets dropped. Counted by the device.
     pub dropped: Counter,
+    /// Requests (or packets) that had to wait for a rate limit. Counted by the device.
+    pub throttled: Counter,
     /// Payload bytes that went to the guest. Counted by the device.
     pub bytes_to_guest: Counter,
     /// Payload bytes that came from the guest. Counted by the device.
@@ -97,6 +99,9 @@ impl Metrics {
         });
         self.family(&mut text, "errors", "Requests that failed.", |c| &c.errors);
         self.family(&mut text, "dropped", "Packets dropped.", |c| &c.dropped);
+        self.family(&mut text, "throttled", "Waits for a rate limit.", |c| {
+            &c.throttled
+        });
         self.family(&mut text, "bytes_to_guest", "Bytes to the guest.", |c| {
             &c.bytes_to_guest
         });
