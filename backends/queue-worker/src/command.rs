@@ -16,6 +16,7 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use crate::device::{Device, QueueStart};
 use crate::guest_memory::GuestMemory;
+use crate::inflight::InflightRegion;
 use crate::notify::{Notifiers, VringFd};
 use crate::sys;
 use crate::virtqueue::RingLayout;
@@ -28,6 +29,8 @@ pub(crate) struct Start {
     pub(crate) layout: RingLayout,
     pub(crate) base: u16,
     pub(crate) memory: Arc<GuestMemory>,
+    /// Where the requests in flight are noted, if the frontend gave us a region.
+    pub(crate) inflight: Option<Arc<InflightRegion>>,
     pub(crate) notifiers: Notifiers,
     pub(crate) enabled: bool,
 }

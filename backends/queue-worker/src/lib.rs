@@ -89,6 +89,7 @@ pub mod device;
 pub mod endpoint;
 pub mod features;
 pub mod guest_memory;
+pub mod inflight;
 pub mod latency;
 pub mod metrics;
 pub mod notify;

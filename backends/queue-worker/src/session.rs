@@ -29,10 +29,11 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 use crate::device::{Device, protocol};
 use crate::features;
 use crate::guest_memory::{GuestMemory, MemoryError, Region, RegionInfo};
+use crate::inflight::{self, InflightError, InflightRegion};
 use crate::metrics::Metrics;
 use crate::protocol::connection::{Connection, ConnectionError, Message, send_with_fds};
-use crate::protocol::message::{self, BackendReq, FrontendReq, Request};
-use crate::vring::Vring;
+use crate::protocol::message::{self, BackendReq, FrontendReq, InflightInfo, Request};
+use crate::vring::{Surroundings, Vring};
 
 /// VHOST_USER_PROTOCOL_F_* bits that every device offers.
 mod offered {
@@ -40,10 +41,11 @@ mod offered {
     pub(super) const REPLY_ACK: u64 = 1 << 3;
     pub(super) const BACKEND_REQ: u64 = 1 << 5;
     pub(super) const CONFIG: u64 = 1 << 9;
+    pub(super) const INFLIGHT_SHMFD: u64 = 1 << 12;
     pub(super) const RESET_DEVICE: u64 = 1 << 13;
     pub(super) const CONFIGURE_MEM_SLOTS: u64 = 1 << 15;
     pub(super) const ALL: u64 =
-        MQ | REPLY_ACK | BACKEND_REQ | CONFIG | RESET_DEVICE | CONFIGURE_MEM_SLOTS;
+        MQ | REPLY_ACK | BACKEND_REQ | CONFIG | INFLIGHT_SHMFD | RESET_DEVICE | CONFIGURE_MEM_SLOTS;
 }
 
 /// Most memory regions of a session.
@@ -72,8 +74,8 @@ pub enum Refusal {
     /// A ring index above 16 bits.
     #[error("ring index {0:#x} is above 16 bits")]
     BadBase(u32),
-    /// The base of a ring that runs.
-    #[error("queue {0} runs, its base cannot be set")]
+    /// The base of a ring that runs, or a new in-flight region while one does.
+    #[error("queue {0} runs, which does not go together")]
     Running(u32),
     /// A kick without fd asks for busy polling of the ring.
     #[error("queue {0} has no kick fd, and polling of a ring is not supported")]
@@ -84,6 +86,9 @@ pub enum Refusal {
     /// Guest memory.
     #[error("guest memory")]
     Memory(#[from] MemoryError),
+    /// The in-flight region.
+    #[error(transparent)]
+    Inflight(#[from] InflightError),
     /// The device said no, or a system call failed.
     #[error("device")]
     Device(#[from] io::Error),
@@ -114,6 +119,8 @@ enum Answer {
     Done,
     /// A reply that the request always has.
     Reply(Vec<u8>),
+    /// The same, with a file.
+    ReplyWithFd(Vec<u8>, OwnedFd),
 }
 
 type Handled = Result<Answer, Refusal>;
@@ -146,6 +153,8 @@ pub struct Session<D: Device> {
     acked_features: u64,
     acked_protocol: u64,
     memory: Arc<GuestMemory>,
+    /// What SET_INFLIGHT_FD gave us, for the rings that start from now on.
+    inflight: Option<Arc<InflightRegion>>,
     vrings: Vec<Vring>,
     backend_channel: Option<OwnedFd>,
     config_changed: Arc<EventFd>,
@@ -175,6 +184,7 @@ impl<D: Device> Session<D> {
             acked_features: 0,
             acked_protocol: 0,
             memory: Arc::default(),
+            inflight: None,
             vrings,
             backend_channel: None,
             config_changed,
@@ -237,6 +247,9 @@ impl<D: Device> Session<D> {
         let for_error = request.clone();
         match self.dispatch(request, fds) {
             Ok(Answer::Reply(bytes)) => self.connection.send(&bytes)?,
+            Ok(Answer::ReplyWithFd(bytes, fd)) => {
+                self.connection.send_with(&bytes, &[fd.as_fd()])?;
+            }
             Ok(Answer::Done) if header.need_reply() => {
                 self.connection
                     .send(&message::reply_u64(header.request, 0))?;
@@ -308,6 +321,8 @@ impl<D: Device> Session<D> {
                 Ok(Answer::Done)
             }
             R::NetSetMtu(mtu) => self.set_mtu(mtu),
+            R::GetInflightFd(info) => self.get_inflight(info),
+            R::SetInflightFd(info) => self.set_inflight(info, &fds),
             R::Unsupported(_) => Err(Refusal::Unsupported),
             other => self.dispatch_vring(other, fds),
         }
@@ -364,11 +379,13 @@ impl<D: Device> Session<D> {
     }
 
     fn start_if_ready(&mut self, index: u32) -> Result<(), Refusal> {
-        let enabled_by_default = self.acked_features & 1 << features::PROTOCOL_FEATURES == 0;
-        let (device, memory) = (Arc::clone(&self.device), Arc::clone(&self.memory));
-        let features = self.acked_features;
-        let vring = self.vring(index)?;
-        vring.start_if_ready(&device, &memory, features, enabled_by_default)
+        let device = Arc::clone(&self.device);
+        let surroundings = Surroundings {
+            memory: Arc::clone(&self.memory),
+            inflight: self.inflight.clone(),
+            features: self.acked_features,
+        };
+        self.vring(index)?.start_if_ready(&device, &surroundings)
     }
 
     fn start_all_ready(&mut self) -> Result<(), Refusal> {
@@ -420,6 +437,36 @@ impl<D: Device> Session<D> {
         Answer::Reply(message::reply_config(offset, flags, &data))
     }
 
+    /// A new region, for the frontend to keep. Each queue gets room for the largest ring that the
+    /// device takes: a driver may choose one larger than the frontend expects.
+    fn get_inflight(&self, asked: InflightInfo) -> Handled {
+        let most = self.device.num_queues();
+        if !(1..=most).contains(&asked.num_queues) || asked.queue_size == 0 {
+            return Err(InflightError::BadShape {
+                queues: asked.num_queues,
+                size: asked.queue_size,
+                bytes: asked.map_size,
+            }
+            .into());
+        }
+        let entries = asked.queue_size.max(self.device.max_queue_size());
+        let (file, mut info) = inflight::allocate(asked.num_queues, entries)?;
+        info.queue_size = asked.queue_size;
+        Ok(Answer::ReplyWithFd(message::reply_inflight(&info), file))
+    }
+
+    /// The region that rings use which start from now on.
+    fn set_inflight(&mut self, info: InflightInfo, fds: &[OwnedFd]) -> Handled {
+        let running = self.vrings.iter().position(Vring::is_running);
+        if let Some(index) = running {
+            return Err(Refusal::Running(index as u32));
+        }
+        // The codec has checked that the fd is there.
+        let fd = fds.first().ok_or(Refusal::Unsupported)?;
+        self.inflight = Some(Arc::new(InflightRegion::map(info, fd)?));
+        Ok(Answer::Done)
+    }
+
     fn change_memory(&mut self, request: &Request, fds: &[OwnedFd]) -> Handled {
         let (memory, removed) = match request {
             Request::SetMemTable(regions) => (map_table(regions, fds)?, true),
@@ -460,6 +507,8 @@ impl<D: Device> Session<D> {
     fn reset_device(&mut self) -> Handled {
         self.stop_all()?;
         self.acked_features = 0;
+        // What the driver had in flight it has given up.
+        self.inflight = None;
         for vring in &mut self.vrings {
             vring.reset();
         }

@@ -135,6 +135,25 @@ pub(crate) fn memfd(name: &std::ffi::CStr, len: u64) -> io::Result<OwnedFd> {
     Ok(fd)
 }
 
+/// A memfd of `len` bytes that nobody can resize any more.
+pub(crate) fn sealed_memfd(name: &std::ffi::CStr, len: u64) -> io::Result<OwnedFd> {
+    let flags = libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING;
+    // SAFETY: name is a C string; the new fd is ours alone.
+    let fd = unsafe {
+        match libc::memfd_create(name.as_ptr(), flags) {
+            -1 => return Err(io::Error::last_os_error()),
+            fd => OwnedFd::from_raw_fd(fd),
+        }
+    };
+    std::fs::File::from(fd.try_clone()?).set_len(len)?;
+    let seals = libc::F_SEAL_SHRINK | libc::F_SEAL_GROW | libc::F_SEAL_SEAL;
+    // SAFETY: fcntl on an fd that is open.
+    match unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_ADD_SEALS, seals) } {
+        0 => Ok(fd),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
 /// A new eventfd, close-on-exec and non-blocking.
 pub(crate) fn event() -> io::Result<OwnedFd> {
     // SAFETY: no preconditions; the new fd is ours alone.

@@ -26,6 +26,7 @@ use virtio_bindings::virtio_ring::{
 
 use crate::chain::Chain;
 use crate::guest_memory::{GuestMemory, GuestSlice, MemoryError, RawSlice};
+use crate::inflight::{InflightError, InflightRegion, Tracker};
 use crate::latency::Latency;
 use crate::metrics::QueueCounters;
 
@@ -88,6 +89,9 @@ pub enum RingError {
     /// An address outside of guest memory.
     #[error("bad address in the ring")]
     Memory(#[from] MemoryError),
+    /// What an earlier process left in the in-flight region cannot be.
+    #[error("cannot continue the ring")]
+    Inflight(#[from] InflightError),
 }
 
 /// Where the frontend placed a ring, as in SET_VRING_ADDR, and how large it is.
@@ -147,6 +151,13 @@ pub struct Ring {
     /// used.idx when the driver's wish to be signalled was last looked at.
     signalled_used: u16,
     latency: Option<Latency>,
+    /// Where requests in flight are noted, if the frontend gave us a region.
+    tracker: Option<Tracker>,
+    /// What an earlier process left in flight, to be popped first, and how many of it have been.
+    resubmits: Vec<u16>,
+    resubmitted: usize,
+    /// Pops after those; counted up to `u16::MAX`, and only where there were any.
+    fresh: u16,
 }
 
 impl Ring {
@@ -171,6 +182,10 @@ impl Ring {
             published_used: 0,
             signalled_used: 0,
             latency: None,
+            tracker: None,
+            resubmits: Vec::new(),
+            resubmitted: 0,
+            fresh: 0,
         };
         // The used index is in the ring, and survives us there.
         ring.next_used = u16::from_le(ring.used_idx()?.load(Ordering::Acquire));
@@ -189,6 +204,60 @@ impl Ring {
         if let Some(latency) = &mut self.latency {
             latency.begin_batch();
         }
+    }
+
+    /// The same ring, with its requests in flight noted in the part of `region` for `queue`. Where
+    /// an earlier process noted some, this ring begins with these, and after that with the first
+    /// chain that was not taken, whatever base it was given.
+    pub fn tracked(mut self, region: Arc<InflightRegion>, queue: u16) -> Result<Ring, RingError> {
+        let mut tracker = Tracker::new(region, queue, self.layout.size)?;
+        if let Some(heads) = tracker.recover(self.next_used)? {
+            if self.are_next(&heads)? {
+                // Answered in order so far: the ring itself knows them, and in which order. From
+                // the last to the first, so that those still marked are always the first ones.
+                for head in heads.iter().rev() {
+                    tracker.forget(*head)?;
+                }
+                self.next_avail = self.next_used;
+            } else {
+                // At most the ring's size.
+                self.next_avail = self.next_used.wrapping_add(heads.len() as u16);
+                self.resubmits = heads;
+            }
+            self.known_avail = self.next_avail;
+        }
+        self.tracker = Some(tracker);
+        Ok(self)
+    }
+
+    /// Whether the available ring has exactly these from the used index on.
+    fn are_next(&self, heads: &[u16]) -> Result<bool, RingError> {
+        let avail = self.avail();
+        for (at, head) in (self.next_used..=u16::MAX).chain(0..=u16::MAX).zip(heads) {
+            if u16::from_le(avail.load(self.avail_entry(at))?) != *head {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+
+    /// Offset in the available ring of the entry with this index.
+    fn avail_entry(&self, index: u16) -> usize {
+        4 + 2 * self.slot(index)
+    }
+
+    fn slot(&self, index: u16) -> usize {
+        usize::from(index & (self.layout.size - 1))
+    }
+
+    /// Whether guest memory or the in-flight region was truncated under us.
+    pub fn is_lost(&self) -> bool {
+        self.memory.is_lost() || self.tracker.as_ref().is_some_and(Tracker::is_lost)
+    }
+
+    /// Chains of an earlier process that have yet to be popped.
+    pub(crate) fn resubmits_left(&self) -> usize {
+        self.resubmits.len() - self.resubmitted
     }
 
     /// Number of entries.
@@ -231,6 +300,12 @@ impl Ring {
 
     /// Chains that wait in the ring. Fetches avail.idx.
     pub fn num_available(&mut self) -> Result<u16, RingError> {
+        let ahead = self.fetch_avail()?;
+        // Both at most the ring's size, which is at most half of what fits.
+        Ok(ahead.saturating_add(self.resubmits_left() as u16))
+    }
+
+    fn fetch_avail(&mut self) -> Result<u16, RingError> {
         let idx = self.avail().atomic_u16(2)?;
         // Acquire: the ring entries and descriptors below this index are read after it.
         let avail = u16::from_le(idx.load(Ordering::Acquire));
@@ -255,13 +330,29 @@ impl Ring {
 
     /// Takes the next chain into `chain`, whose allocations are reused; false where there is none.
     pub fn pop_into(&mut self, chain: &mut Chain) -> Result<bool, RingError> {
-        if self.known_avail == self.next_avail && self.num_available()? == 0 {
+        if let Some(head) = self.resubmits.get(self.resubmitted) {
+            // Still marked, under its old number.
+            chain.begin(*head, &self.memory);
+            self.follow(chain)?;
+            self.resubmitted += 1;
+            if let Some(latency) = &mut self.latency {
+                latency.popped(chain.head());
+            }
+            return Ok(true);
+        }
+        if self.known_avail == self.next_avail && self.fetch_avail()? == 0 {
             return Ok(false);
         }
-        let slot = usize::from(self.next_avail & (self.layout.size - 1));
+        let slot = self.slot(self.next_avail);
         let head = u16::from_le(self.avail().load::<u16>(4 + 2 * slot)?);
         chain.begin(head, &self.memory);
         self.follow(chain)?;
+        if let Some(tracker) = &mut self.tracker {
+            tracker.take(slot, head)?;
+            if !self.resubmits.is_empty() {
+                self.fresh = self.fresh.saturating_add(1);
+            }
+        }
         self.next_avail = self.next_avail.wrapping_add(1);
         if let Some(latency) = &mut self.latency {
             latency.popped(head);
@@ -271,7 +362,20 @@ impl Ring {
 
     /// Puts back the `count` chains popped last: they will be popped again, in the same order.
     pub fn put_back(&mut self, count: u16) {
-        self.next_avail = self.next_avail.wrapping_sub(count);
+        let mut fresh = count;
+        if !self.resubmits.is_empty() {
+            fresh = count.min(self.fresh);
+            self.fresh -= fresh;
+            self.resubmitted = self.resubmitted.saturating_sub(usize::from(count - fresh));
+        }
+        for _ in 0..fresh {
+            self.next_avail = self.next_avail.wrapping_sub(1);
+            let slot = self.slot(self.next_avail);
+            if let Some(tracker) = &mut self.tracker {
+                // Cannot fail: it was marked.
+                let _ = tracker.untake(slot);
+            }
+        }
     }
 
     /// Walks the descriptors of `chain.head()`.
@@ -325,6 +429,9 @@ impl Ring {
         let slot = usize::from(self.next_used & (self.layout.size - 1));
         let entry = u64::from(head) | u64::from(len) << 32;
         self.used().store(4 + 8 * slot, entry.to_le())?;
+        if let Some(tracker) = &mut self.tracker {
+            tracker.push(head)?;
+        }
         self.next_used = self.next_used.wrapping_add(1);
         if let Some(latency) = &mut self.latency {
             latency.used(head);
@@ -341,6 +448,9 @@ impl Ring {
         let idx = self.next_used.to_le();
         self.used_idx()?.store(idx, Ordering::Release);
         self.published_used = self.next_used;
+        if let Some(tracker) = &mut self.tracker {
+            tracker.published(self.next_used)?;
+        }
         if let Some(latency) = &mut self.latency {
             latency.published();
         }

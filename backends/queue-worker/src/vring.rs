@@ -8,12 +8,23 @@ use vmm_sys_util::eventfd::EventFd;
 
 use crate::command::{Command, Start, WorkerHandle};
 use crate::device::{Device, QueueStart};
+use crate::features;
 use crate::guest_memory::GuestMemory;
+use crate::inflight::InflightRegion;
 use crate::metrics::QueueCounters;
 use crate::notify::{Notifiers, VringFd};
 use crate::protocol::message::VringAddr;
 use crate::session::Refusal;
 use crate::virtqueue::RingLayout;
+
+/// What all rings of a session have in common, as it is now.
+#[derive(Debug)]
+pub(crate) struct Surroundings {
+    pub(crate) memory: Arc<GuestMemory>,
+    pub(crate) inflight: Option<Arc<InflightRegion>>,
+    /// Features that the driver accepted.
+    pub(crate) features: u64,
+}
 
 /// One vring. The worker thread is started with the first ring and ends with the session.
 #[derive(Debug)]
@@ -151,15 +162,23 @@ impl Vring {
         self.base
     }
 
+    pub(crate) fn is_running(&self) -> bool {
+        self.running
+    }
+
     /// Starts the ring if it has all it needs, is enabled, and does not run.
     pub(crate) fn start_if_ready<D: Device>(
         &mut self,
         device: &Arc<D>,
-        memory: &Arc<GuestMemory>,
-        features: u64,
-        enabled_by_default: bool,
+        surroundings: &Surroundings,
     ) -> Result<(), Refusal> {
-        let enabled = self.enabled.unwrap_or(enabled_by_default);
+        let Surroundings {
+            memory,
+            inflight,
+            features,
+        } = surroundings;
+        let by_default = features & 1 << features::PROTOCOL_FEATURES == 0;
+        let enabled = self.enabled.unwrap_or(by_default);
         let (Some(addr), Some(kick)) = (self.addr, &self.kick) else {
             return Ok(());
         };
@@ -173,7 +192,7 @@ impl Vring {
             queue: QueueStart {
                 queue: self.index,
                 size: self.size,
-                features,
+                features: *features,
                 counters: Arc::clone(&self.counters),
             },
             layout: RingLayout {
@@ -184,6 +203,7 @@ impl Vring {
             },
             base: self.base,
             memory: Arc::clone(memory),
+            inflight: inflight.clone(),
             notifiers: Notifiers {
                 kick: Arc::clone(kick),
                 call: self.call.clone(),

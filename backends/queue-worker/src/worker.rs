@@ -144,7 +144,12 @@ impl<D: Device> QueueThread<D> {
         let memory = Rc::new(GuestMemory::clone(&start.memory));
         let features = start.queue.features;
         let losses = sigbus::losses();
-        let ring = match Ring::new(start.layout, start.base, features, memory) {
+        let ring = Ring::new(start.layout, start.base, features, memory);
+        let ring = ring.and_then(|ring| match start.inflight {
+            Some(region) => ring.tracked(region, queue),
+            None => Ok(ring),
+        });
+        let ring = match ring {
             Ok(mut ring) => {
                 ring.measure_latency(Arc::clone(&start.queue.counters));
                 ring
@@ -194,6 +199,7 @@ impl<D: Device> QueueThread<D> {
     /// Stops the ring, if one runs; the index of the next chain to take.
     fn stop(&mut self) -> Option<u16> {
         let mut running = self.running.take()?;
+        running.finish_resubmitted();
         running.drain();
         let _ = running.notifiers.take_kicks();
         debug!(
@@ -303,7 +309,7 @@ impl<W: QueueWorker> Running<W> {
         let losses = sigbus::losses();
         if losses != self.losses {
             self.losses = losses;
-            if self.ring.memory().is_lost() {
+            if self.ring.is_lost() {
                 return Err(QueueError::MemoryLost);
             }
         }
@@ -323,6 +329,20 @@ impl<W: QueueWorker> Running<W> {
             })?;
         }
         Ok(())
+    }
+
+    /// Has the device take what an earlier process left in flight, if it has not yet: a ring that
+    /// is stopped has no such requests.
+    fn finish_resubmitted(&mut self) {
+        let mut left = self.ring.resubmits_left();
+        while left > 0 && self.enabled && !self.broken {
+            self.process(Ready::default());
+            self.drain();
+            let before = std::mem::replace(&mut left, self.ring.resubmits_left());
+            if left == before {
+                break;
+            }
+        }
     }
 
     /// Finishes everything in flight.
@@ -366,7 +386,7 @@ impl<W: QueueWorker> Running<W> {
 
     fn report(&mut self, error: &QueueError) {
         self.broken = true;
-        if self.ring.memory().is_lost() {
+        if self.ring.is_lost() {
             let _ = self.notifiers.memory_lost.write(1);
         }
         report_broken(self.name, self.queue, error);

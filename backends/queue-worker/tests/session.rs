@@ -7,7 +7,9 @@ use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use berth_queue_worker::protocol::message::{FrontendReq, HEADER_SIZE, frontend_request};
+use berth_queue_worker::protocol::message::{
+    FrontendReq, HEADER_SIZE, InflightInfo, frontend_request,
+};
 use berth_queue_worker::session::SessionError;
 use berth_queue_worker::testing::{
     Buffer, DriverQueue, Echo, FakeDriver, FakeFrontend, GuestRam, NO_PROTOCOL_FEATURES, Setup,
@@ -265,6 +267,64 @@ fn reset_stops_all_rings_and_tells_the_device() {
 }
 
 #[test]
+fn in_flight_region_is_sealed_has_room_and_comes_back() {
+    let (mut frontend, session) = frontend();
+    frontend.negotiate(u64::MAX);
+    let region = frontend.get_inflight(2, 128);
+    // The device takes rings of 1024, so that is what there is room for.
+    assert_eq!(region.info.map_size, 2 * (16 + 16 * 1024 + 48));
+    assert_eq!((region.info.num_queues, region.info.queue_size), (2, 128));
+    let file = std::fs::File::from(region.file.try_clone().unwrap());
+    assert_eq!(file.metadata().unwrap().len(), region.info.map_size);
+    assert!(file.set_len(0).is_err(), "sealed against shrinking");
+    assert_eq!(frontend.set_inflight(&region), 0);
+    assert_eq!(frontend.set_inflight(&region), 0, "as often as it likes");
+    frontend.disconnect();
+    session.join().unwrap();
+}
+
+#[test]
+fn in_flight_region_that_cannot_be_is_refused() {
+    let (mut frontend, session) = frontend();
+    frontend.negotiate(u64::MAX);
+    let mut region = frontend.get_inflight(1, 64);
+    let good = region.info;
+    let with = |change: fn(&mut InflightInfo)| {
+        let mut info = good;
+        change(&mut info);
+        info
+    };
+    let bad = [
+        with(|info| info.map_size = 0),
+        with(|info| info.map_size = 31),
+        with(|info| info.map_size = u64::MAX),
+        with(|info| info.map_size += 1),
+        with(|info| info.map_offset = 64),
+        with(|info| info.map_offset = 1),
+        with(|info| info.map_offset = u64::MAX - 7),
+        with(|info| info.num_queues = 0),
+        with(|info| info.num_queues = u16::MAX),
+    ];
+    for info in bad {
+        region.info = info;
+        assert_ne!(frontend.set_inflight(&region), 0, "{info:x?}");
+    }
+    for (num_queues, queue_size) in [(0, 64), (3, 64), (1, 0)] {
+        let asked = InflightInfo {
+            num_queues,
+            queue_size,
+            ..InflightInfo::default()
+        };
+        let ack = frontend.try_request(FrontendReq::GET_INFLIGHT_FD, &asked.to_bytes(), &[]);
+        assert_ne!(ack, 0, "{asked:?}");
+    }
+    region.info = good;
+    assert_eq!(frontend.set_inflight(&region), 0);
+    frontend.disconnect();
+    session.join().unwrap();
+}
+
+#[test]
 fn senseless_requests_are_refused_and_the_session_goes_on() {
     let (mut frontend, session) = frontend();
     frontend.negotiate(u64::MAX);
@@ -275,7 +335,7 @@ fn senseless_requests_are_refused_and_the_session_goes_on() {
         ),
         (
             FrontendReq::SET_PROTOCOL_FEATURES,
-            (1u64 << 12).to_ne_bytes().to_vec(),
+            (1u64 << 16).to_ne_bytes().to_vec(),
         ),
         (FrontendReq::SET_VRING_NUM, state(0, 3)),
         (FrontendReq::SET_VRING_NUM, state(0, 0)),
@@ -288,7 +348,6 @@ fn senseless_requests_are_refused_and_the_session_goes_on() {
             FrontendReq::SET_VRING_KICK,
             (1u64 << 8).to_ne_bytes().to_vec(),
         ),
-        (FrontendReq::GET_INFLIGHT_FD, vec![0; 24]),
         (FrontendReq::POSTCOPY_ADVISE, vec![]),
     ];
     for (request, payload) in refused {

@@ -30,6 +30,7 @@ impl Guest {
             queue_size: 256,
             features,
             ram_size: 64 << 20,
+            inflight: true,
         };
         let driver = FakeDriver::connect(socket, setup);
         Self {

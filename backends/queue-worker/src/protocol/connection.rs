@@ -121,10 +121,23 @@ impl Connection {
     }
 
     /// Sends a reply; waits for room, but not for ever.
-    pub fn send(&mut self, mut bytes: &[u8]) -> Result<(), ConnectionError> {
+    pub fn send(&mut self, bytes: &[u8]) -> Result<(), ConnectionError> {
+        self.send_with(bytes, &[])
+    }
+
+    /// Sends a reply with fds; waits for room, but not for ever.
+    pub fn send_with(
+        &mut self,
+        mut bytes: &[u8],
+        mut fds: &[BorrowedFd],
+    ) -> Result<(), ConnectionError> {
         while !bytes.is_empty() {
-            match send_with_fds(self.stream.as_fd(), bytes, &[]) {
-                Ok(sent) => bytes = &bytes[sent..],
+            match send_with_fds(self.stream.as_fd(), bytes, fds) {
+                Ok(sent) => {
+                    bytes = &bytes[sent..];
+                    // They went with the first byte.
+                    fds = &[];
+                }
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => self.wait_writable()?,
                 Err(e) if e.kind() == io::ErrorKind::BrokenPipe => {
                     return Err(ConnectionError::Closed);

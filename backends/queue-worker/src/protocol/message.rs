@@ -129,6 +129,44 @@ pub struct VringAddr {
     pub avail: u64,
 }
 
+/// Where the in-flight region lies, and for how many queues of which size it is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct InflightInfo {
+    /// Bytes of it; not said by a frontend that asks for one.
+    pub map_size: u64,
+    /// Where it begins in its file.
+    pub map_offset: u64,
+    /// Queues.
+    pub num_queues: u16,
+    /// Entries of the largest of their rings.
+    pub queue_size: u16,
+}
+
+impl InflightInfo {
+    /// The payload: a C struct, with padding at its end.
+    pub fn to_bytes(self) -> [u8; 24] {
+        let mut bytes = [0; 24];
+        bytes[..8].copy_from_slice(&self.map_size.to_ne_bytes());
+        bytes[8..16].copy_from_slice(&self.map_offset.to_ne_bytes());
+        bytes[16..18].copy_from_slice(&self.num_queues.to_ne_bytes());
+        bytes[18..20].copy_from_slice(&self.queue_size.to_ne_bytes());
+        bytes
+    }
+
+    /// From a payload, with or without the padding.
+    pub fn parse(bytes: &[u8]) -> Option<InflightInfo> {
+        let (words, rest) = bytes.split_first_chunk::<16>()?;
+        let (size, offset) = words.split_at(8);
+        let halves = rest.first_chunk::<4>()?;
+        Some(InflightInfo {
+            map_size: u64::from_ne_bytes(size.try_into().ok()?),
+            map_offset: u64::from_ne_bytes(offset.try_into().ok()?),
+            num_queues: u16::from_ne_bytes([halves[0], halves[1]]),
+            queue_size: u16::from_ne_bytes([halves[2], halves[3]]),
+        })
+    }
+}
+
 /// A parsed request. Fds stay beside it, in the order in which they came.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[allow(missing_docs, reason = "the names are the specification's")]
@@ -193,6 +231,9 @@ pub enum Request {
     /// One fd.
     AddMemReg(RegionInfo),
     RemMemReg(RegionInfo),
+    GetInflightFd(InflightInfo),
+    /// One fd.
+    SetInflightFd(InflightInfo),
     /// Known to the specification, not offered by us.
     Unsupported(FrontendReq),
 }
@@ -238,6 +279,13 @@ impl Payload<'_> {
         self.region()
     }
 
+    fn inflight(&mut self) -> Result<InflightInfo, CodecError> {
+        let bytes = self.take::<20>()?;
+        InflightInfo::parse(&bytes).ok_or(CodecError::BadPayload {
+            request: self.request,
+        })
+    }
+
     fn vring_state(&mut self) -> Result<(u32, u32), CodecError> {
         Ok((self.u32()?, self.u32()?))
     }
@@ -269,7 +317,7 @@ impl Request {
         use Request as R;
         let expected = match self {
             R::SetMemTable(regions) => regions.len(),
-            R::AddMemReg(_) | R::SetBackendReqFd => 1,
+            R::AddMemReg(_) | R::SetBackendReqFd | R::SetInflightFd(_) => 1,
             R::SetVringKick { has_fd, .. }
             | R::SetVringCall { has_fd, .. }
             | R::SetVringErr { has_fd, .. } => usize::from(*has_fd),
@@ -313,6 +361,8 @@ fn parse_payload(code: FrontendReq, payload: &mut Payload) -> Result<Request, Co
         F::GET_MAX_MEM_SLOTS => R::GetMaxMemSlots,
         F::ADD_MEM_REG => R::AddMemReg(payload.region_after_padding()?),
         F::REM_MEM_REG => R::RemMemReg(payload.region_after_padding()?),
+        F::GET_INFLIGHT_FD => R::GetInflightFd(payload.inflight()?),
+        F::SET_INFLIGHT_FD => R::SetInflightFd(payload.inflight()?),
         F::SET_VRING_NUM
         | F::SET_VRING_ADDR
         | F::SET_VRING_BASE
@@ -424,6 +474,15 @@ pub fn reply_vring_base(index: u32, base: u16) -> Vec<u8> {
         FrontendReq::GET_VRING_BASE.into(),
         VERSION | FLAG_REPLY,
         &[&index.to_ne_bytes(), &u32::from(base).to_ne_bytes()],
+    )
+}
+
+/// The reply to GET_INFLIGHT_FD; the region's fd goes with it.
+pub fn reply_inflight(info: &InflightInfo) -> Vec<u8> {
+    message(
+        FrontendReq::GET_INFLIGHT_FD.into(),
+        VERSION | FLAG_REPLY,
+        &[&info.to_bytes()],
     )
 }
 

@@ -225,6 +225,16 @@ impl DriverQueue {
         u16::from_le(slice.atomic_u16(0).unwrap().load(Ordering::Acquire))
     }
 
+    /// used.idx as the device wrote it: where a frontend has the next backend go on.
+    pub fn used_idx(&self) -> u16 {
+        self.field(self.used + 2)
+    }
+
+    /// Requests offered and not answered, as far as this driver has looked.
+    pub fn outstanding(&self) -> u16 {
+        self.avail_idx.wrapping_sub(self.last_used)
+    }
+
     /// The next used entry, if there is one: head and length.
     pub fn poll_used(&mut self) -> Option<(u16, u32)> {
         if self.field(self.used + 2) == self.last_used {

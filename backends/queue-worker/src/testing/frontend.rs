@@ -2,7 +2,7 @@
 
 use std::io::{ErrorKind, Read};
 use std::net::Shutdown;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 
 use super::TIMEOUT;
@@ -10,13 +10,24 @@ use super::driver::DriverQueue;
 use super::ram::GuestRam;
 use crate::features;
 use crate::guest_memory::RegionInfo;
-use crate::protocol::connection::send_with_fds;
-use crate::protocol::message::{self, FrontendReq, HEADER_SIZE};
+use crate::protocol::connection::{receive_with_fds, send_with_fds};
+use crate::protocol::message::{self, FrontendReq, HEADER_SIZE, InflightInfo};
 
 /// A vhost-user frontend that sends what a test wants.
 #[derive(Debug)]
 pub struct FakeFrontend {
     stream: UnixStream,
+    /// What came with replies and nobody has taken.
+    fds: Vec<OwnedFd>,
+}
+
+/// An in-flight region, as a frontend keeps it while backends come and go.
+#[derive(Debug)]
+pub struct Inflight {
+    /// The memory.
+    pub file: OwnedFd,
+    /// Where in it the region is.
+    pub info: InflightInfo,
 }
 
 fn bytes_of(words: &[u64]) -> Vec<u8> {
@@ -40,7 +51,8 @@ impl FakeFrontend {
     pub fn new(stream: UnixStream) -> FakeFrontend {
         stream.set_read_timeout(Some(TIMEOUT)).unwrap();
         stream.set_write_timeout(Some(TIMEOUT)).unwrap();
-        FakeFrontend { stream }
+        let fds = Vec::new();
+        FakeFrontend { stream, fds }
     }
 
     /// Sends bytes as they are.
@@ -83,8 +95,14 @@ impl FakeFrontend {
 
     fn read_reply(&mut self, request: FrontendReq) -> Vec<u8> {
         let mut header = [0; HEADER_SIZE];
-        let got = self.stream.read_exact(&mut header);
-        got.unwrap_or_else(|e| panic!("no reply to {request:?}: {e}"));
+        let mut have = 0;
+        while have < HEADER_SIZE {
+            match receive_with_fds(self.stream.as_fd(), &mut header[have..], &mut self.fds) {
+                Ok(0) => panic!("no reply to {request:?}: the backend closed the connection"),
+                Ok(got) => have += got,
+                Err(e) => panic!("no reply to {request:?}: {e}"),
+            }
+        }
         let word = |at: usize| u32::from_ne_bytes(header[at..at + 4].try_into().unwrap());
         assert_eq!(word(0), u32::from(request), "reply to another request");
         assert!(message::is_reply(word(4)), "flags {:#x}", word(4));
@@ -168,6 +186,27 @@ impl FakeFrontend {
         let mut payload = bytes_of(&[0]);
         payload.extend(bytes_of(&region_words(info)));
         self.try_request(FrontendReq::REM_MEM_REG, &payload, &[])
+    }
+
+    /// GET_INFLIGHT_FD: a new region.
+    pub fn get_inflight(&mut self, num_queues: u16, queue_size: u16) -> Inflight {
+        let asked = InflightInfo {
+            num_queues,
+            queue_size,
+            ..InflightInfo::default()
+        };
+        let reply = self.ask(FrontendReq::GET_INFLIGHT_FD, &asked.to_bytes());
+        Inflight {
+            file: self.fds.pop().expect("an fd with the region"),
+            info: InflightInfo::parse(&reply).expect("the shape of the region"),
+        }
+    }
+
+    /// SET_INFLIGHT_FD; the acknowledgement.
+    pub fn set_inflight(&mut self, region: &Inflight) -> u64 {
+        let payload = region.info.to_bytes();
+        let fds = [region.file.as_fd()];
+        self.try_request(FrontendReq::SET_INFLIGHT_FD, &payload, &fds)
     }
 
     /// Sets a queue up from `base`, with its fds, and enables it.

@@ -25,7 +25,7 @@ use std::time::Duration;
 
 pub use driver::{Buffer, DriverQueue};
 pub use echo::{Echo, EchoWorker};
-pub use frontend::FakeFrontend;
+pub use frontend::{FakeFrontend, Inflight};
 pub use ram::GuestRam;
 
 use crate::daemon::serve_connection;
@@ -49,6 +49,8 @@ pub struct Setup {
     pub features: u64,
     /// Bytes of guest memory.
     pub ram_size: u64,
+    /// Have the backend note requests in flight where they outlive it.
+    pub inflight: bool,
 }
 
 impl Default for Setup {
@@ -58,6 +60,7 @@ impl Default for Setup {
             queue_size: 128,
             features: u64::MAX,
             ram_size: 16 << 20,
+            inflight: false,
         }
     }
 }
@@ -73,6 +76,8 @@ pub struct FakeDriver {
     pub queues: Vec<DriverQueue>,
     /// Features that were negotiated.
     pub features: u64,
+    /// The region of requests in flight, if there is one.
+    pub inflight: Option<Inflight>,
     /// The session's thread, where it runs in this process.
     thread: Option<JoinHandle<SessionError>>,
 }
@@ -100,6 +105,11 @@ impl FakeDriver {
         let queues: Vec<_> = (0..setup.num_queues)
             .map(|index| DriverQueue::new(&ram, index, setup.queue_size, features))
             .collect();
+        let inflight = setup.inflight.then(|| {
+            let region = frontend.get_inflight(setup.num_queues, setup.queue_size);
+            assert_eq!(frontend.set_inflight(&region), 0, "region was refused");
+            region
+        });
         for queue in &queues {
             frontend.start_queue(queue, 0, features);
         }
@@ -108,8 +118,31 @@ impl FakeDriver {
             ram,
             queues,
             features,
+            inflight,
             thread: None,
         }
+    }
+
+    /// Goes on over `frontend`, with another backend than before: memory, the region and the rings
+    /// as they are, and a kick for what may have been missed.
+    pub fn resume(&mut self, mut frontend: FakeFrontend) {
+        let features = frontend.negotiate(self.features);
+        assert_eq!(features, self.features, "the successor offers less");
+        frontend.set_mem_table(&[&self.ram]);
+        if let Some(region) = &self.inflight {
+            assert_eq!(frontend.set_inflight(region), 0, "region was refused");
+        }
+        for queue in &mut self.queues {
+            frontend.start_queue(queue, queue.used_idx(), features);
+            queue.kick();
+        }
+        self.frontend = frontend;
+    }
+
+    /// The same, with the daemon that listens on `path` now.
+    pub fn reconnect(&mut self, path: &Path) {
+        let stream = UnixStream::connect(path).expect("connect to the daemon");
+        self.resume(FakeFrontend::new(stream));
     }
 
     /// Whether `bit` was negotiated.
