@@ -17,6 +17,7 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 use crate::device::{Device, QueueStart};
 use crate::guest_memory::GuestMemory;
 use crate::inflight::InflightRegion;
+use crate::log::QueueLog;
 use crate::notify::{Notifiers, VringFd};
 use crate::sys;
 use crate::virtqueue::RingLayout;
@@ -32,6 +33,7 @@ pub(crate) struct Start {
     /// Where the requests in flight are noted, if the frontend gave us a region.
     pub(crate) inflight: Option<Arc<InflightRegion>>,
     pub(crate) notifiers: Notifiers,
+    pub(crate) log: Option<QueueLog>,
     pub(crate) enabled: bool,
 }
 
@@ -51,6 +53,8 @@ pub(crate) enum Command {
         removed: bool,
         done: Sender<()>,
     },
+    /// Log writes so from now on; answered when nothing is logged as before any more.
+    SetLog(Option<Box<QueueLog>>, Sender<()>),
     SetKick(VringFd),
     SetCall(Option<VringFd>),
     SetErr(Option<VringFd>),

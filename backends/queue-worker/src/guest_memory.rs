@@ -28,7 +28,7 @@ use std::mem::ManuallyDrop;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::ptr::NonNull;
 use std::sync::Arc;
-use std::sync::atomic::AtomicU16;
+use std::sync::atomic::{AtomicU8, AtomicU16};
 
 use vm_memory::ByteValued;
 
@@ -404,6 +404,14 @@ impl<'a> GuestSlice<'a> {
         }
     }
 
+    /// A byte that the other side changes at the same time: the dirty log's.
+    pub fn atomic_u8(&self, offset: usize) -> Result<&'a AtomicU8, MemoryError> {
+        self.check(offset, 1)?;
+        // SAFETY: in bounds, mapped for 'a; a byte is always aligned, and an atomic may be shared
+        // with a writer elsewhere.
+        unsafe { Ok(AtomicU8::from_ptr(self.raw.ptr.add(offset))) }
+    }
+
     pub(crate) fn raw(&self) -> RawSlice {
         self.raw
     }
@@ -462,6 +470,24 @@ impl GuestMemory {
     /// Whether the file of a region was truncated under us.
     pub fn is_lost(&self) -> bool {
         self.regions.iter().any(|region| region.is_lost())
+    }
+
+    /// The guest physical address of what lies at a host address: of a slice, where only its place
+    /// in this process is left. A search over the regions.
+    pub(crate) fn gpa_of(&self, slice: &GuestSlice<'_>) -> Option<u64> {
+        let addr = slice.host_addr() as u64;
+        self.regions.iter().find_map(|region| {
+            let offset = addr.checked_sub(region.as_slice().host_addr() as u64)?;
+            (offset < region.info.size).then(|| region.info.gpa + offset)
+        })
+    }
+
+    /// Where the last region ends; 0 where there is none.
+    pub(crate) fn end(&self) -> u64 {
+        // Sorted, and `map` has checked that it does not overflow.
+        self.regions
+            .last()
+            .map_or(0, |region| region.info.gpa + region.info.size)
     }
 
     /// The regions, by ascending guest physical address.

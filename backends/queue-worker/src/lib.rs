@@ -91,6 +91,7 @@ pub mod features;
 pub mod guest_memory;
 pub mod inflight;
 pub mod latency;
+pub mod log;
 pub mod metrics;
 pub mod notify;
 pub mod protocol;

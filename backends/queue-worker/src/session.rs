@@ -30,22 +30,32 @@ use crate::device::{Device, protocol};
 use crate::features;
 use crate::guest_memory::{GuestMemory, MemoryError, Region, RegionInfo};
 use crate::inflight::{self, InflightError, InflightRegion};
+use crate::log::{DirtyLog, LogError, SessionLog};
 use crate::metrics::Metrics;
 use crate::protocol::connection::{Connection, ConnectionError, Message, send_with_fds};
-use crate::protocol::message::{self, BackendReq, FrontendReq, InflightInfo, Request};
+use crate::protocol::message::{self, BackendReq, FrontendReq, InflightInfo, LogArea, Request};
 use crate::vring::{Surroundings, Vring};
 
 /// VHOST_USER_PROTOCOL_F_* bits that every device offers.
 mod offered {
     pub(super) const MQ: u64 = 1 << 0;
+    pub(super) const LOG_SHMFD: u64 = 1 << 1;
     pub(super) const REPLY_ACK: u64 = 1 << 3;
     pub(super) const BACKEND_REQ: u64 = 1 << 5;
     pub(super) const CONFIG: u64 = 1 << 9;
+    pub(super) const BACKEND_SEND_FD: u64 = 1 << 10;
     pub(super) const INFLIGHT_SHMFD: u64 = 1 << 12;
     pub(super) const RESET_DEVICE: u64 = 1 << 13;
     pub(super) const CONFIGURE_MEM_SLOTS: u64 = 1 << 15;
-    pub(super) const ALL: u64 =
-        MQ | REPLY_ACK | BACKEND_REQ | CONFIG | INFLIGHT_SHMFD | RESET_DEVICE | CONFIGURE_MEM_SLOTS;
+    pub(super) const ALL: u64 = MQ
+        | LOG_SHMFD
+        | REPLY_ACK
+        | BACKEND_REQ
+        | CONFIG
+        | BACKEND_SEND_FD
+        | INFLIGHT_SHMFD
+        | RESET_DEVICE
+        | CONFIGURE_MEM_SLOTS;
 }
 
 /// Most memory regions of a session.
@@ -89,6 +99,9 @@ pub enum Refusal {
     /// The in-flight region.
     #[error(transparent)]
     Inflight(#[from] InflightError),
+    /// The dirty log.
+    #[error("cannot log writes")]
+    Log(#[from] LogError),
     /// The device said no, or a system call failed.
     #[error("device")]
     Device(#[from] io::Error),
@@ -155,6 +168,7 @@ pub struct Session<D: Device> {
     memory: Arc<GuestMemory>,
     /// What SET_INFLIGHT_FD gave us, for the rings that start from now on.
     inflight: Option<Arc<InflightRegion>>,
+    log: SessionLog,
     vrings: Vec<Vring>,
     backend_channel: Option<OwnedFd>,
     config_changed: Arc<EventFd>,
@@ -185,6 +199,7 @@ impl<D: Device> Session<D> {
             acked_protocol: 0,
             memory: Arc::default(),
             inflight: None,
+            log: SessionLog::default(),
             vrings,
             backend_channel: None,
             config_changed,
@@ -303,6 +318,11 @@ impl<D: Device> Session<D> {
             R::SetMemTable(_) | R::AddMemReg(_) | R::RemMemReg(_) => {
                 self.change_memory(&request, &fds)
             }
+            R::SetLogBase(area) => self.set_log_base(area, &fds),
+            R::SetLogFd => {
+                self.log.notify = fds.into_iter().next().map(Arc::new);
+                Ok(self.update_logs())
+            }
             R::GetConfig {
                 offset,
                 size,
@@ -337,8 +357,13 @@ impl<D: Device> Session<D> {
                 self.vring(index)?.set_num(num, max)?;
                 index
             }
-            R::SetVringAddr { index, addr } => {
-                self.vring(index)?.set_addr(addr);
+            R::SetVringAddr {
+                index,
+                addr,
+                log_used,
+            } => {
+                let log = self.log.clone();
+                self.vring(index)?.set_addr(addr, log_used, &log);
                 index
             }
             R::SetVringBase { index, base } => {
@@ -383,6 +408,7 @@ impl<D: Device> Session<D> {
         let surroundings = Surroundings {
             memory: Arc::clone(&self.memory),
             inflight: self.inflight.clone(),
+            log: self.log.clone(),
             features: self.acked_features,
         };
         self.vring(index)?.start_if_ready(&device, &surroundings)
@@ -401,9 +427,45 @@ impl<D: Device> Session<D> {
         if unknown != 0 {
             return Err(Refusal::NotOffered(unknown));
         }
-        self.acked_features = bits;
-        self.device.features_acked(bits);
-        Ok(Answer::Done)
+        // The switch of the log is between the frontend and us: rings run on, and the device hears
+        // of no change.
+        let log_all = 1 << features::LOG_ALL;
+        self.acked_features = bits & !log_all;
+        self.device.features_acked(self.acked_features);
+        self.log.data = bits & log_all != 0;
+        Ok(self.update_logs())
+    }
+
+    /// Has all running rings log as the frontend wants it now; returns when they do.
+    fn update_logs(&self) -> Answer {
+        let asked: Vec<_> = self
+            .vrings
+            .iter()
+            .map(|vring| (vring, vring.update_log(&self.log)))
+            .collect();
+        for (vring, done) in asked {
+            if let Some(done) = done {
+                vring.wait_for(&done);
+            }
+        }
+        Answer::Done
+    }
+
+    fn set_log_base(&mut self, area: LogArea, fds: &[OwnedFd]) -> Handled {
+        // The codec has checked that the fd is there.
+        let fd = fds.first().ok_or(Refusal::Unsupported)?;
+        let log = DirtyLog::map(area, fd)?;
+        let end = self.memory.end();
+        if end > log.end() {
+            return Err(Refusal::Log(LogError::Beyond {
+                gpa: 0,
+                len: end,
+                end: log.end(),
+            }));
+        }
+        self.log.log = Some(Arc::new(log));
+        self.update_logs();
+        Ok(number(FrontendReq::SET_LOG_BASE, 0))
     }
 
     fn protocol_features(&self) -> u64 {
@@ -488,7 +550,7 @@ impl<D: Device> Session<D> {
             .collect();
         for (vring, done) in asked {
             if let Some(done) = done {
-                vring.memory_updated(&done);
+                vring.wait_for(&done);
             }
         }
         self.start_all_ready()?;
@@ -509,6 +571,7 @@ impl<D: Device> Session<D> {
         self.acked_features = 0;
         // What the driver had in flight it has given up.
         self.inflight = None;
+        self.log = SessionLog::default();
         for vring in &mut self.vrings {
             vring.reset();
         }

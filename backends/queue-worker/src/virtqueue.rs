@@ -28,6 +28,7 @@ use crate::chain::Chain;
 use crate::guest_memory::{GuestMemory, GuestSlice, MemoryError, RawSlice};
 use crate::inflight::{InflightError, InflightRegion, Tracker};
 use crate::latency::Latency;
+use crate::log::{LogError, QueueLog, RingLog};
 use crate::metrics::QueueCounters;
 
 /// Longest chain taken, indirect descriptors included. The specification's limit is the queue
@@ -92,6 +93,9 @@ pub enum RingError {
     /// What an earlier process left in the in-flight region cannot be.
     #[error("cannot continue the ring")]
     Inflight(#[from] InflightError),
+    /// Writes that cannot be logged for a migration.
+    #[error("cannot log a write")]
+    Log(#[from] LogError),
 }
 
 /// Where the frontend placed a ring, as in SET_VRING_ADDR, and how large it is.
@@ -158,6 +162,8 @@ pub struct Ring {
     resubmitted: usize,
     /// Pops after those; counted up to `u16::MAX`, and only where there were any.
     fresh: u16,
+    /// While the frontend wants our writes logged.
+    log: Option<Box<RingLog>>,
 }
 
 impl Ring {
@@ -186,6 +192,7 @@ impl Ring {
             resubmits: Vec::new(),
             resubmitted: 0,
             fresh: 0,
+            log: None,
         };
         // The used index is in the ring, and survives us there.
         ring.next_used = u16::from_le(ring.used_idx()?.load(Ordering::Acquire));
@@ -250,9 +257,11 @@ impl Ring {
         usize::from(index & (self.layout.size - 1))
     }
 
-    /// Whether guest memory or the in-flight region was truncated under us.
+    /// Whether guest memory, the in-flight region or the dirty log was truncated under us.
     pub fn is_lost(&self) -> bool {
-        self.memory.is_lost() || self.tracker.as_ref().is_some_and(Tracker::is_lost)
+        self.memory.is_lost()
+            || self.tracker.as_ref().is_some_and(Tracker::is_lost)
+            || self.log.as_ref().is_some_and(|log| log.is_lost())
     }
 
     /// Chains of an earlier process that have yet to be popped.
@@ -279,7 +288,53 @@ impl Ring {
     pub(crate) fn set_memory(&mut self, memory: Rc<GuestMemory>) -> Result<(), RingError> {
         self.parts = Parts::translate(&self.layout, &memory)?;
         self.memory = memory;
+        if let Some(log) = &mut self.log {
+            log.chain.release();
+        }
         Ok(())
+    }
+
+    /// What is logged from now on, also of chains that were taken before.
+    pub(crate) fn set_log(&mut self, log: Option<QueueLog>) {
+        self.log = log.map(|queue| Box::new(RingLog::new(queue)));
+    }
+
+    /// The chain of `head` may have been written.
+    #[cold]
+    fn log_chain(&mut self, head: u16) -> Result<(), RingError> {
+        let Some(mut log) = self.log.take() else {
+            return Ok(());
+        };
+        let result = self.log_writable(&mut log, head);
+        self.log = Some(log);
+        result
+    }
+
+    fn log_writable(&self, log: &mut RingLog, head: u16) -> Result<(), RingError> {
+        if !log.logs_data() {
+            return Ok(());
+        }
+        let mut chain = std::mem::take(&mut log.chain);
+        chain.begin(head, &self.memory);
+        let result = self.follow(&mut chain).and_then(|()| {
+            for piece in chain.writable() {
+                // The piece was found in this memory.
+                let gpa = self.memory.gpa_of(&piece).unwrap_or(u64::MAX);
+                log.mark_data(gpa, piece.len())?;
+            }
+            Ok(())
+        });
+        log.chain = chain;
+        result
+    }
+
+    /// `len` bytes at `offset` of the used ring were written.
+    #[inline]
+    fn log_used(&mut self, offset: usize, len: usize) -> Result<(), RingError> {
+        match &mut self.log {
+            None => Ok(()),
+            Some(log) => Ok(log.mark_used(offset, len)?),
+        }
     }
 
     fn desc_table(&self) -> GuestSlice<'_> {
@@ -366,7 +421,6 @@ impl Ring {
         if !self.resubmits.is_empty() {
             fresh = count.min(self.fresh);
             self.fresh -= fresh;
-            self.resubmitted = self.resubmitted.saturating_sub(usize::from(count - fresh));
         }
         for _ in 0..fresh {
             self.next_avail = self.next_avail.wrapping_sub(1);
@@ -375,6 +429,26 @@ impl Ring {
                 // Cannot fail: it was marked.
                 let _ = tracker.untake(slot);
             }
+            if self.log.is_some() {
+                let head = self.avail().load::<u16>(4 + 2 * slot).map(u16::from_le);
+                self.log_put_back(head.map_err(RingError::from));
+            }
+        }
+        for _ in fresh..count {
+            self.resubmitted = self.resubmitted.saturating_sub(1);
+            if let (Some(&head), true) = (self.resubmits.get(self.resubmitted), self.log.is_some())
+            {
+                self.log_put_back(Ok(head));
+            }
+        }
+    }
+
+    /// A chain that was taken may have been written, and is left to a successor.
+    #[cold]
+    fn log_put_back(&mut self, head: Result<u16, RingError>) {
+        let logged = head.and_then(|head| self.log_chain(head));
+        if let (Err(error), Some(log)) = (logged, &mut self.log) {
+            log.fail_later(error);
         }
     }
 
@@ -426,12 +500,16 @@ impl Ring {
     /// The device is done with the chain of `head` and wrote `len` bytes into it. Visible to the
     /// driver after [`publish`](Ring::publish), which the library calls after every `process`.
     pub fn push_used(&mut self, head: u16, len: u32) -> Result<(), RingError> {
+        if self.log.is_some() {
+            self.log_chain(head)?;
+        }
         let slot = usize::from(self.next_used & (self.layout.size - 1));
         let entry = u64::from(head) | u64::from(len) << 32;
         self.used().store(4 + 8 * slot, entry.to_le())?;
         if let Some(tracker) = &mut self.tracker {
             tracker.push(head)?;
         }
+        self.log_used(4 + 8 * slot, 8)?;
         self.next_used = self.next_used.wrapping_add(1);
         if let Some(latency) = &mut self.latency {
             latency.used(head);
@@ -441,12 +519,21 @@ impl Ring {
 
     /// Makes all pushed entries visible to the driver; whether there were any.
     pub fn publish(&mut self) -> Result<bool, RingError> {
+        let published = self.publish_index()?;
+        if let Some(log) = &mut self.log {
+            log.finish_batch()?;
+        }
+        Ok(published)
+    }
+
+    fn publish_index(&mut self) -> Result<bool, RingError> {
         if self.published_used == self.next_used {
             return Ok(false);
         }
         // Release: the entries, and the data they speak of, are visible before the index.
         let idx = self.next_used.to_le();
         self.used_idx()?.store(idx, Ordering::Release);
+        self.log_used(2, 2)?;
         self.published_used = self.next_used;
         if let Some(tracker) = &mut self.tracker {
             tracker.published(self.next_used)?;
@@ -484,6 +571,7 @@ impl Ring {
         if !self.event_idx {
             let flags = (VRING_USED_F_NO_NOTIFY as u16).to_le();
             self.used().atomic_u16(0)?.store(flags, Ordering::Relaxed);
+            self.log_used(0, 2)?;
         }
         Ok(())
     }
@@ -496,8 +584,10 @@ impl Ring {
             let offset = 4 + 8 * usize::from(self.layout.size);
             let next = self.next_avail.to_le();
             used.atomic_u16(offset)?.store(next, Ordering::Relaxed);
+            self.log_used(offset, 2)?;
         } else {
             used.atomic_u16(0)?.store(0, Ordering::Relaxed);
+            self.log_used(0, 2)?;
         }
         // SeqCst: the wish is visible before avail.idx is read again; the driver does it the other
         // way round (virtio 1.3, 2.7.10).

@@ -11,6 +11,7 @@ use crate::device::{Device, QueueStart};
 use crate::features;
 use crate::guest_memory::GuestMemory;
 use crate::inflight::InflightRegion;
+use crate::log::SessionLog;
 use crate::metrics::QueueCounters;
 use crate::notify::{Notifiers, VringFd};
 use crate::protocol::message::VringAddr;
@@ -22,6 +23,7 @@ use crate::virtqueue::RingLayout;
 pub(crate) struct Surroundings {
     pub(crate) memory: Arc<GuestMemory>,
     pub(crate) inflight: Option<Arc<InflightRegion>>,
+    pub(crate) log: SessionLog,
     /// Features that the driver accepted.
     pub(crate) features: u64,
 }
@@ -32,6 +34,8 @@ pub(crate) struct Vring {
     index: u16,
     size: u16,
     addr: Option<VringAddr>,
+    /// Guest address of the used ring, where writes to it are logged.
+    log_used: Option<u64>,
     base: u16,
     kick: Option<VringFd>,
     call: Option<VringFd>,
@@ -55,6 +59,7 @@ impl Vring {
             index,
             size: 0,
             addr: None,
+            log_used: None,
             base: 0,
             kick: None,
             call: None,
@@ -84,12 +89,26 @@ impl Vring {
         }
     }
 
-    /// Frontends repeat the addresses of a live ring when dirty logging begins: no change then.
-    pub(crate) fn set_addr(&mut self, addr: VringAddr) {
+    /// Frontends repeat the addresses of a live ring when dirty logging begins: only `log_used`
+    /// is new then, and the ring goes on.
+    pub(crate) fn set_addr(&mut self, addr: VringAddr, log_used: Option<u64>, log: &SessionLog) {
         if self.addr != Some(addr) {
             self.pause();
             self.addr = Some(addr);
         }
+        if self.log_used != log_used {
+            self.log_used = log_used;
+            if let Some(done) = self.update_log(log) {
+                self.wait_for(&done);
+            }
+        }
+    }
+
+    /// Has a running ring log as `log` says; to be waited for with [`wait_for`](Vring::wait_for).
+    pub(crate) fn update_log(&self, log: &SessionLog) -> Option<Receiver<()>> {
+        let log = log.of_queue(self.log_used).map(Box::new);
+        self.runner()
+            .map(|worker| worker.ask(|done| Command::SetLog(log, done)))
     }
 
     pub(crate) fn set_base(&mut self, base: u32) -> Result<(), Refusal> {
@@ -140,6 +159,7 @@ impl Vring {
     pub(crate) fn reset(&mut self) {
         self.size = 0;
         self.addr = None;
+        self.log_used = None;
         self.base = 0;
         self.enabled = Some(false);
     }
@@ -175,6 +195,7 @@ impl Vring {
         let Surroundings {
             memory,
             inflight,
+            log,
             features,
         } = surroundings;
         let by_default = features & 1 << features::PROTOCOL_FEATURES == 0;
@@ -211,6 +232,7 @@ impl Vring {
                 memory_lost: Arc::clone(&self.memory_lost),
                 counters: Arc::clone(&self.counters),
             },
+            log: log.of_queue(self.log_used),
             enabled,
         };
         let worker = match self.worker.take() {
@@ -223,8 +245,7 @@ impl Vring {
         Ok(())
     }
 
-    /// Hands a running ring new memory; to be waited for with
-    /// [`memory_updated`](Vring::memory_updated).
+    /// Hands a running ring new memory; to be waited for with [`wait_for`](Vring::wait_for).
     pub(crate) fn update_memory(
         &self,
         memory: &Arc<GuestMemory>,
@@ -239,8 +260,8 @@ impl Vring {
         })
     }
 
-    /// Returns when the memory of before is not used any more.
-    pub(crate) fn memory_updated(&self, done: &Receiver<()>) {
+    /// Returns when the worker has done what it was asked for, and uses nothing of before.
+    pub(crate) fn wait_for(&self, done: &Receiver<()>) {
         if let Some(worker) = self.runner() {
             worker.wait(done);
         }

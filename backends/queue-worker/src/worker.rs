@@ -128,6 +128,10 @@ impl<D: Device> QueueThread<D> {
                 drop(memory);
                 let _ = done.send(());
             }
+            (Command::SetLog(log, done), Some(running)) => {
+                running.ring.set_log(log.map(|log| *log));
+                let _ = done.send(());
+            }
             (Command::SetKick(kick), Some(running)) => {
                 running.notifiers.kick = kick;
                 running.pending = Some(Ready::default());
@@ -151,6 +155,7 @@ impl<D: Device> QueueThread<D> {
         });
         let ring = match ring {
             Ok(mut ring) => {
+                ring.set_log(start.log);
                 ring.measure_latency(Arc::clone(&start.queue.counters));
                 ring
             }

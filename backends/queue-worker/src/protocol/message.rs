@@ -30,6 +30,8 @@ const FLAG_NEED_REPLY: u32 = 1 << 3;
 /// Bit 8 of a kick, call or err message: no fd comes with it.
 const VRING_NOFD: u64 = 1 << 8;
 const VRING_INDEX_MASK: u64 = 0xff;
+/// Bit 0 of SET_VRING_ADDR's flags: writes to the used ring are logged.
+const VRING_F_LOG: u32 = 1;
 
 /// A message that does not follow the protocol's framing.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
@@ -167,6 +169,15 @@ impl InflightInfo {
     }
 }
 
+/// Where the dirty log lies in its file, and how long it is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LogArea {
+    /// Length in bytes.
+    pub size: u64,
+    /// Where it begins in the file.
+    pub offset: u64,
+}
+
 /// A parsed request. Fds stay beside it, in the order in which they came.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[allow(missing_docs, reason = "the names are the specification's")]
@@ -177,13 +188,19 @@ pub enum Request {
     ResetOwner,
     /// One fd for each region.
     SetMemTable(Vec<RegionInfo>),
+    /// One fd.
+    SetLogBase(LogArea),
+    /// One fd.
+    SetLogFd,
     SetVringNum {
         index: u32,
         num: u32,
     },
+    /// `log_used`: guest address of the used ring, where writes to it are to be logged.
     SetVringAddr {
         index: u32,
         addr: VringAddr,
+        log_used: Option<u64>,
     },
     SetVringBase {
         index: u32,
@@ -317,7 +334,11 @@ impl Request {
         use Request as R;
         let expected = match self {
             R::SetMemTable(regions) => regions.len(),
-            R::AddMemReg(_) | R::SetBackendReqFd | R::SetInflightFd(_) => 1,
+            R::AddMemReg(_)
+            | R::SetBackendReqFd
+            | R::SetInflightFd(_)
+            | R::SetLogBase(_)
+            | R::SetLogFd => 1,
             R::SetVringKick { has_fd, .. }
             | R::SetVringCall { has_fd, .. }
             | R::SetVringErr { has_fd, .. } => usize::from(*has_fd),
@@ -358,6 +379,11 @@ fn parse_payload(code: FrontendReq, payload: &mut Payload) -> Result<Request, Co
         F::SET_BACKEND_REQ_FD => R::SetBackendReqFd,
         F::GET_CONFIG | F::SET_CONFIG => parse_config(code, payload)?,
         F::SET_MEM_TABLE => parse_mem_table(payload)?,
+        F::SET_LOG_BASE => {
+            let (size, offset) = (payload.u64()?, payload.u64()?);
+            R::SetLogBase(LogArea { size, offset })
+        }
+        F::SET_LOG_FD => R::SetLogFd,
         F::GET_MAX_MEM_SLOTS => R::GetMaxMemSlots,
         F::ADD_MEM_REG => R::AddMemReg(payload.region_after_padding()?),
         F::REM_MEM_REG => R::RemMemReg(payload.region_after_padding()?),
@@ -392,13 +418,19 @@ fn parse_vring(code: FrontendReq, payload: &mut Payload) -> Result<Request, Code
             R::SetVringErr { index, has_fd }
         }
         F::SET_VRING_ADDR => {
-            let (index, _flags) = payload.vring_state()?;
+            let (index, flags) = payload.vring_state()?;
             let addr = VringAddr {
                 desc: payload.u64()?,
                 used: payload.u64()?,
                 avail: payload.u64()?,
             };
-            R::SetVringAddr { index, addr }
+            let log_guest_addr = payload.u64()?;
+            let log_used = (flags & VRING_F_LOG != 0).then_some(log_guest_addr);
+            R::SetVringAddr {
+                index,
+                addr,
+                log_used,
+            }
         }
         _ => {
             let (index, num) = payload.vring_state()?;
@@ -566,6 +598,39 @@ mod tests {
                 has_fd: false
             })
         );
+    }
+
+    #[test]
+    fn dirty_log_needs_its_area_and_one_fd() {
+        let area = words(&[0x2000, 0x1000]);
+        let request = parse(FrontendReq::SET_LOG_BASE, &area, 1);
+        let expected = LogArea {
+            size: 0x2000,
+            offset: 0x1000,
+        };
+        assert_eq!(request, Ok(Request::SetLogBase(expected)));
+        assert!(parse(FrontendReq::SET_LOG_BASE, &area, 0).is_err());
+        assert!(parse(FrontendReq::SET_LOG_BASE, &area, 2).is_err());
+        assert!(parse(FrontendReq::SET_LOG_BASE, &area[..8], 1).is_err());
+        assert_eq!(
+            parse(FrontendReq::SET_LOG_FD, &[], 1),
+            Ok(Request::SetLogFd)
+        );
+        assert!(parse(FrontendReq::SET_LOG_FD, &[], 0).is_err());
+    }
+
+    #[test]
+    fn used_ring_is_logged_where_the_flag_says_so() {
+        for (flags, expected) in [(0, None), (1, Some(0x5000)), (2, None), (3, Some(0x5000))] {
+            let payload = words(&[flags << 32, 0x1000, 0x3000, 0x2000, 0x5000]);
+            let request = parse(FrontendReq::SET_VRING_ADDR, &payload, 0).unwrap();
+            let Request::SetVringAddr { log_used, .. } = request else {
+                panic!("{request:?}")
+            };
+            assert_eq!(log_used, expected, "flags {flags}");
+        }
+        let short = words(&[0, 0x1000, 0x3000, 0x2000]);
+        assert!(parse(FrontendReq::SET_VRING_ADDR, &short, 0).is_err());
     }
 
     #[test]

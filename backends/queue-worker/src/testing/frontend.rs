@@ -151,6 +151,8 @@ impl FakeFrontend {
     /// SET_OWNER, features and protocol features; `wanted` of what is offered. Returns them.
     pub fn negotiate(&mut self, wanted: u64) -> u64 {
         self.send(FrontendReq::SET_OWNER, &[], &[]);
+        // The switch of the dirty log is not the driver's: a test turns it on by itself.
+        let wanted = wanted & !(1 << features::LOG_ALL);
         let bits = self.number(FrontendReq::GET_FEATURES) & wanted;
         if bits & 1 << features::PROTOCOL_FEATURES != 0 {
             let protocol = self.number(FrontendReq::GET_PROTOCOL_FEATURES);
@@ -228,9 +230,26 @@ impl FakeFrontend {
 
     /// SET_VRING_ADDR.
     pub fn set_vring_addr(&mut self, queue: &DriverQueue) {
+        self.set_vring_addr_logged(queue, false);
+    }
+
+    /// SET_VRING_ADDR, with VHOST_VRING_F_LOG for the used ring or without.
+    pub fn set_vring_addr_logged(&mut self, queue: &DriverQueue, logged: bool) {
         let [desc, avail, used] = queue.uvas();
-        let payload = bytes_of(&[u64::from(queue.index()), desc, used, avail, 0]);
+        let index = u64::from(queue.index()) | u64::from(logged) << 32;
+        let payload = bytes_of(&[index, desc, used, avail, queue.gpas()[2]]);
         self.request(FrontendReq::SET_VRING_ADDR, &payload, &[]);
+    }
+
+    /// SET_LOG_BASE; what it answers, 0 for success.
+    pub fn set_log_base(&mut self, size: u64, offset: u64, fd: BorrowedFd) -> u64 {
+        let payload = bytes_of(&[size, offset]);
+        self.try_request(FrontendReq::SET_LOG_BASE, &payload, &[fd])
+    }
+
+    /// SET_FEATURES.
+    pub fn set_features(&mut self, bits: u64) {
+        self.request(FrontendReq::SET_FEATURES, &bits.to_ne_bytes(), &[]);
     }
 
     /// SET_VRING_ENABLE.

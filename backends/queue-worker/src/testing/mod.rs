@@ -15,6 +15,7 @@
 mod driver;
 mod echo;
 mod frontend;
+mod log;
 mod ram;
 
 use std::os::unix::net::UnixStream;
@@ -26,6 +27,7 @@ use std::time::Duration;
 pub use driver::{Buffer, DriverQueue};
 pub use echo::{Echo, EchoWorker};
 pub use frontend::{FakeFrontend, Inflight};
+pub use log::LogWatch;
 pub use ram::GuestRam;
 
 use crate::daemon::serve_connection;
