@@ -32,6 +32,8 @@ pub struct BlkSettings<'a> {
     pub queues: u16,
     /// What GET_ID says, if anything.
     pub serial_id: Option<&'a str>,
+    /// Further flags.
+    pub more: &'a [&'a str],
 }
 
 impl Daemon {
@@ -46,6 +48,7 @@ impl Daemon {
         }
         args.push(format!("--num-queues={}", set.queues.max(1)));
         args.extend(set.serial_id.map(|id| format!("--serial-id={id}")));
+        args.extend(set.more.iter().map(|&flag| flag.to_owned()));
         Self::ours(context, "berth-blk", name, args)
     }
 

@@ -23,6 +23,7 @@
 
 pub mod console;
 pub mod daemons;
+pub mod driver;
 pub mod http;
 pub mod image;
 pub mod kernel_counts;

@@ -140,6 +140,57 @@ pub fn fetch(address: SocketAddr, path: &str, to: &Path, limit: Duration) -> Res
     Ok(std::io::copy(&mut reader, &mut File::create(to)?)?)
 }
 
+/// Waits until frames can be sent through an interface: its carrier is there, and the kernel has noticed.
+///
+/// # Errors
+/// It does not come up in time.
+pub fn wait_up(name: &str, limit: Duration) -> Result<()> {
+    crate::wait::until(&format!("{name} to be up"), limit, || {
+        let link = run("ip", &["-o", "link", "show", "dev", name])?;
+        Ok(link.contains("state UP").then_some(()))
+    })
+}
+
+/// Sends and receives whole frames on an interface.
+#[derive(Debug)]
+pub struct FrameSocket(OwnedFd);
+
+impl FrameSocket {
+    /// On `interface`, in this thread's network namespace.
+    ///
+    /// # Errors
+    /// There is no such interface.
+    pub fn open(interface: &str) -> Result<Self> {
+        let socket = sys::packet_socket(interface);
+        Ok(Self(socket.with_context(|| {
+            format!("packet socket on {interface}")
+        })?))
+    }
+
+    /// Hands a frame to the interface, as if this host sent it.
+    ///
+    /// # Errors
+    /// The interface is down, or its queue full.
+    pub fn send(&self, frame: &[u8]) -> Result<()> {
+        sys::send_frame(&self.0, frame).context("send a frame")
+    }
+
+    /// The next frame that came in from the interface; none when there is none within `limit`.
+    ///
+    /// # Errors
+    /// The socket's own.
+    pub fn receive<'a>(&self, buffer: &'a mut [u8], limit: Duration) -> Result<Option<&'a [u8]>> {
+        loop {
+            match sys::receive_frame(&self.0, buffer, limit)? {
+                None => return Ok(None),
+                // What this host sends is not asked for.
+                Some((_, true)) => {}
+                Some((length, false)) => return Ok(Some(&buffer[..length.min(buffer.len())])),
+            }
+        }
+    }
+}
+
 /// Frames seen on an interface, by direction.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Frames {
@@ -202,7 +253,7 @@ fn count_frames(socket: &OwnedFd, stop: &AtomicBool) -> std::io::Result<Frames> 
     let mut frames = Frames::default();
     // Reads the queue empty before it looks at `stop`, so that nothing seen is lost.
     loop {
-        match sys::receive_frame(socket, Duration::from_millis(50))? {
+        match sys::receive_frame(socket, &mut [0], Duration::from_millis(50))? {
             Some((length, true)) => {
                 frames.to_guest += 1;
                 frames.to_guest_longest = frames.to_guest_longest.max(length);

@@ -4,7 +4,7 @@
     reason = "namespaces, pidfds, inotify, packet sockets and perf events have no std API"
 )]
 
-use std::ffi::CString;
+use std::ffi::{CStr, CString};
 use std::io::{Error, Result};
 use std::mem::size_of;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
@@ -28,6 +28,12 @@ fn owned(fd: libc::c_int) -> Result<OwnedFd> {
     let fd = check(fd)?;
     // SAFETY: `fd` is open, was returned to this caller alone, and nothing else closes it.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// Anonymous memory that can be passed on.
+pub(crate) fn memfd(name: &CStr) -> Result<OwnedFd> {
+    // SAFETY: `name` is a NUL-terminated string that outlives the call.
+    owned(unsafe { libc::memfd_create(name.as_ptr(), libc::MFD_CLOEXEC) })
 }
 
 /// Gives the calling thread, and what it spawns, an empty network namespace.
@@ -148,22 +154,26 @@ pub(crate) fn packet_socket(interface: &str) -> Result<OwnedFd> {
     Ok(socket)
 }
 
-/// One frame's full length, and whether this host sent it; none when nothing came in time.
-pub(crate) fn receive_frame(socket: &OwnedFd, timeout: Duration) -> Result<Option<(usize, bool)>> {
+/// The next frame, cut to `buffer`: its full length, and whether this host sent it; none when nothing came
+/// in time.
+pub(crate) fn receive_frame(
+    socket: &OwnedFd,
+    buffer: &mut [u8],
+    timeout: Duration,
+) -> Result<Option<(usize, bool)>> {
     if poll_readable(&[socket.as_raw_fd()], timeout)?.is_none() {
         return Ok(None);
     }
-    let mut byte = [0u8; 1];
     // SAFETY: all zeroes is a valid sockaddr_ll.
     let mut from: libc::sockaddr_ll = unsafe { std::mem::zeroed() };
     let mut length = size_of::<libc::sockaddr_ll>() as libc::socklen_t;
-    // SAFETY: `byte` and `from` are live and of the lengths given. MSG_TRUNC asks for the frame's real
+    // SAFETY: `buffer` and `from` are live and of the lengths given. MSG_TRUNC asks for the frame's real
     // length and writes no more than the buffer holds.
     let received = unsafe {
         libc::recvfrom(
             socket.as_raw_fd(),
-            byte.as_mut_ptr().cast(),
-            byte.len(),
+            buffer.as_mut_ptr().cast(),
+            buffer.len(),
             libc::MSG_TRUNC | libc::MSG_DONTWAIT,
             (&raw mut from).cast(),
             &raw mut length,
@@ -173,6 +183,23 @@ pub(crate) fn receive_frame(socket: &OwnedFd, timeout: Duration) -> Result<Optio
         Ok(size) => Ok(Some((size, from.sll_pkttype == libc::PACKET_OUTGOING))),
         Err(_) => Err(Error::last_os_error()),
     }
+}
+
+/// Sends one frame.
+pub(crate) fn send_frame(socket: &OwnedFd, frame: &[u8]) -> Result<()> {
+    // SAFETY: `frame` is live and of the length given.
+    let sent = unsafe {
+        libc::send(
+            socket.as_raw_fd(),
+            frame.as_ptr().cast(),
+            frame.len(),
+            libc::MSG_DONTWAIT,
+        )
+    };
+    if sent < 0 {
+        return Err(Error::last_os_error());
+    }
+    Ok(())
 }
 
 /// Opens a counter of tracepoint `id` for thread `tid`; read it as one little-endian u64.
