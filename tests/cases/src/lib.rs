@@ -7,11 +7,13 @@
 
 pub mod backend_loss;
 pub mod bad_input;
+pub mod blocks;
 pub mod boot;
 pub mod counters;
 mod cpu;
 pub mod disk;
 pub mod interop_qemu;
+pub mod kill_storm;
 mod memory;
 pub mod net;
 pub mod net_control;
@@ -34,6 +36,7 @@ pub fn stories() -> Vec<Story> {
         pci::STORIES,
         power::STORIES,
         storm::STORIES,
+        kill_storm::STORIES,
         interop_qemu::STORIES,
         bad_input::STORIES,
     ]
