@@ -182,9 +182,13 @@ impl Connection {
             .begun
             .as_ref()
             .is_some_and(|begun| Arc::ptr_eq(begun, &rings));
+        if !resume {
+            session.inflight = None;
+        }
         session.begun = Some(Arc::clone(&rings));
         self.peer.begin(session.limit);
-        let started = Running::start(&mut self.peer, &rings, &self.offer, resume);
+        let inflight = &mut session.inflight;
+        let started = Running::start(&mut self.peer, &rings, &self.offer, inflight, resume);
         let running = started.inspect_err(|error| {
             // What one refuses that never had the rings it will refuse again, such as their size. One
             // that comes back may only need time.

@@ -8,7 +8,9 @@
 //!  frontend                                             backend
 //!    SET_OWNER, GET_FEATURES, GET/SET_PROTOCOL_FEATURES ─▶
 //!    GET_QUEUE_NUM, SET_BACKEND_REQ_FD, GET_CONFIG ──────▶        live: the guest may find the device
-//!    SET_FEATURES, SET_MEM_TABLE, SET_VRING_* ───────────▶        DRIVER_OK
+//!    SET_FEATURES, SET_MEM_TABLE ────────────────────────▶        DRIVER_OK
+//!    GET_INFLIGHT_FD (once), SET_INFLIGHT_FD ────────────▶
+//!    SET_VRING_* ────────────────────────────────────────▶
 //!    ◀─ CONFIG_CHANGE_MSG     GET_CONFIG ────────────────▶        config interrupt
 //!    SET_VRING_ENABLE 0, GET_VRING_BASE ─────────────────▶        device reset
 //! ```
@@ -27,6 +29,7 @@ mod connection;
 mod deadline;
 mod device;
 mod dial;
+mod inflight;
 mod kind;
 mod peer;
 mod session;

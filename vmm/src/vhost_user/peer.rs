@@ -66,6 +66,7 @@ fn wanted_protocol() -> VhostUserProtocolFeatures {
         | VhostUserProtocolFeatures::REPLY_ACK
         | VhostUserProtocolFeatures::CONFIG
         | VhostUserProtocolFeatures::BACKEND_REQ
+        | VhostUserProtocolFeatures::INFLIGHT_SHMFD
 }
 
 impl Peer {
@@ -165,6 +166,12 @@ impl Peer {
     /// Whether rings have to be enabled.
     pub(super) fn has_protocol_features(&self) -> bool {
         self.features & PROTOCOL_FEATURES != 0
+    }
+
+    /// Whether it notes requests in flight where they outlive it.
+    pub(super) fn tracks_inflight(&self) -> bool {
+        self.protocol
+            .contains(VhostUserProtocolFeatures::INFLIGHT_SHMFD)
     }
 
     /// Makes sure that what was sent has arrived, for backends that do not acknowledge it: so no more

@@ -13,8 +13,8 @@
 //! the wish in [`Shared`]. Every operation has a deadline; one that is missed ends the connection, and
 //! the rings count as taken back: a process that does not answer can be told nothing more.
 //!
-//! A backend that comes back gets the rings again from the used index on, if what it offers still
-//! holds what the driver chose.
+//! A backend that comes back gets the rings again from the used index on, with the region that says
+//! what its predecessor had in flight, if what it offers still holds what the driver chose.
 
 use std::collections::BTreeMap;
 use std::io::{self, ErrorKind};
@@ -25,6 +25,7 @@ use std::time::{Duration, Instant};
 use super::connection::Connection;
 use super::deadline::Deadlines;
 use super::dial;
+use super::inflight::Inflight;
 use super::peer::{Error, Peer};
 use super::shared::{Rings, SessionState, Shared};
 use super::wait::Waiter;
@@ -62,6 +63,8 @@ pub(super) struct Session {
     idle: Waiter,
     /// Rings that some backend has run, so that the next one resumes them.
     pub(super) begun: Option<Arc<Rings>>,
+    /// What backends have in flight of these rings.
+    pub(super) inflight: Option<Inflight>,
     /// What the driver wrote to configuration space, for the next backend.
     pub(super) written: BTreeMap<usize, Vec<u8>>,
     /// What was last said about a backend that will not serve, so that it is said once.
@@ -83,6 +86,7 @@ impl Session {
             limit,
             idle,
             begun: None,
+            inflight: None,
             written: BTreeMap::new(),
             said: None,
         })
@@ -163,6 +167,7 @@ impl Session {
     /// What a driver left that is gone does not concern the next.
     pub(super) fn forget_driver(&mut self) {
         self.begun = None;
+        self.inflight = None;
         self.written.clear();
     }
 

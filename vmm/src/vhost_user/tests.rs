@@ -1,19 +1,18 @@
 //! Sessions against a backend of a few lines, which does what a good one would not: stops in the middle,
 //! answers wrongly, changes. Good ones are in `tests/frontend.rs`.
 
+mod backend;
+
 use std::fs::File;
 use std::io::{Read, Write};
-use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::PathBuf;
-use std::sync::Mutex;
-use std::thread::JoinHandle;
+use std::os::unix::net::UnixListener;
 use std::time::Instant;
 
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
-use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 use vmm_sys_util::tempdir::TempDir;
 
+use self::backend::*;
 use super::*;
 use crate::config::{DiskConfig, MemoryConfig, VhostUserConfig};
 use crate::devices::virtio::device::{Activation, QueueSetup, ResetProgress, TransportNotify};
@@ -21,215 +20,6 @@ use crate::memory::GuestRam;
 
 const LIMIT: Duration = Duration::from_millis(200);
 const PATIENCE: Duration = Duration::from_secs(20);
-
-const GET_FEATURES: u32 = 1;
-const SET_OWNER: u32 = 3;
-const SET_MEM_TABLE: u32 = 5;
-const SET_VRING_NUM: u32 = 8;
-const SET_VRING_BASE: u32 = 10;
-const GET_VRING_BASE: u32 = 11;
-const SET_VRING_KICK: u32 = 12;
-const SET_VRING_ERR: u32 = 14;
-const GET_PROTOCOL_FEATURES: u32 = 15;
-const GET_QUEUE_NUM: u32 = 17;
-const SET_VRING_ENABLE: u32 = 18;
-const SET_BACKEND_REQ_FD: u32 = 21;
-const GET_CONFIG: u32 = 24;
-
-const REPLY_ACK: u64 = 1 << 3;
-const VERSION_1: u64 = 1 << 32;
-const FLUSH: u64 = 1 << 9;
-
-/// What the backend does at a request.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Fault {
-    Refuse,
-    Silent,
-    HalfAReply,
-    WrongReply,
-    HangUp,
-}
-
-/// What the backend is.
-#[derive(Clone)]
-struct Script {
-    features: u64,
-    protocol: u64,
-    fault: Option<(u32, Fault)>,
-    /// Flips a bit of some replies; which ones and which bits follows from the number.
-    mangle: Option<u64>,
-}
-
-/// MQ, REPLY_ACK, BACKEND_REQ, CONFIG.
-const GOOD: Script = Script {
-    features: VERSION_1 | FLUSH | 1 << 30,
-    protocol: 1 | REPLY_ACK | 1 << 5 | 1 << 9,
-    fault: None,
-    mangle: None,
-};
-
-#[derive(Default)]
-struct Seen {
-    requests: Mutex<Vec<(u32, Vec<u8>)>>,
-    files: Mutex<Vec<(u32, File)>>,
-    capacity: Mutex<u8>,
-    current: Mutex<Option<UnixStream>>,
-}
-
-impl Seen {
-    fn payload(&self, request: u32) -> Option<Vec<u8>> {
-        let requests = self.requests.lock().unwrap();
-        let mut found = requests.iter().rev().filter(|(code, _)| *code == request);
-        found.next().map(|(_, payload)| payload.clone())
-    }
-
-    fn file(&self, request: u32) -> File {
-        let mut files = self.files.lock().unwrap();
-        let at = files
-            .iter()
-            .rposition(|(code, _)| *code == request)
-            .unwrap();
-        files.remove(at).1
-    }
-}
-
-/// Serves one connection after another until it is dropped, which is its death.
-struct Backend {
-    seen: Arc<Seen>,
-    scripts: Arc<Mutex<Vec<Script>>>,
-    path: PathBuf,
-    thread: Option<JoinHandle<()>>,
-}
-
-impl Backend {
-    /// The scripts are for one connection each, the last for all that follow; none ends it.
-    fn listen(path: &Path, scripts: &[Script]) -> Self {
-        let seen = Arc::<Seen>::default();
-        let mut scripts = scripts.to_vec();
-        scripts.reverse();
-        let scripts = Arc::new(Mutex::new(scripts));
-        let _ = std::fs::remove_file(path);
-        let listener = UnixListener::bind(path).unwrap();
-        let (shared, left) = (Arc::clone(&seen), Arc::clone(&scripts));
-        let thread = thread::spawn(move || {
-            for stream in listener.incoming() {
-                let script = {
-                    let mut left = left.lock().unwrap();
-                    match left.len() {
-                        0 => return,
-                        1 => left[0].clone(),
-                        _ => left.pop().unwrap(),
-                    }
-                };
-                let stream = stream.unwrap();
-                *shared.current.lock().unwrap() = stream.try_clone().ok();
-                serve(stream, &script, &shared);
-                *shared.current.lock().unwrap() = None;
-            }
-        });
-        Self {
-            seen,
-            scripts,
-            path: path.to_owned(),
-            thread: Some(thread),
-        }
-    }
-}
-
-impl Backend {
-    fn hang_up(&self) {
-        if let Some(stream) = &*self.seen.current.lock().unwrap() {
-            let _ = stream.shutdown(std::net::Shutdown::Both);
-        }
-    }
-}
-
-impl Drop for Backend {
-    fn drop(&mut self) {
-        self.scripts.lock().unwrap().clear();
-        let thread = self.thread.take().unwrap();
-        while !thread.is_finished() {
-            self.hang_up();
-            drop(UnixStream::connect(&self.path));
-            thread::yield_now();
-        }
-        let _ = thread.join();
-    }
-}
-
-/// The next number of a sequence that is the same in each run.
-fn next(random: &mut u64) -> u64 {
-    *random ^= *random << 13;
-    *random ^= *random >> 7;
-    *random ^= *random << 17;
-    *random
-}
-
-fn serve(mut stream: UnixStream, script: &Script, seen: &Seen) {
-    let mut mangle = script.mangle;
-    let mut header = [0; 12];
-    while let Ok((12, file)) = stream.recv_with_fd(&mut header) {
-        let word = |i: usize| u32::from_le_bytes(header[4 * i..][..4].try_into().unwrap());
-        let (code, need_reply) = (word(0), word(1) & 8 != 0);
-        let mut payload = vec![0; word(2) as usize];
-        if stream.read_exact(&mut payload).is_err() {
-            return;
-        }
-        seen.requests.lock().unwrap().push((code, payload.clone()));
-        if let Some(file) = file {
-            seen.files.lock().unwrap().push((code, file));
-        }
-        let mut answer = match code {
-            GET_FEATURES => script.features.to_le_bytes().to_vec(),
-            GET_PROTOCOL_FEATURES => script.protocol.to_le_bytes().to_vec(),
-            GET_QUEUE_NUM => 1_u64.to_le_bytes().to_vec(),
-            GET_VRING_BASE => payload,
-            GET_CONFIG => {
-                payload[12] = *seen.capacity.lock().unwrap();
-                payload
-            }
-            _ if need_reply => vec![0; 8],
-            _ => Vec::new(),
-        };
-        let mut reply = Vec::new();
-        for word in [code, 5, answer.len() as u32] {
-            reply.extend(word.to_le_bytes());
-        }
-        let silent = match script.fault {
-            Some((at, fault)) if at == code => match fault {
-                Fault::HangUp => return,
-                Fault::Refuse => {
-                    answer = 1_u64.to_le_bytes().to_vec();
-                    false
-                }
-                Fault::Silent => true,
-                Fault::HalfAReply => stream.write_all(&reply[..7]).is_ok(),
-                Fault::WrongReply => {
-                    reply[0] ^= 0xff;
-                    false
-                }
-            },
-            _ => false,
-        };
-        if silent {
-            // Until the other end gives up.
-            while matches!(stream.read(&mut [0; 64]), Ok(1..)) {}
-            return;
-        }
-        if !answer.is_empty() {
-            reply.extend(answer);
-            if let Some(random) = &mut mangle
-                && next(random).is_multiple_of(4)
-            {
-                let bit = next(random) as usize % (8 * reply.len());
-                reply[bit / 8] ^= 1 << (bit % 8);
-            }
-            if stream.write_all(&reply).is_err() {
-                return;
-            }
-        }
-    }
-}
 
 struct Notes {
     config: EventFd,
@@ -565,6 +355,81 @@ fn rings_are_resumed_at_the_used_index_with_a_kick_and_an_interrupt() {
     wait(&call, "interrupt");
     let base = second.seen.payload(SET_VRING_BASE).unwrap();
     assert_eq!(base, [0, 0, 0, 0, 0xf7, 0xff, 0, 0]);
+}
+
+/// GOOD, and it notes requests in flight.
+fn tracking() -> Script {
+    Script {
+        protocol: GOOD.protocol | INFLIGHT_SHMFD,
+        ..GOOD
+    }
+}
+
+/// The places of `codes` among the requests, in the order in which they came.
+fn order(seen: &Seen, codes: &[u32]) -> Vec<u32> {
+    let requests = seen.requests.lock().unwrap();
+    let codes = requests
+        .iter()
+        .map(|(code, _)| *code)
+        .filter(|code| codes.contains(code));
+    codes.collect()
+}
+
+fn inode(file: &File) -> u64 {
+    use std::os::unix::fs::MetadataExt;
+    file.metadata().unwrap().ino()
+}
+
+#[test]
+fn a_successor_gets_the_region_that_its_predecessor_made() {
+    const CODES: [u32; 3] = [GET_INFLIGHT_FD, SET_INFLIGHT_FD, SET_VRING_NUM];
+    let mut bench = bench();
+    let first = Backend::listen(&bench.path, &[tracking()]);
+    bench.live();
+    let [kick, _] = bench.activate();
+    until("started", || first.seen.payload(SET_VRING_ENABLE).is_some());
+    assert_eq!(order(&first.seen, &CODES), CODES);
+    // Held, so that no other file gets its inode.
+    let region = first.seen.file(SET_INFLIGHT_FD);
+    let shape = first.seen.payload(SET_INFLIGHT_FD).unwrap();
+    // 4096 bytes from 0 for one queue of 64.
+    assert_eq!(
+        shape[..18],
+        [0, 16, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0]
+    );
+    assert_eq!(shape[18..20], [64, 0]);
+    drop(first);
+    // One that cannot read it is not given the rings.
+    let second = Backend::listen(&bench.path, &[GOOD, tracking()]);
+    wait(&kick, "kick");
+    assert_eq!(order(&second.seen, &CODES), CODES[1..]);
+    assert_eq!(inode(&second.seen.file(SET_INFLIGHT_FD)), inode(&region));
+    assert_eq!(second.seen.payload(SET_INFLIGHT_FD).unwrap(), shape);
+    // Another driver's requests are none of this one's.
+    bench.reset();
+    second.seen.requests.lock().unwrap().clear();
+    bench.activate();
+    until("started", || {
+        second.seen.payload(SET_VRING_ENABLE).is_some()
+    });
+    assert_eq!(order(&second.seen, &CODES), CODES);
+    assert_ne!(inode(&second.seen.file(SET_INFLIGHT_FD)), inode(&region));
+}
+
+#[test]
+fn a_region_that_cannot_be_made_is_asked_for_again_with_the_next_connection() {
+    for fault in [Fault::Silent, Fault::HalfAReply, Fault::HangUp] {
+        let mut bench = bench();
+        let failing = Script {
+            fault: Some((GET_INFLIGHT_FD, fault)),
+            ..tracking()
+        };
+        let backend = Backend::listen(&bench.path, &[failing, tracking()]);
+        bench.live();
+        let [kick, _] = bench.activate();
+        wait(&kick, "kick after the restart");
+        assert_eq!(order(&backend.seen, &[GET_INFLIGHT_FD]).len(), 2);
+    }
 }
 
 #[test]

@@ -1,10 +1,11 @@
 //! Handing rings to a backend and taking them back.
 //!
 //! ```text
-//!  start   SET_FEATURES, SET_MEM_TABLE
+//!  start   SET_FEATURES, SET_MEM_TABLE, SET_INFLIGHT_FD with a region that it made
 //!          each ring: SET_VRING_NUM, _ADDR, _BASE, _ERR, _CALL, _KICK   kick last: it starts the ring
 //!          each ring: SET_VRING_ENABLE 1
-//!  resume  the same, the base from the used ring; then a kick and an interrupt for what was missed
+//!  resume  the same, the region its predecessor's, the base from the used ring; then a kick and an
+//!          interrupt for what was missed
 //!  stop    each ring: SET_VRING_ENABLE 0
 //!          each ring: GET_VRING_BASE             answered when the backend has let go of it
 //! ```
@@ -19,6 +20,7 @@ use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
+use super::inflight::Inflight;
 use super::kind::Offer;
 use super::peer::{Error, PROTOCOL_FEATURES, Peer};
 use super::shared::{Ring, Rings};
@@ -35,11 +37,12 @@ pub(super) struct Running {
 impl Running {
     /// Hands rings over. If it fails the connection is of no more use.
     ///
-    /// `resume` says that a backend has run them before, and is gone.
+    /// `resume` says that a backend has run them before, and is gone; `inflight` is what it has left.
     pub(super) fn start(
         peer: &mut Peer,
         rings: &Rings,
         offer: &Offer,
+        inflight: &mut Option<Inflight>,
         resume: bool,
     ) -> Result<Self, Error> {
         let mut features = offer.acknowledge(rings.features);
@@ -49,6 +52,7 @@ impl Running {
         peer.tell("SET_FEATURES", |frontend| frontend.set_features(features))?;
         let table = memory_table(rings)?;
         peer.tell("SET_MEM_TABLE", |frontend| frontend.set_mem_table(&table))?;
+        Inflight::hand_over(inflight, peer, rings, offer)?;
         let mut running = Self { rings: Vec::new() };
         for ring in &rings.rings {
             let index = usize::from(offer.backend_index(ring.index, rings.features));
