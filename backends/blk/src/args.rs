@@ -26,7 +26,12 @@ Examples:
     qemu-system-x86_64 -object memory-backend-memfd,id=m,size=1G,share=on -numa node,memdev=m \\
       -chardev socket,id=c,path=/run/disk0.sock -device vhost-user-blk-pci,chardev=c …
 
-RUST_LOG sets the log level (error, warn, info, debug, trace). SIGTERM shuts down cleanly.";
+  Make the disk larger under its guest:
+    berth-blk --socket-path=/run/disk0.sock --blk-file=disk.img --control-socket=/run/disk0.ctl
+    truncate -s 20G disk.img && echo resize | nc -N -U /run/disk0.ctl
+
+RUST_LOG sets the log level (error, warn, info, debug, trace). SIGTERM shuts down cleanly, SIGHUP
+looks at the image's size again. Exit code: 0, 1 on failure, 2 on wrong usage.";
 
 /// A disk for virtual machines, as a vhost-user device process.
 #[derive(Clone, Debug, clap::Parser)]

@@ -1,14 +1,16 @@
 //! The disk as a virtio device: features and configuration space. Spec: virtio 1.3, 5.2.3, 5.2.4.
 //!
 //! Configuration is answered on the control thread; the only thing the driver can change, the
-//! write cache setting, reaches the queue threads through an atomic in [`Shared`].
+//! write cache setting, reaches the queue threads through an atomic in [`Shared`]. The only thing
+//! the operator can, the size, is in [`resize`](crate::resize).
 #![forbid(unsafe_code)]
 
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use berth_queue_worker::{Device, QueueStart, RateLimit, RateLimiter};
+use berth_queue_worker::control_socket::Command;
+use berth_queue_worker::{Device, QueueStart, RateLimit, RateLimiter, SessionHandle};
 use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_CONFIG_WCE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH,
     VIRTIO_BLK_F_MQ, VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_SIZE_MAX,
@@ -18,6 +20,7 @@ use virtio_bindings::virtio_blk::{
 use crate::engine::EngineChoice;
 use crate::image::Disk;
 use crate::request::{MAX_RANGE_SECTORS, MAX_RANGES, SECTOR_SIZE};
+use crate::resize::{self, Frontend};
 use crate::worker::BlkWorker;
 
 /// Most queues a disk may have.
@@ -96,6 +99,7 @@ pub struct BlkDevice {
     shared: Arc<Shared>,
     num_queues: u16,
     queue_size: u16,
+    frontend: Frontend,
 }
 
 impl BlkDevice {
@@ -115,6 +119,7 @@ impl BlkDevice {
             }),
             num_queues: config.num_queues,
             queue_size: config.queue_size,
+            frontend: Frontend::default(),
         }
     }
 
@@ -125,6 +130,7 @@ impl BlkDevice {
 
 impl Device for BlkDevice {
     const NAME: &'static str = "blk";
+    const RELOADS: bool = true;
     type Worker = BlkWorker;
 
     fn features(&self) -> u64 {
@@ -192,12 +198,43 @@ impl Device for BlkDevice {
         BlkWorker::new(Arc::clone(&self.shared), start)
     }
 
+    fn session_started(&self, handle: SessionHandle) {
+        self.frontend.set(Some(handle));
+    }
+
     fn session_ended(&self) {
+        self.frontend.set(None);
         self.set_write_cache(true);
     }
 
     fn reset(&self) {
         self.set_write_cache(true);
+    }
+
+    fn reload(&self) {
+        resize::on_signal(&self.shared.disk, &self.frontend);
+    }
+
+    fn commands(&self) -> &'static [Command] {
+        &resize::COMMANDS
+    }
+
+    fn command(&self, name: &str) -> Result<String, String> {
+        debug_assert_eq!(name, "resize", "the only command there is");
+        resize::resize(&self.shared.disk, &self.frontend)
+    }
+
+    fn status(&self) -> String {
+        let disk = &self.shared.disk;
+        let on_off = |on| if on { "on" } else { "off" };
+        format!(
+            "image={:?} sectors={} usable_sectors={} read_only={} write_cache={}",
+            disk.path(),
+            disk.capacity_sectors(),
+            disk.usable_sectors(),
+            on_off(disk.read_only()),
+            on_off(self.shared.write_cache_enabled()),
+        )
     }
 }
 

@@ -17,6 +17,7 @@ pub mod device;
 pub mod engine;
 pub mod image;
 pub mod request;
+mod resize;
 mod task;
 pub mod worker;
 

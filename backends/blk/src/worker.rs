@@ -164,7 +164,7 @@ impl BlkWorker {
         let slot = &mut self.slots[usize::from(index)];
         let disk = self.shared.disk();
         let limits = Limits {
-            capacity_sectors: disk.capacity_sectors(),
+            capacity_sectors: disk.usable_sectors(),
             read_only: disk.read_only(),
         };
         let request = match request::parse(&slot.chain, &limits) {

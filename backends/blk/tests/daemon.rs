@@ -12,41 +12,9 @@ use std::sync::Arc;
 
 use berth_queue_worker::protocol::message::FrontendReq;
 use berth_queue_worker::testing::{Buffer, FakeDriver, FakeFrontend, Setup};
-use support::{Daemon, TIMEOUT, TempDir, command, refused};
+use support::{Daemon, LoopDevice, TIMEOUT, TempDir, command, refused, request, write_and_read};
 
 const MIB: u64 = 1 << 20;
-
-/// One request through queue 0: status and data read.
-fn request(
-    driver: &mut FakeDriver,
-    kind: u32,
-    sector: u64,
-    data: &[u8],
-    read: u32,
-) -> (u8, Vec<u8>) {
-    let ram = Arc::clone(&driver.ram);
-    let header = [
-        &kind.to_le_bytes()[..],
-        &[0; 4],
-        &sector.to_le_bytes()[..],
-        data,
-    ]
-    .concat();
-    let out = ram.alloc(u64::from(read) + 1, 512);
-    driver.queues[0].run(&[
-        Buffer::readable(ram.place(&header), header.len() as u32),
-        Buffer::writable(out, read + 1),
-    ]);
-    let mut bytes = ram.read(out, read as usize + 1);
-    let status = bytes.pop().unwrap();
-    (status, bytes)
-}
-
-fn write_and_read(driver: &mut FakeDriver, sector: u64, fill: u8) {
-    assert_eq!(request(driver, 1, sector, &[fill; 4096], 0).0, 0);
-    let (status, data) = request(driver, 0, sector, &[], 4096);
-    assert_eq!((status, data), (0, vec![fill; 4096]));
-}
 
 #[test]
 fn serves_one_frontend_after_the_other_and_removes_its_socket() {
@@ -449,34 +417,6 @@ fn wait_until_locked(image: &Path) {
     {
         assert!(std::time::Instant::now() < deadline, "qemu-io took no lock");
         std::thread::yield_now();
-    }
-}
-
-/// A loop device on an image, detached when dropped; none where this machine gives us none.
-struct LoopDevice(String);
-
-impl LoopDevice {
-    fn attach(image: &Path) -> Option<LoopDevice> {
-        let output = Command::new("losetup")
-            .args(["--find", "--show"])
-            .arg(image)
-            .output();
-        match output {
-            Ok(output) if output.status.success() => {
-                let name = String::from_utf8(output.stdout).unwrap();
-                Some(LoopDevice(name.trim().to_owned()))
-            }
-            _ => {
-                eprintln!("skipped: no loop device");
-                None
-            }
-        }
-    }
-}
-
-impl Drop for LoopDevice {
-    fn drop(&mut self) {
-        let _ = Command::new("losetup").args(["-d", &self.0]).status();
     }
 }
 

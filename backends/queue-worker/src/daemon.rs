@@ -2,7 +2,8 @@
 //!
 //! ```text
 //!   main: args ─▶ init_logging ─▶ open the device ─▶ run
-//!   run:  block signals ─▶ metrics thread ─▶ endpoint ─▶ loop { accept ─▶ session until it ends }
+//!   run:  block signals ─▶ metrics and control sockets, a thread each ─▶ endpoint
+//!         ─▶ loop { accept ─▶ session until it ends }
 //! ```
 //!
 //! The thread that calls [`run`] is the control thread. One frontend is served at a time; the next
@@ -10,21 +11,24 @@
 #![forbid(unsafe_code)]
 
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use tracing::{info, warn};
 
+use crate::control_socket::{self, ControlServer};
 use crate::device::Device;
 use crate::endpoint::{Endpoint, EndpointError, Listener};
 use crate::metrics::{Metrics, MetricsServer};
 use crate::notify::LogLimit;
 use crate::protocol::connection::ConnectionError;
 use crate::session::{Session, SessionError};
+use crate::signals::{Signals, Wish};
 use crate::sys;
 
 /// Sessions that came and went: a frontend can cause these lines at will.
@@ -45,6 +49,10 @@ pub struct DaemonArgs {
     /// Serve counters as Prometheus text on this Unix socket
     #[arg(long, value_name = "PATH")]
     pub metrics_socket: Option<PathBuf>,
+
+    /// Take commands on this Unix socket, a line each; `help` lists them
+    #[arg(long, value_name = "PATH")]
+    pub control_socket: Option<PathBuf>,
 }
 
 /// Why a daemon could not serve.
@@ -56,6 +64,9 @@ pub enum DaemonError {
     /// The metrics socket.
     #[error("metrics socket")]
     Metrics(#[source] EndpointError),
+    /// The control socket.
+    #[error("control socket")]
+    Control(#[source] EndpointError),
     /// A system call without which there is no going on.
     #[error("cannot {what}")]
     System {
@@ -85,11 +96,10 @@ pub fn init_logging() {
 ///
 /// Call before any other thread is started: it blocks the signals it wants to read.
 pub fn run<D: Device>(args: &DaemonArgs, device: D) -> Result<(), DaemonError> {
-    let signals =
-        sys::signal_fd(&[libc::SIGTERM, libc::SIGINT]).map_err(|source| DaemonError::System {
-            what: "set up signals",
-            source,
-        })?;
+    let signals = Signals::new(D::RELOADS).map_err(|source| DaemonError::System {
+        what: "set up signals",
+        source,
+    })?;
     let endpoint = Endpoint::open(args.socket_path.as_deref(), args.fd)?;
     let metrics = Metrics::new(D::NAME, device.num_queues());
     let _metrics_server = match &args.metrics_socket {
@@ -99,14 +109,51 @@ pub fn run<D: Device>(args: &DaemonArgs, device: D) -> Result<(), DaemonError> {
         }
         None => None,
     };
+    let device = Arc::new(device);
+    let has_frontend = Arc::new(AtomicBool::new(false));
+    let _control_server = match &args.control_socket {
+        Some(path) => {
+            let answer = control_answers(Arc::clone(&device), Arc::clone(&has_frontend));
+            Some(ControlServer::start(path, answer).map_err(DaemonError::Control)?)
+        }
+        None => None,
+    };
     let server = Server {
-        device: Arc::new(device),
+        device,
         metrics,
         signals,
+        has_frontend,
     };
     match endpoint {
         Endpoint::Connected(stream) => server.serve_one(stream).map(drop),
         Endpoint::Listening(listener) => server.serve(&listener),
+    }
+}
+
+/// What the control socket answers: `help`, `status`, and the device's own commands.
+fn control_answers<D: Device>(
+    device: Arc<D>,
+    has_frontend: Arc<AtomicBool>,
+) -> impl Fn(&str) -> Result<String, String> + Send + 'static {
+    const OURS: [control_socket::Command; 2] = [
+        ("help", "list the commands"),
+        ("status", "say how things are"),
+    ];
+    let commands = [&OURS, device.commands()].concat();
+    move |line| match control_socket::find(&commands, line)? {
+        "help" => {
+            let lines = commands
+                .iter()
+                .map(|(name, what)| format!("{name} ({what})"));
+            Ok(lines.collect::<Vec<_>>().join(", "))
+        }
+        "status" => {
+            let connected = has_frontend.load(Ordering::Relaxed);
+            let frontend = if connected { "connected" } else { "none" };
+            let own = device.status();
+            Ok(format!("device={} frontend={frontend} {own}", D::NAME))
+        }
+        name => device.command(name),
     }
 }
 
@@ -120,7 +167,8 @@ enum Next {
 struct Server<D: Device> {
     device: Arc<D>,
     metrics: Metrics,
-    signals: OwnedFd,
+    signals: Signals,
+    has_frontend: Arc<AtomicBool>,
 }
 
 impl<D: Device> Server<D> {
@@ -128,12 +176,16 @@ impl<D: Device> Server<D> {
         info!("ready for a frontend");
         loop {
             let mut slots = [
-                sys::poll_slot(self.signals.as_raw_fd(), libc::POLLIN),
+                sys::poll_slot(self.signals.fd(), libc::POLLIN),
                 sys::poll_slot(listener.as_fd().as_raw_fd(), libc::POLLIN),
             ];
             wait(&mut slots)?;
             if slots[0].revents != 0 {
-                return Ok(());
+                match self.signals.take() {
+                    Wish::Stop => return Ok(()),
+                    Wish::Reload => self.device.reload(),
+                    Wish::Nothing => {}
+                }
             }
             if slots[1].revents == 0 {
                 continue;
@@ -160,7 +212,10 @@ impl<D: Device> Server<D> {
         if let Some(suppressed) = SESSION_LINES.pass() {
             info!(suppressed, "frontend connected");
         }
-        match run_session(session, Some(self.signals.as_fd()))? {
+        self.has_frontend.store(true, Ordering::Relaxed);
+        let end = run_session(session, Some(&self.signals));
+        self.has_frontend.store(false, Ordering::Relaxed);
+        match end? {
             Some(error) => report_end(&error),
             None => {
                 info!("told to stop");
@@ -192,19 +247,22 @@ pub fn serve_connection<D: Device>(
 /// in flight when this returns.
 fn run_session<D: Device>(
     mut session: Session<D>,
-    signals: Option<BorrowedFd>,
+    signals: Option<&Signals>,
 ) -> Result<Option<SessionError>, DaemonError> {
-    let signals = signals.map_or(-1, |fd| fd.as_raw_fd());
     loop {
         let mut slots = [
-            sys::poll_slot(signals, libc::POLLIN),
+            sys::poll_slot(signals.map_or(-1, Signals::fd), libc::POLLIN),
             sys::poll_slot(session.connection_fd().as_raw_fd(), libc::POLLIN),
             sys::poll_slot(session.notify_fd().as_raw_fd(), libc::POLLIN),
             sys::poll_slot(session.memory_lost_fd().as_raw_fd(), libc::POLLIN),
         ];
         wait(&mut slots)?;
         if slots[0].revents != 0 {
-            return Ok(None);
+            match signals.map_or(Wish::Nothing, Signals::take) {
+                Wish::Stop => return Ok(None),
+                Wish::Reload => session.device().reload(),
+                Wish::Nothing => {}
+            }
         }
         if slots[3].revents != 0 {
             return Ok(Some(SessionError::MemoryLost));

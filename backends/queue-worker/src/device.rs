@@ -16,6 +16,7 @@ use std::io;
 use std::os::fd::RawFd;
 use std::sync::Arc;
 
+use crate::control_socket::Command;
 use crate::metrics::QueueCounters;
 use crate::session::SessionHandle;
 use crate::virtqueue::{Ring, RingError};
@@ -30,8 +31,8 @@ pub mod protocol {
 
 /// A device type: what it offers, its configuration space, and its queue workers.
 ///
-/// All methods but [`new_worker`](Device::new_worker) are called on the control thread, one at a
-/// time, and may block for as long as the frontend may wait for an answer. Arguments come from the
+/// All methods but [`new_worker`](Device::new_worker) and those of the control socket are called on
+/// the control thread, one at a time, and may block for as long as the frontend may wait for an answer. Arguments come from the
 /// frontend and, through it, from the guest: lengths and offsets may be anything.
 pub trait Device: Send + Sync + 'static {
     /// Short name: threads are called `NAME-qN`, log lines and metrics carry it.
@@ -102,6 +103,28 @@ pub trait Device: Send + Sync + 'static {
     fn send_rarp(&self, mac: [u8; 6]) -> io::Result<()> {
         let _ = mac;
         Err(io::Error::from(io::ErrorKind::Unsupported))
+    }
+
+    /// SIGHUP calls [`reload`](Device::reload). Without, it ends the process, as is its default.
+    const RELOADS: bool = false;
+
+    /// Look again at what the device is made of.
+    fn reload(&self) {}
+
+    /// What the control socket takes beside `help` and `status`.
+    fn commands(&self) -> &'static [Command] {
+        &[]
+    }
+
+    /// Carries out a command of [`commands`](Device::commands); one line for the operator.
+    /// **Called on the control socket's thread**, as is [`status`](Device::status).
+    fn command(&self, name: &str) -> Result<String, String> {
+        Err(format!("{name} is not carried out"))
+    }
+
+    /// What `status` says of the device itself: `key=value key=value`.
+    fn status(&self) -> String {
+        String::new()
     }
 }
 

@@ -84,6 +84,7 @@
 
 pub mod chain;
 mod command;
+pub mod control_socket;
 pub mod daemon;
 pub mod device;
 pub mod endpoint;
@@ -98,6 +99,7 @@ pub mod protocol;
 pub mod rate_limit;
 pub mod session;
 mod sigbus;
+mod signals;
 mod sys;
 pub mod testing;
 pub mod uring;

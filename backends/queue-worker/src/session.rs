@@ -208,6 +208,11 @@ impl<D: Device> Session<D> {
         })
     }
 
+    /// The device that is served.
+    pub fn device(&self) -> &D {
+        &self.device
+    }
+
     /// To be polled for input: then call [`receive`](Session::receive).
     pub fn connection_fd(&self) -> std::os::fd::BorrowedFd<'_> {
         self.connection.as_fd()

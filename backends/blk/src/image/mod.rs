@@ -1,7 +1,9 @@
-//! Disk images: what a disk's bytes are kept in. Raw files and block devices ([`raw`]), and the
-//! locks that keep other writers away ([`lock`]).
+//! Disk images: what a disk's bytes are kept in. Raw files and block devices ([`raw`]), their size
+//! while they are in use ([`size`]), and the locks that keep other writers away ([`lock`]).
 
 pub mod lock;
 pub mod raw;
+pub mod size;
 
 pub use raw::{Cache, Direct, Disk, ImageError, OpenOptions};
+pub use size::Change;

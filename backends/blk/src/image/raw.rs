@@ -1,7 +1,7 @@
 //! A raw image: a regular file or a block device, opened, checked and locked.
 //!
-//! Opening answers everything that does not change later: size, alignment for direct I/O, block
-//! sizes for the guest. Invariants: once open, the image is locked against other writers for as
+//! Opening answers everything that does not change later: alignment for direct I/O, block sizes
+//! for the guest. The size may change ([`Disk::update_size`]). Invariants: once open, the image is locked against other writers for as
 //! long as the [`Disk`] lives.
 #![expect(unsafe_code, reason = "block device ioctls and statx")]
 
@@ -12,6 +12,7 @@ use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use super::lock::{self, LockError};
+use super::size::{Change, Size};
 use crate::request::SECTOR_SIZE;
 
 /// Why an image cannot be used.
@@ -96,7 +97,8 @@ pub struct Direct {
 #[derive(Debug)]
 pub struct Disk {
     file: File,
-    size_bytes: u64,
+    path: PathBuf,
+    size: Size,
     read_only: bool,
     block_device: bool,
     direct: Option<Direct>,
@@ -131,7 +133,8 @@ impl Disk {
         })?;
         let mut disk = Disk {
             file,
-            size_bytes,
+            path: path.clone(),
+            size: Size::new(size_bytes),
             read_only: options.read_only,
             block_device,
             direct: None,
@@ -168,9 +171,25 @@ impl Disk {
         &self.file
     }
 
-    /// Size in sectors of 512 bytes.
+    /// Where it is.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Size in sectors of 512 bytes, as the driver is told. It only grows.
     pub fn capacity_sectors(&self) -> u64 {
-        self.size_bytes / SECTOR_SIZE
+        self.size.told()
+    }
+
+    /// How many sectors of that there are; fewer where the image has shrunk.
+    pub fn usable_sectors(&self) -> u64 {
+        self.size.end()
+    }
+
+    /// Looks at the image's size again. Any thread.
+    pub fn update_size(&self) -> io::Result<Change> {
+        self.size
+            .update(|| size_of_image(&self.file, self.block_device))
     }
 
     /// Whether writes are refused.

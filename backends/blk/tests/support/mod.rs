@@ -11,9 +11,12 @@ use std::io::{BufRead, BufReader, Read};
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::mpsc::{Receiver, channel};
 use std::time::{Duration, Instant};
+
+use berth_queue_worker::testing::{Buffer, FakeDriver};
 
 /// How long anything may take before a test fails.
 pub const TIMEOUT: Duration = Duration::from_secs(30);
@@ -195,4 +198,64 @@ pub fn refused(args: &[String]) -> (i32, String) {
         .read_to_string(&mut text)
         .unwrap();
     (child.wait().unwrap().code().unwrap(), text)
+}
+
+/// One request through queue 0: status and data read.
+pub fn request(
+    driver: &mut FakeDriver,
+    kind: u32,
+    sector: u64,
+    data: &[u8],
+    read: u32,
+) -> (u8, Vec<u8>) {
+    let ram = Arc::clone(&driver.ram);
+    let header = [
+        &kind.to_le_bytes()[..],
+        &[0; 4],
+        &sector.to_le_bytes()[..],
+        data,
+    ]
+    .concat();
+    let out = ram.alloc(u64::from(read) + 1, 512);
+    driver.queues[0].run(&[
+        Buffer::readable(ram.place(&header), header.len() as u32),
+        Buffer::writable(out, read + 1),
+    ]);
+    let mut bytes = ram.read(out, read as usize + 1);
+    let status = bytes.pop().unwrap();
+    (status, bytes)
+}
+
+pub fn write_and_read(driver: &mut FakeDriver, sector: u64, fill: u8) {
+    assert_eq!(request(driver, 1, sector, &[fill; 4096], 0).0, 0);
+    let (status, data) = request(driver, 0, sector, &[], 4096);
+    assert_eq!((status, data), (0, vec![fill; 4096]));
+}
+
+/// A loop device on an image, detached when dropped; none where this machine gives us none.
+pub struct LoopDevice(pub String);
+
+impl LoopDevice {
+    pub fn attach(image: &Path) -> Option<LoopDevice> {
+        let output = Command::new("losetup")
+            .args(["--find", "--show"])
+            .arg(image)
+            .output();
+        match output {
+            Ok(output) if output.status.success() => {
+                let name = String::from_utf8(output.stdout).unwrap();
+                Some(LoopDevice(name.trim().to_owned()))
+            }
+            _ => {
+                eprintln!("skipped: no loop device");
+                None
+            }
+        }
+    }
+}
+
+impl Drop for LoopDevice {
+    fn drop(&mut self) {
+        let _ = Command::new("losetup").args(["-d", &self.0]).status();
+    }
 }
