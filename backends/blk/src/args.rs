@@ -8,7 +8,7 @@ use berth_queue_worker::{DaemonArgs, RateLimit};
 
 use crate::device::{BlkConfig, MAX_QUEUE_SIZE, MAX_QUEUES, SERIAL_LEN};
 use crate::engine::EngineChoice;
-use crate::image::Cache;
+use crate::image::{Cache, LockTime};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -56,6 +56,10 @@ pub struct Args {
     /// How the host caches the image
     #[arg(long, value_enum, default_value = "writeback")]
     pub cache: Cache,
+
+    /// When the image is locked against others
+    #[arg(long, value_enum, default_value = "always")]
+    pub lock: LockTime,
 
     /// Number of virtqueues
     #[arg(long, value_name = "N", default_value_t = 1,

@@ -33,6 +33,7 @@ fn serve(args: &Args) -> Result<(), Box<dyn std::error::Error>> {
         path: args.blk_file.clone().unwrap_or_default(),
         read_only: args.read_only,
         cache: args.cache,
+        lock: args.lock,
     };
     let disk = Disk::open(&options)?;
     tracing::info!(

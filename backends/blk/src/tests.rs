@@ -14,7 +14,7 @@ use virtio_bindings::virtio_blk::{
 };
 
 use crate::engine::EngineChoice;
-use crate::image::{Cache, Disk, ImageError, OpenOptions};
+use crate::image::{Cache, Disk, ImageError, LockTime, OpenOptions};
 use crate::{BlkConfig, BlkDevice};
 
 mod limits;
@@ -46,6 +46,7 @@ impl TempImage {
             path: self.0.clone(),
             read_only: false,
             cache: Cache::Writeback,
+            lock: LockTime::Always,
         }
     }
 

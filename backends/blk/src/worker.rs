@@ -64,6 +64,24 @@ pub struct BlkWorker {
     /// The slot of a request that was taken and must wait for the rate limit; nothing more is
     /// taken from the ring meanwhile.
     held: Option<u16>,
+    /// The last field: the image may be unlocked when nothing is in flight.
+    _image: ImageUse,
+}
+
+/// A queue's claim to the image.
+struct ImageUse(Arc<Shared>);
+
+impl ImageUse {
+    fn begin(shared: &Arc<Shared>) -> io::Result<ImageUse> {
+        shared.disk().begin_use().map_err(io::Error::other)?;
+        Ok(ImageUse(Arc::clone(shared)))
+    }
+}
+
+impl Drop for ImageUse {
+    fn drop(&mut self) {
+        self.0.disk().end_use();
+    }
 }
 
 /// What becomes of a slot after a step.
@@ -75,6 +93,7 @@ enum Next {
 impl BlkWorker {
     /// A worker with an engine of its own. On the queue's thread.
     pub fn new(shared: Arc<Shared>, start: &QueueStart) -> io::Result<BlkWorker> {
+        let image = ImageUse::begin(&shared)?;
         let depth = start.size.clamp(1, MAX_DEPTH);
         let engine = engine::open(shared.disk(), depth, shared.engine());
         let slot = || Slot {
@@ -95,6 +114,7 @@ impl BlkWorker {
             flush_negotiated: start.features & 1 << VIRTIO_BLK_F_FLUSH != 0,
             throttle,
             held: None,
+            _image: image,
         })
     }
 

@@ -12,7 +12,7 @@ use std::rc::Rc;
 use std::sync::OnceLock;
 
 use berth_blk::engine::EngineChoice;
-use berth_blk::image::{Cache, Disk, OpenOptions};
+use berth_blk::image::{Cache, Disk, LockTime, OpenOptions};
 use berth_blk::{BlkConfig, BlkDevice};
 use berth_queue_worker::guest_memory::{Region, RegionInfo};
 use berth_queue_worker::testing::GuestRam;
@@ -57,6 +57,7 @@ fuzz_target!(|data: &[u8]| {
         } else {
             Cache::Writeback
         },
+        lock: LockTime::Always,
     });
     let config = BlkConfig {
         serial: [b'x'; 20],

@@ -75,6 +75,16 @@ pub fn lock(file: &File, read_only: bool) -> Result<(), LockError> {
     }
 }
 
+/// Gives up all locks of `file`.
+pub fn unlock(file: &File) -> io::Result<()> {
+    for base in [PERM_BASE, SHARED_BASE] {
+        for perm in CONSISTENT_READ..=RESIZE {
+            set(file, libc::F_UNLCK, base + perm)?;
+        }
+    }
+    Ok(())
+}
+
 /// Takes our bytes and looks at the others'; the byte of a conflict, if there is one.
 fn try_lock(file: &File, read_only: bool) -> Result<Option<i64>, LockError> {
     let uses: &[i64] = if read_only {
@@ -113,7 +123,11 @@ fn flock(kind: i32, byte: i64) -> libc::flock {
 
 /// A shared lock on one byte. Fails only where somebody holds it exclusively, as QEMU never does.
 fn take(file: &File, byte: i64) -> io::Result<()> {
-    let lock = flock(libc::F_RDLCK, byte);
+    set(file, libc::F_RDLCK, byte)
+}
+
+fn set(file: &File, kind: i32, byte: i64) -> io::Result<()> {
+    let lock = flock(kind, byte);
     // SAFETY: lock is a valid flock, read by the call.
     match unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_SETLK, &lock) } {
         0 => Ok(()),

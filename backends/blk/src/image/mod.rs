@@ -1,9 +1,12 @@
 //! Disk images: what a disk's bytes are kept in. Raw files and block devices ([`raw`]), their size
-//! while they are in use ([`size`]), and the locks that keep other writers away ([`lock`]).
+//! while they are in use ([`size`]), and the locks that keep other writers away ([`lock`]) for as
+//! long as [`holder`] says.
 
+pub mod holder;
 pub mod lock;
 pub mod raw;
 pub mod size;
 
+pub use holder::LockTime;
 pub use raw::{Cache, Direct, Disk, ImageError, OpenOptions};
 pub use size::Change;

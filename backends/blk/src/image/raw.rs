@@ -1,8 +1,9 @@
 //! A raw image: a regular file or a block device, opened, checked and locked.
 //!
 //! Opening answers everything that does not change later: alignment for direct I/O, block sizes
-//! for the guest. The size may change ([`Disk::update_size`]). Invariants: once open, the image is locked against other writers for as
-//! long as the [`Disk`] lives.
+//! for the guest. The size may change ([`Disk::update_size`]). Invariants: the image is locked
+//! against other writers for as long as the [`Disk`] lives, or, with [`LockTime::Running`], from
+//! [`Disk::begin_use`] to [`Disk::end_use`].
 #![expect(unsafe_code, reason = "block device ioctls and statx")]
 
 use std::fs::File;
@@ -11,7 +12,8 @@ use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
-use super::lock::{self, LockError};
+use super::holder::{Holder, LockTime};
+use super::lock::LockError;
 use super::size::{Change, Size};
 use crate::request::SECTOR_SIZE;
 
@@ -82,6 +84,8 @@ pub struct OpenOptions {
     pub read_only: bool,
     /// Use of the page cache.
     pub cache: Cache,
+    /// When the image is locked.
+    pub lock: LockTime,
 }
 
 /// What direct I/O on the image asks of buffers and offsets, in bytes; powers of two.
@@ -99,6 +103,7 @@ pub struct Disk {
     file: File,
     path: PathBuf,
     size: Size,
+    holder: Holder,
     read_only: bool,
     block_device: bool,
     direct: Option<Direct>,
@@ -127,14 +132,18 @@ impl Disk {
         let block_device = kind.is_block_device();
         let size_bytes = size_of_image(&file, block_device).map_err(open_error)?;
         check_size(path, size_bytes)?;
-        lock::lock(&file, options.read_only).map_err(|source| ImageError::Lock {
-            path: path.clone(),
-            source,
-        })?;
+        let holder = Holder::new(options.lock);
+        holder
+            .open(&file, options.read_only)
+            .map_err(|source| ImageError::Lock {
+                path: path.clone(),
+                source,
+            })?;
         let mut disk = Disk {
             file,
             path: path.clone(),
             size: Size::new(size_bytes),
+            holder,
             read_only: options.read_only,
             block_device,
             direct: None,
@@ -164,6 +173,18 @@ impl Disk {
         }
         self.physical_block_size = self.physical_block_size.max(self.block_size);
         Ok(())
+    }
+
+    /// A queue begins to use the image; an error where somebody else does. Locks it
+    /// where that was not done at the start. Blocks while the last I/O of a process that has gone
+    /// is under way.
+    pub fn begin_use(&self) -> Result<(), LockError> {
+        self.holder.begin_use(&self.file, self.read_only)
+    }
+
+    /// A queue has ended, with nothing in flight.
+    pub fn end_use(&self) {
+        self.holder.end_use(&self.file, self.read_only);
     }
 
     /// The open file.
@@ -339,6 +360,7 @@ mod tests {
             path: path.clone(),
             read_only: true,
             cache: Cache::None,
+            lock: LockTime::Always,
         });
         std::fs::remove_file(&path).unwrap();
         let Ok(file) = opened else {
