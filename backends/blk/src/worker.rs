@@ -18,7 +18,7 @@ use std::io;
 use std::sync::Arc;
 
 use berth_queue_worker::{
-    Chain, Interest, QueueCounters, QueueError, QueueStart, QueueWorker, Ready, Ring, Source,
+    Chain, Interest, Poll, QueueCounters, QueueError, QueueStart, QueueWorker, Ready, Ring, Source,
     Throttle,
 };
 use virtio_bindings::virtio_blk::VIRTIO_BLK_F_FLUSH;
@@ -248,7 +248,8 @@ impl BlkWorker {
     fn reap(&mut self, ring: &mut Ring) -> Result<bool, QueueError> {
         let mut completions = std::mem::take(&mut self.completions);
         self.engine
-            .take_completions(&mut |tag, result| completions.push((tag, result)));
+            .take_completions(&mut |tag, result| completions.push((tag, result)))
+            .map_err(engine_error)?;
         let any = !completions.is_empty();
         for (tag, result) in completions.drain(..) {
             // Tags are slot indices.
@@ -341,6 +342,18 @@ impl QueueWorker for BlkWorker {
             kick: emptied,
             sources,
         })
+    }
+
+    fn poll(&mut self) -> Poll {
+        if self.engine.is_ready() {
+            Poll::Ready
+        } else {
+            Poll::Nothing
+        }
+    }
+
+    fn arm(&mut self) -> bool {
+        self.engine.arm()
     }
 
     fn drain(&mut self, ring: &mut Ring) -> Result<(), QueueError> {

@@ -1,6 +1,6 @@
 //! What the control thread asks of a queue's worker thread, and the handle it asks through.
 //!
-//! Commands travel on a channel; an eventfd wakes the worker from its poll. Where the answer
+//! Commands travel on a channel; a flag stops the worker's polling, an eventfd wakes it from sleep. Where the answer
 //! matters (a stopped ring, memory no longer in use) the control thread waits for it, which may
 //! take as long as the I/O in flight. A worker that hangs in a write to an fd of the frontend (a
 //! call fd that is full and blocks) is interrupted out of it.
@@ -8,6 +8,7 @@
 
 use std::io;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::thread::JoinHandle;
 use std::time::Duration;
@@ -35,6 +36,16 @@ pub(crate) struct Start {
     pub(crate) notifiers: Notifiers,
     pub(crate) log: Option<QueueLog>,
     pub(crate) enabled: bool,
+}
+
+/// What a worker thread is made of, besides its device.
+#[derive(Debug)]
+pub(crate) struct Inbox {
+    pub(crate) commands: Receiver<Command>,
+    /// Set after a command was sent.
+    pub(crate) waiting: Arc<AtomicBool>,
+    /// Written after a command was sent.
+    pub(crate) wake: EventFd,
 }
 
 /// From the control thread to a worker.
@@ -66,6 +77,7 @@ pub(crate) enum Command {
 #[derive(Debug)]
 pub(crate) struct WorkerHandle {
     commands: Sender<Command>,
+    waiting: Arc<AtomicBool>,
     wake: EventFd,
     thread: Option<JoinHandle<()>>,
     /// Disconnected when the thread has ended.
@@ -77,20 +89,31 @@ const PATIENCE: Duration = Duration::from_millis(200);
 
 impl WorkerHandle {
     /// Starts the thread `NAME-qN`; it waits for commands.
-    pub(crate) fn spawn<D: Device>(device: &Arc<D>, queue: u16) -> io::Result<WorkerHandle> {
+    pub(crate) fn spawn<D: Device>(
+        device: &Arc<D>,
+        queue: u16,
+        poll_limit: Duration,
+    ) -> io::Result<WorkerHandle> {
         let (commands, receiver) = channel();
         let (alive, ended) = channel();
         sys::prepare_interrupts()?;
         let wake = EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK)?;
-        let (device, worker_wake) = (Arc::clone(device), wake.try_clone()?);
+        let waiting = Arc::new(AtomicBool::new(false));
+        let device = Arc::clone(device);
+        let inbox = Inbox {
+            commands: receiver,
+            waiting: Arc::clone(&waiting),
+            wake: wake.try_clone()?,
+        };
         let thread = std::thread::Builder::new()
             .name(format!("{}-q{queue}", D::NAME))
             .spawn(move || {
-                QueueThread::new(device, receiver, worker_wake).run();
+                QueueThread::new(device, inbox, poll_limit).run();
                 drop(alive);
             })?;
         Ok(WorkerHandle {
             commands,
+            waiting,
             wake,
             thread: Some(thread),
             ended,
@@ -101,6 +124,8 @@ impl WorkerHandle {
     pub(crate) fn send(&self, command: Command) {
         // The thread ends only on Exit, which only drop sends; a full wake counter is a wake too.
         let _ = self.commands.send(command);
+        // Release: the command is in the channel before the worker looks there.
+        self.waiting.store(true, Ordering::Release);
         let _ = self.wake.write(1);
     }
 

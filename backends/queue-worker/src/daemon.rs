@@ -27,7 +27,7 @@ use crate::endpoint::{Endpoint, EndpointError, Listener};
 use crate::metrics::{Metrics, MetricsServer};
 use crate::notify::LogLimit;
 use crate::protocol::connection::ConnectionError;
-use crate::session::{Session, SessionError};
+use crate::session::{DEFAULT_POLL_LIMIT, Session, SessionError, SessionOptions};
 use crate::signals::{Signals, Wish};
 use crate::sys;
 
@@ -53,6 +53,22 @@ pub struct DaemonArgs {
     /// Take commands on this Unix socket, a line each; `help` lists them
     #[arg(long, value_name = "PATH")]
     pub control_socket: Option<PathBuf>,
+
+    /// Look for work for up to N microseconds before sleeping, while queues are busy; 0: never
+    #[arg(long, value_name = "N", default_value_t = DEFAULT_POLL_LIMIT.as_micros() as u32,
+          value_parser = clap::value_parser!(u32).range(0..=MAX_POLL_US))]
+    pub poll_us: u32,
+}
+
+/// A poll limit above this is a typing error.
+const MAX_POLL_US: i64 = 10_000;
+
+impl DaemonArgs {
+    fn session_options(&self) -> SessionOptions {
+        SessionOptions {
+            poll_limit: Duration::from_micros(u64::from(self.poll_us)),
+        }
+    }
 }
 
 /// Why a daemon could not serve.
@@ -123,6 +139,7 @@ pub fn run<D: Device>(args: &DaemonArgs, device: D) -> Result<(), DaemonError> {
         metrics,
         signals,
         has_frontend,
+        options: args.session_options(),
     };
     match endpoint {
         Endpoint::Connected(stream) => server.serve_one(stream).map(drop),
@@ -169,6 +186,7 @@ struct Server<D: Device> {
     metrics: Metrics,
     signals: Signals,
     has_frontend: Arc<AtomicBool>,
+    options: SessionOptions,
 }
 
 impl<D: Device> Server<D> {
@@ -204,7 +222,8 @@ impl<D: Device> Server<D> {
 
     /// One session, from its first message to its end.
     fn serve_one(&self, stream: UnixStream) -> Result<Next, DaemonError> {
-        let session = Session::new(Arc::clone(&self.device), &self.metrics, stream);
+        let device = Arc::clone(&self.device);
+        let session = Session::new(device, &self.metrics, stream, self.options);
         let session = session.map_err(|source| DaemonError::System {
             what: "begin a session",
             source,
@@ -232,8 +251,10 @@ pub fn serve_connection<D: Device>(
     device: Arc<D>,
     metrics: Metrics,
     stream: UnixStream,
+    options: SessionOptions,
 ) -> Result<SessionError, DaemonError> {
-    let session = Session::new(device, &metrics, stream).map_err(|source| DaemonError::System {
+    let session = Session::new(device, &metrics, stream, options);
+    let session = session.map_err(|source| DaemonError::System {
         what: "begin a session",
         source,
     })?;

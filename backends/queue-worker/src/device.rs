@@ -10,7 +10,8 @@
 //! ```
 //!
 //! The library reads kicks, publishes used entries and signals the driver once per `process` call,
-//! suppresses notifications both ways, and sleeps in between. No lock is taken on that path.
+//! suppresses notifications both ways, and in between looks for more for a short while
+//! (`W::poll`) before it sleeps. No lock is taken on that path.
 
 use std::io;
 use std::os::fd::RawFd;
@@ -160,6 +161,20 @@ pub trait QueueWorker {
     /// the driver at most once, and sleeps until what the returned [`Interest`] names.
     fn process(&mut self, ring: &mut Ring, ready: Ready) -> Result<Interest, QueueError>;
 
+    /// Whether `process` would find something other than new chains, such as completions. Called
+    /// in a tight loop while the library looks for work before it sleeps: it must cost next to
+    /// nothing, so no system call. Sources that it says nothing of (a timer) are noticed when the
+    /// window has passed.
+    fn poll(&mut self) -> Poll {
+        Poll::Unknown
+    }
+
+    /// The thread goes to sleep: from here on its sources become ready when something happens.
+    /// True where something has happened already, so that `process` is called instead.
+    fn arm(&mut self) -> bool {
+        false
+    }
+
     /// Finish everything in flight: afterwards every chain that was popped has been pushed or put
     /// back, and no guest memory is in use. Called before stop, disable, and removal of memory.
     fn drain(&mut self, ring: &mut Ring) -> Result<(), QueueError> {
@@ -175,9 +190,27 @@ impl QueueWorker for Box<dyn QueueWorker> {
     fn process(&mut self, ring: &mut Ring, ready: Ready) -> Result<Interest, QueueError> {
         (**self).process(ring, ready)
     }
+    fn poll(&mut self) -> Poll {
+        (**self).poll()
+    }
+    fn arm(&mut self) -> bool {
+        (**self).arm()
+    }
     fn drain(&mut self, ring: &mut Ring) -> Result<(), QueueError> {
         (**self).drain(ring)
     }
+}
+
+/// What [`QueueWorker::poll`] saw.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Poll {
+    /// Nothing to do.
+    Nothing,
+    /// `process` has something to do.
+    Ready,
+    /// Cannot tell without asking the kernel: where sources are waited for, the library goes to
+    /// sleep on them at once.
+    Unknown,
 }
 
 /// A file descriptor a worker wants polled, level-triggered.
@@ -212,6 +245,8 @@ pub struct Ready {
     pub kicked: bool,
     /// Bit N: source N of [`QueueWorker::sources`] is ready (also on error or hang-up).
     pub sources: u32,
+    /// [`QueueWorker::poll`] said so.
+    pub polled: bool,
 }
 
 impl Ready {

@@ -53,6 +53,10 @@ pub struct QueueCounters {
     pub calls: Counter,
     /// Batches: calls of `process` that published at least one used entry.
     pub batches: Counter,
+    /// Waits that ended while polling, so without a sleep.
+    pub polls: Counter,
+    /// Waits in which the thread slept.
+    pub sleeps: Counter,
     /// Requests (or packets) completed. Counted by the device.
     pub requests: Counter,
     /// Requests completed with an error. Counted by the device.
@@ -94,6 +98,8 @@ impl Metrics {
         self.family(&mut text, "kicks", "Doorbells of the driver.", |c| &c.kicks);
         self.family(&mut text, "calls", "Signals to the driver.", |c| &c.calls);
         self.family(&mut text, "batches", "Batches published.", |c| &c.batches);
+        self.family(&mut text, "polls", "Waits ended by polling.", |c| &c.polls);
+        self.family(&mut text, "sleeps", "Waits that slept.", |c| &c.sleeps);
         self.family(&mut text, "requests", "Requests completed.", |c| {
             &c.requests
         });

@@ -22,6 +22,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 use tracing::debug;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
@@ -57,6 +58,9 @@ mod offered {
         | RESET_DEVICE
         | CONFIGURE_MEM_SLOTS;
 }
+
+/// Longest time that a queue looks for work before it sleeps, where nobody said otherwise.
+pub const DEFAULT_POLL_LIMIT: Duration = Duration::from_micros(50);
 
 /// Most memory regions of a session.
 const MAX_MEM_SLOTS: u64 = 509;
@@ -159,6 +163,21 @@ impl SessionHandle {
     }
 }
 
+/// How a session is run.
+#[derive(Clone, Copy, Debug)]
+pub struct SessionOptions {
+    /// Longest time that a queue looks for work before it sleeps; 0: not at all.
+    pub poll_limit: Duration,
+}
+
+impl Default for SessionOptions {
+    fn default() -> SessionOptions {
+        SessionOptions {
+            poll_limit: DEFAULT_POLL_LIMIT,
+        }
+    }
+}
+
 /// One frontend's session.
 pub struct Session<D: Device> {
     device: Arc<D>,
@@ -178,7 +197,12 @@ pub struct Session<D: Device> {
 
 impl<D: Device> Session<D> {
     /// Begins a session on a connected socket; `metrics` has counters for every queue.
-    pub fn new(device: Arc<D>, metrics: &Metrics, stream: UnixStream) -> io::Result<Session<D>> {
+    pub fn new(
+        device: Arc<D>,
+        metrics: &Metrics,
+        stream: UnixStream,
+        options: SessionOptions,
+    ) -> io::Result<Session<D>> {
         let connection = Connection::new(stream)?;
         let config_changed = Arc::new(EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK)?);
         let has_channel = Arc::new(AtomicBool::new(false));
@@ -189,7 +213,12 @@ impl<D: Device> Session<D> {
         let memory_lost = Arc::new(EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK)?);
         let vring = |index| {
             let counters = metrics.queue(index).cloned().unwrap_or_default();
-            Vring::new(index, counters, Arc::clone(&memory_lost))
+            Vring::new(
+                index,
+                counters,
+                Arc::clone(&memory_lost),
+                options.poll_limit,
+            )
         };
         let vrings = (0..device.num_queues()).map(vring).collect();
         Ok(Session {

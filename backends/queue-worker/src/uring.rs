@@ -1,12 +1,23 @@
-//! An io_uring of one worker thread, with an eventfd that says when something has completed.
+//! An io_uring of one worker thread, which can do what its owner needs and nothing else.
 //!
 //! ```text
-//!   push × n ─▶ submit (one system call a batch) ─▶ kernel ─▶ eventfd, completions
+//!   push × n ─▶ submit (one system call a batch) ─▶ kernel ─▶ is_ready, take_completions
+//!                                         arm, sleep on completion_fd ┘
 //! ```
 //!
-//! Made and used on the worker's thread (IORING_SETUP_SINGLE_ISSUER). The kernel keeps writing to
-//! the buffers of requests in flight whatever becomes of this value, so dropping it waits for
-//! them: whoever owns the buffers drops the ring first. Spec: io_uring(7), io_uring_setup(2).
+//! Made and used on the worker's thread (IORING_SETUP_SINGLE_ISSUER). Completions are collected
+//! when we ask for them (DEFER_TASKRUN): nothing interrupts the thread, and [`IoRing::is_ready`]
+//! tells by memory alone whether there is something to take. The eventfd for sleepers is written
+//! only between [`IoRing::arm`] and the next completions taken. (The ring's own fd cannot be slept
+//! on: with DEFER_TASKRUN nobody wakes its pollers.)
+//!
+//! seccomp does not see what a ring is told to do. So the ring is created disabled and restricted
+//! (IORING_REGISTER_RESTRICTIONS): the opcodes of [`Setup`], on registered files, and no other.
+//! What was not allowed completes with EACCES, whoever wrote it into the queue.
+//!
+//! The kernel keeps writing to the buffers of requests in flight whatever becomes of this value,
+//! so dropping it waits for them: whoever owns the buffers drops the ring first. Spec:
+//! io_uring(7), io_uring_setup(2), io_uring_register(2).
 #![expect(
     unsafe_code,
     reason = "submission of requests whose buffers the kernel accesses"
@@ -14,58 +25,142 @@
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
+use std::sync::atomic::{Ordering, fence};
 
-use io_uring::{IoUring, squeue};
+use io_uring::register::Restriction;
+use io_uring::{Builder, EnterFlags, IoUring, Submitter, cqueue, squeue};
 
 use crate::sys;
 
-/// One io_uring with its completion eventfd.
+/// IORING_UNREGISTER_BUFFERS and IORING_UNREGISTER_FILES: letting go is always allowed.
+const ALWAYS_ALLOWED: [u8; 2] = [1, 3];
+/// IOSQE_FIXED_FILE.
+const FIXED_FILE: u8 = 1 << 0;
+/// IOSQE_BUFFER_SELECT.
+const BUFFER_SELECT: u8 = 1 << 5;
+
+/// What a ring is made for.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Setup<'a> {
+    /// Most submissions queued at a time.
+    pub entries: u32,
+    /// Most completions not yet taken; 0: twice as many as submissions.
+    pub completions: u32,
+    /// Files for `types::Fixed(n)`.
+    pub files: &'a [RawFd],
+    /// The opcodes (`opcode::Read::CODE`) that the ring may do.
+    pub opcodes: &'a [u8],
+    /// IORING_REGISTER_* that may be done after the start.
+    pub register_ops: &'a [u8],
+    /// The device is asked for completions, instead of interrupting (IORING_SETUP_IOPOLL).
+    pub iopoll: bool,
+    /// A kernel thread takes submissions, and sleeps after so many milliseconds without any.
+    pub sqpoll_idle_ms: Option<u32>,
+}
+
+/// One io_uring.
 pub struct IoRing {
     ring: IoUring,
     event: OwnedFd,
+    armed: bool,
+    iopoll: bool,
     /// Pushed, not yet submitted.
     queued: usize,
-    /// Submitted, completion not yet taken.
+    /// Submitted, last completion not yet taken.
     in_flight: usize,
 }
 
+/// Something has completed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Completion {
+    /// `user_data` of the submission.
+    pub user_data: u64,
+    /// Bytes or whatever the opcode returns, or -errno.
+    pub result: i32,
+    /// IORING_CQE_F_*.
+    pub flags: u32,
+}
+
 impl IoRing {
-    /// A ring of `entries` submissions, on the thread that will use it. An error where the kernel
-    /// or a container's policy has no io_uring.
-    pub fn new(entries: u32) -> io::Result<IoRing> {
-        let fast = IoUring::builder()
-            .setup_single_issuer()
-            .setup_coop_taskrun()
-            .build(entries);
-        let ring = match fast {
-            Ok(ring) => ring,
-            // A kernel before 6.0.
-            Err(e) if e.raw_os_error() == Some(libc::EINVAL) => IoUring::new(entries)?,
-            Err(e) => return Err(e),
-        };
+    /// A ring, on the thread that will use it. An error where the kernel or a container's policy
+    /// has no io_uring, or one that cannot be restricted (before 5.10).
+    pub fn new(setup: &Setup) -> io::Result<IoRing> {
+        IoRing::prepared(setup, |_| Ok(()))
+    }
+
+    /// The same; `prepare` registers what must be there before the ring is restricted (buffers).
+    pub fn prepared(
+        setup: &Setup,
+        prepare: impl FnOnce(&Submitter) -> io::Result<()>,
+    ) -> io::Result<IoRing> {
+        let ring = build(setup)?;
+        let submitter = ring.submitter();
+        if !setup.files.is_empty() {
+            submitter.register_files(setup.files)?;
+        }
+        prepare(&submitter)?;
         let event = sys::event()?;
-        ring.submitter().register_eventfd(event.as_raw_fd())?;
-        Ok(IoRing {
+        submitter.register_eventfd(event.as_raw_fd())?;
+        submitter.register_restrictions(&mut restrictions(setup))?;
+        submitter.register_enable_rings()?;
+        let mut ring = IoRing {
             ring,
             event,
+            armed: true,
+            iopoll: setup.iopoll,
             queued: 0,
             in_flight: 0,
-        })
+        };
+        ring.disarm();
+        Ok(ring)
     }
 
-    /// Registers files for `types::Fixed(n)`.
-    pub fn register_files(&self, files: &[RawFd]) -> io::Result<()> {
-        self.ring.submitter().register_files(files)
-    }
-
-    /// Readable when something has completed; to be polled.
+    /// Readable when something has completed after [`arm`](IoRing::arm); to be polled. Not for a
+    /// ring with `iopoll`, where nothing completes unless asked for.
     pub fn completion_fd(&self) -> RawFd {
         self.event.as_raw_fd()
     }
 
-    /// Requests pushed whose completion has not been taken.
+    /// From now on the completion fd becomes readable when something completes. True where
+    /// something has completed already: then do not sleep.
+    pub fn arm(&mut self) -> bool {
+        if !self.armed {
+            self.armed = true;
+            self.ring.completion().enable_eventfd();
+        }
+        // The wish is visible before completions are looked for; the kernel does it the other way
+        // round.
+        fence(Ordering::SeqCst);
+        self.is_ready()
+    }
+
+    /// No eventfd is written any more.
+    fn disarm(&mut self) {
+        if self.armed {
+            self.armed = false;
+            self.ring.completion().disable_eventfd();
+        }
+    }
+
+    /// Clears the completion fd: after it was found readable, before taking completions.
+    pub fn clear_event(&self) {
+        // Non-blocking; nothing to read is fine.
+        let _ = sys::read_event(self.event.as_fd());
+    }
+
+    /// Requests pushed whose last completion has not been taken.
     pub fn in_flight(&self) -> usize {
         self.queued + self.in_flight
+    }
+
+    /// Pushed, not yet submitted.
+    pub fn queued(&self) -> usize {
+        self.queued
+    }
+
+    /// Registration after the start: buffers, where [`Setup::register_ops`] allows it.
+    pub fn submitter(&self) -> Submitter<'_> {
+        self.ring.submitter()
     }
 
     /// Queues a request; false where the submission queue is full (submit and try again).
@@ -82,17 +177,12 @@ impl IoRing {
         pushed
     }
 
-    /// Hands everything queued to the kernel.
+    /// Hands everything queued to the kernel, and lets it do what it has deferred until we ask.
+    /// At most one system call unless the kernel wants to be asked again; none where there is
+    /// nothing to do.
     pub fn submit(&mut self) -> io::Result<()> {
         while self.queued > 0 {
-            match self.ring.submit() {
-                Ok(submitted) => {
-                    self.queued -= submitted.min(self.queued);
-                    self.in_flight += submitted;
-                }
-                Err(e) if is_transient(&e) => {}
-                Err(e) => return Err(e),
-            }
+            self.enter(0)?;
         }
         Ok(())
     }
@@ -101,28 +191,112 @@ impl IoRing {
     pub fn wait(&mut self) -> io::Result<()> {
         self.submit()?;
         while self.in_flight > 0 && self.ring.completion().is_empty() {
-            match self.ring.submit_and_wait(1) {
-                Ok(_) => {}
-                Err(e) if is_transient(&e) => {}
-                Err(e) => return Err(e),
-            }
+            self.enter(1)?;
         }
         Ok(())
     }
 
-    /// Clears the completion eventfd: after it was found readable, before taking completions.
-    pub fn clear_event(&self) {
-        // Non-blocking; nothing to read is fine.
-        let _ = sys::read_event(self.event.as_fd());
+    /// Whether a completion can be taken: a look at shared memory, no system call. With `iopoll`
+    /// nobody knows without asking, so it is true while something is in flight.
+    pub fn is_ready(&mut self) -> bool {
+        !self.ring.completion().is_empty()
+            || self.ring.submission().taskrun()
+            || (self.iopoll && self.in_flight > 0)
     }
 
-    /// Takes what has completed: `user_data` and result (bytes, or -errno).
-    pub fn take_completions(&mut self, mut each: impl FnMut(u64, i32)) {
+    /// Takes what has completed; asks the kernel first where it has deferred completions.
+    pub fn take_completions(&mut self, mut each: impl FnMut(Completion)) -> io::Result<()> {
+        self.disarm();
+        if self.ring.completion().is_empty() && self.is_ready() {
+            self.enter(0)?;
+        }
         for entry in self.ring.completion() {
-            self.in_flight = self.in_flight.saturating_sub(1);
-            each(entry.user_data(), entry.result());
+            let flags = entry.flags();
+            if !cqueue::more(flags) {
+                self.in_flight = self.in_flight.saturating_sub(1);
+            }
+            each(Completion {
+                user_data: entry.user_data(),
+                result: entry.result(),
+                flags,
+            });
+        }
+        Ok(())
+    }
+
+    /// One io_uring_enter: submits what is queued, runs what is deferred, waits for `want`
+    /// completions. A signal or a shortage is no error: the caller looks again.
+    fn enter(&mut self, want: u32) -> io::Result<()> {
+        let result = if self.ring.params().is_setup_sqpoll() {
+            self.ring.submit_and_wait(want as usize)
+        } else {
+            let flags = EnterFlags::GETEVENTS.bits();
+            // `queued` is what is in the submission queue: pushes sync it.
+            let queued = self.queued as u32;
+            let submitter = self.ring.submitter();
+            // SAFETY: no argument struct; the entries were vouched for when pushed.
+            unsafe { submitter.enter::<libc::sigset_t>(queued, want, flags, None) }
+        };
+        match result {
+            Ok(submitted) => {
+                let submitted = submitted.min(self.queued);
+                self.queued -= submitted;
+                self.in_flight += submitted;
+                Ok(())
+            }
+            Err(error) if is_transient(&error) => Ok(()),
+            Err(error) => Err(error),
         }
     }
+}
+
+/// A ring that has not begun, with the best that the kernel has.
+fn build(setup: &Setup) -> io::Result<IoUring> {
+    let prefer: [fn(&mut Builder); 3] = [
+        |b| {
+            b.setup_single_issuer()
+                .setup_defer_taskrun()
+                .setup_taskrun_flag();
+        },
+        // Before 6.1, or with a kernel thread that submits.
+        |b| {
+            b.setup_coop_taskrun().setup_taskrun_flag();
+        },
+        // Before 5.19.
+        |_| {},
+    ];
+    let mut last = io::Error::from(io::ErrorKind::Unsupported);
+    for tune in &prefer[usize::from(setup.sqpoll_idle_ms.is_some())..] {
+        let mut builder = IoUring::builder();
+        builder.setup_r_disabled();
+        if setup.completions > 0 {
+            builder.setup_cqsize(setup.completions);
+        }
+        if setup.iopoll {
+            builder.setup_iopoll();
+        }
+        if let Some(idle_ms) = setup.sqpoll_idle_ms {
+            builder.setup_sqpoll(idle_ms);
+        }
+        tune(&mut builder);
+        match builder.build(setup.entries) {
+            Ok(ring) => return Ok(ring),
+            Err(error) if error.raw_os_error() == Some(libc::EINVAL) => last = error,
+            Err(error) => return Err(error),
+        }
+    }
+    Err(last)
+}
+
+fn restrictions(setup: &Setup) -> Vec<Restriction> {
+    let mut list = vec![
+        Restriction::sqe_flags_allowed(FIXED_FILE | BUFFER_SELECT),
+        Restriction::sqe_flags_required(FIXED_FILE),
+    ];
+    list.extend(setup.opcodes.iter().copied().map(Restriction::sqe_op));
+    let register_ops = ALWAYS_ALLOWED.iter().chain(setup.register_ops);
+    list.extend(register_ops.copied().map(Restriction::register_op));
+    list
 }
 
 /// The kernel wants to be asked again: a signal, or no room for completions at the moment.
@@ -136,8 +310,8 @@ fn is_transient(error: &io::Error) -> bool {
 impl Drop for IoRing {
     fn drop(&mut self) {
         while self.in_flight() > 0 {
-            match self.wait() {
-                Ok(()) => self.take_completions(|_, _| {}),
+            match self.wait().and_then(|()| self.take_completions(|_| {})) {
+                Ok(()) => {}
                 // Never submitted, so the kernel does not know of them.
                 Err(_) if self.in_flight == 0 => break,
                 // The kernel still writes to memory that is about to be freed.
@@ -159,5 +333,125 @@ impl std::fmt::Debug for IoRing {
             .field("queued", &self.queued)
             .field("in_flight", &self.in_flight)
             .finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::File;
+
+    use io_uring::{opcode, types};
+
+    use super::*;
+
+    fn file() -> File {
+        File::open("/proc/self/exe").unwrap()
+    }
+
+    fn read_only_ring(file: &File) -> IoRing {
+        IoRing::new(&Setup {
+            entries: 4,
+            files: &[file.as_raw_fd()],
+            opcodes: &[opcode::Read::CODE],
+            ..Setup::default()
+        })
+        .unwrap()
+    }
+
+    /// Submits one entry; its result.
+    fn run(ring: &mut IoRing, entry: squeue::Entry) -> i32 {
+        // SAFETY: every entry of these tests names memory that outlives the call, or none.
+        assert!(unsafe { ring.push(&entry.user_data(7)) });
+        ring.wait().unwrap();
+        let mut results = Vec::new();
+        ring.take_completions(|done| results.push((done.user_data, done.result)))
+            .unwrap();
+        assert_eq!(results.len(), 1);
+        assert_eq!(results[0].0, 7);
+        results[0].1
+    }
+
+    #[test]
+    fn ring_does_its_opcodes_on_its_files() {
+        let file = file();
+        let mut ring = read_only_ring(&file);
+        let mut magic = [0u8; 4];
+        let read = opcode::Read::new(types::Fixed(0), magic.as_mut_ptr(), 4).build();
+        assert_eq!(run(&mut ring, read), 4);
+        assert_eq!(&magic, b"\x7fELF");
+        assert_eq!(ring.in_flight(), 0);
+        assert!(!ring.is_ready());
+    }
+
+    #[test]
+    fn other_opcodes_and_files_are_refused() {
+        let file = file();
+        let mut ring = read_only_ring(&file);
+        let mut bytes = [0u8; 4];
+        let at = types::Fixed(0);
+        let path = c"/etc/hostname".as_ptr();
+        let address = libc::sockaddr {
+            sa_family: libc::AF_UNIX as u16,
+            sa_data: [0; 14],
+        };
+        let foreign = types::Fd(file.as_raw_fd());
+        let refused = [
+            ("write", opcode::Write::new(at, bytes.as_ptr(), 4).build()),
+            (
+                "openat",
+                opcode::OpenAt::new(types::Fd(libc::AT_FDCWD), path).build(),
+            ),
+            ("openat on a file", {
+                let dir = types::Fd(file.as_raw_fd());
+                opcode::OpenAt::new(dir, path).build()
+            }),
+            ("connect", opcode::Connect::new(at, &address, 16).build()),
+            (
+                "socket",
+                opcode::Socket::new(libc::AF_UNIX, libc::SOCK_STREAM, 0).build(),
+            ),
+            (
+                "read of a foreign fd",
+                opcode::Read::new(foreign, bytes.as_mut_ptr(), 4).build(),
+            ),
+            ("nop", opcode::Nop::new().build()),
+        ];
+        for (what, entry) in refused {
+            assert_eq!(run(&mut ring, entry), -libc::EACCES, "{what}");
+        }
+        assert_eq!(bytes, [0; 4]);
+        // No file can be added, and what may be done cannot be changed.
+        let files = [file.as_raw_fd()];
+        let submitter = ring.submitter();
+        for result in [
+            submitter.register_files_update(0, &files).map(drop),
+            submitter.register_restrictions(&mut [Restriction::sqe_op(opcode::Write::CODE)]),
+            submitter.register_eventfd(file.as_raw_fd()),
+        ] {
+            let errno = result.unwrap_err().raw_os_error().unwrap();
+            assert!(matches!(errno, libc::EACCES | libc::EBADFD), "{errno}");
+        }
+    }
+
+    #[test]
+    fn kernel_thread_that_submits_is_restricted_too() {
+        let file = file();
+        let ring = IoRing::new(&Setup {
+            entries: 4,
+            files: &[file.as_raw_fd()],
+            opcodes: &[opcode::Read::CODE],
+            sqpoll_idle_ms: Some(1),
+            ..Setup::default()
+        });
+        let mut ring = ring.unwrap();
+        let mut magic = [0u8; 4];
+        let read = opcode::Read::new(types::Fixed(0), magic.as_mut_ptr(), 4).build();
+        assert_eq!(run(&mut ring, read), 4);
+        assert_eq!(&magic, b"\x7fELF");
+        assert_eq!(
+            run(&mut ring, opcode::Nop::new().build()),
+            -libc::EACCES,
+            "nop"
+        );
     }
 }

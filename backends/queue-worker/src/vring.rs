@@ -3,6 +3,7 @@
 
 use std::sync::Arc;
 use std::sync::mpsc::Receiver;
+use std::time::Duration;
 
 use vmm_sys_util::eventfd::EventFd;
 
@@ -44,6 +45,7 @@ pub(crate) struct Vring {
     enabled: Option<bool>,
     running: bool,
     worker: Option<WorkerHandle>,
+    poll_limit: Duration,
     counters: Arc<QueueCounters>,
     /// Written by the worker when the frontend took guest memory away.
     memory_lost: Arc<EventFd>,
@@ -54,6 +56,7 @@ impl Vring {
         index: u16,
         counters: Arc<QueueCounters>,
         memory_lost: Arc<EventFd>,
+        poll_limit: Duration,
     ) -> Vring {
         Vring {
             index,
@@ -67,6 +70,7 @@ impl Vring {
             enabled: None,
             running: false,
             worker: None,
+            poll_limit,
             counters,
             memory_lost,
         }
@@ -237,7 +241,7 @@ impl Vring {
         };
         let worker = match self.worker.take() {
             Some(worker) => worker,
-            None => WorkerHandle::spawn(device, self.index)?,
+            None => WorkerHandle::spawn(device, self.index, self.poll_limit)?,
         };
         worker.send(Command::Start(Box::new(start)));
         self.worker = Some(worker);

@@ -3,10 +3,12 @@
 //! ```text
 //!            ┌──────────────── commands (channel + wake eventfd) ◀── control thread
 //!            ▼
-//!   ┌─▶ handle commands ─▶ process ─▶ publish used ─▶ signal once ─▶ enable notification ─┐
-//!   │                         ▲                                          │ not empty      │ empty
-//!   │                         └──────────────────────────────────────────┘                ▼
-//!   └────────────────────────────────────────────── poll(wake, kick, the worker's sources)
+//!   ┌─▶ handle commands ─▶ process ─▶ publish used ─▶ signal once ─▶ look for more, for a while
+//!   │                         ▲                                          │ found   │ nothing
+//!   │                         ├──────────────────────────────────────────┘         ▼
+//!   │                         └─────────────────── not empty ────── enable notification
+//!   │                                                                              │ empty
+//!   └────────────────────────────────────────── poll(wake, kick, the worker's sources)
 //!
 //!   idle ──Start──▶ running ⇄ disabled      running ──QueueError──▶ broken ──Stop──▶ idle
 //! ```
@@ -19,19 +21,19 @@
 use std::os::fd::AsRawFd;
 use std::rc::Rc;
 use std::sync::Arc;
-use std::sync::mpsc::Receiver;
-use std::time::Duration;
+use std::sync::atomic::{AtomicBool, Ordering, fence};
+use std::time::{Duration, Instant};
 
 use tracing::{debug, warn};
-use vmm_sys_util::eventfd::EventFd;
 
-use crate::command::{Command, Start};
-use crate::device::{Device, Interest, QueueError, QueueWorker, Ready, Source};
+use crate::command::{Command, Inbox, Start};
+use crate::device::{Device, Interest, Poll, QueueError, QueueWorker, Ready, Source};
 use crate::guest_memory::GuestMemory;
 use crate::notify::{LogLimit, Notifiers};
+use crate::polling::Window;
 use crate::sigbus;
 use crate::sys;
-use crate::virtqueue::Ring;
+use crate::virtqueue::{Ring, RingError};
 
 /// Queues that broke, over all queues and sessions: a guest can cause this line at will.
 static BROKEN_QUEUES: LogLimit = LogLimit::new(Duration::from_secs(10));
@@ -39,8 +41,8 @@ static BROKEN_QUEUES: LogLimit = LogLimit::new(Duration::from_secs(10));
 /// The state of a worker thread.
 pub(crate) struct QueueThread<D: Device> {
     device: Arc<D>,
-    commands: Receiver<Command>,
-    wake: EventFd,
+    inbox: Inbox,
+    poll_limit: Duration,
     running: Option<Running<D::Worker>>,
     slots: Vec<libc::pollfd>,
 }
@@ -59,6 +61,9 @@ struct Running<W> {
     /// Call `process` before the next sleep.
     pending: Option<Ready>,
     interest: Interest,
+    window: Window,
+    /// When there was nothing left to do; none while busy, and where nobody wants to know.
+    idle_since: Option<Instant>,
     /// Losses of guest memory in this process when ours was looked at last.
     losses: u64,
 }
@@ -68,12 +73,15 @@ const WAKE: usize = 0;
 const KICK: usize = 1;
 const FIRST_SOURCE: usize = 2;
 
+/// Looks for work between two looks at the clock, which costs as much as several of them.
+const LOOKS_PER_CLOCK: u32 = 8;
+
 impl<D: Device> QueueThread<D> {
-    pub(crate) fn new(device: Arc<D>, commands: Receiver<Command>, wake: EventFd) -> Self {
+    pub(crate) fn new(device: Arc<D>, inbox: Inbox, poll_limit: Duration) -> Self {
         QueueThread {
             device,
-            commands,
-            wake,
+            inbox,
+            poll_limit,
             running: None,
             slots: Vec::new(),
         }
@@ -82,23 +90,35 @@ impl<D: Device> QueueThread<D> {
     /// Runs until told to exit.
     pub(crate) fn run(mut self) {
         loop {
-            while let Ok(command) = self.commands.try_recv() {
-                if matches!(command, Command::Exit) {
-                    self.stop();
-                    return;
-                }
-                self.handle(command);
+            // Acquire: pairs with the store after a command was sent.
+            if self.inbox.waiting.load(Ordering::Acquire) && !self.handle_all() {
+                self.stop();
+                return;
             }
-            if let Some(running) = &mut self.running
-                && let Some(ready) = running.take_pending()
-            {
-                running.process(ready);
-                if running.pending.is_some() {
+            if let Some(running) = &mut self.running {
+                if let Some(ready) = running.take_pending() {
+                    running.process(ready);
+                }
+                if running.rest(&self.inbox.waiting) {
                     continue;
                 }
             }
             self.sleep();
         }
+    }
+
+    /// Handles all commands that have come; false where one was to exit.
+    fn handle_all(&mut self) -> bool {
+        self.inbox.waiting.store(false, Ordering::Relaxed);
+        // Later than the store: a command that comes now sets the flag again.
+        fence(Ordering::SeqCst);
+        while let Ok(command) = self.inbox.commands.try_recv() {
+            if matches!(command, Command::Exit) {
+                return false;
+            }
+            self.handle(command);
+        }
+        true
     }
 
     fn handle(&mut self, command: Command) {
@@ -179,6 +199,8 @@ impl<D: Device> QueueThread<D> {
             broken: false,
             pending: Some(Ready::default()),
             interest: Interest::KICK,
+            window: Window::new(self.poll_limit),
+            idle_since: None,
             losses,
         };
         match self.device.new_worker(&start.queue) {
@@ -218,10 +240,11 @@ impl<D: Device> QueueThread<D> {
     fn sleep(&mut self) {
         self.slots.clear();
         self.slots
-            .push(sys::poll_slot(self.wake.as_raw_fd(), libc::POLLIN));
-        let active = self.running.as_ref().filter(|r| r.enabled && !r.broken);
+            .push(sys::poll_slot(self.inbox.wake.as_raw_fd(), libc::POLLIN));
+        let active = self.running.as_ref().filter(|r| r.is_active());
         if let Some(running) = active {
             running.add_slots(&mut self.slots);
+            running.notifiers.counters.sleeps.add(1);
         }
         if let Err(error) = sys::poll(&mut self.slots, -1) {
             // Only a bad argument or no memory: nothing a retry at full speed would mend.
@@ -230,7 +253,7 @@ impl<D: Device> QueueThread<D> {
             return;
         }
         if self.slots[WAKE].revents != 0 {
-            let _ = self.wake.read();
+            let _ = self.inbox.wake.read();
         }
         if self.slots.len() > KICK
             && let Some(running) = &mut self.running
@@ -241,8 +264,12 @@ impl<D: Device> QueueThread<D> {
 }
 
 impl<W: QueueWorker> Running<W> {
+    fn is_active(&self) -> bool {
+        self.enabled && !self.broken
+    }
+
     fn take_pending(&mut self) -> Option<Ready> {
-        if self.enabled && !self.broken {
+        if self.is_active() {
             self.pending.take()
         } else {
             None
@@ -282,10 +309,14 @@ impl<W: QueueWorker> Running<W> {
         }
         if ready != Ready::default() {
             self.pending = Some(ready);
+            if let Some(since) = self.idle_since.take() {
+                self.window.learn(since.elapsed());
+            }
         }
     }
 
     fn process(&mut self, ready: Ready) {
+        self.idle_since = None;
         let result = self.try_process(ready);
         // Lost memory reads as zeros, which looks like nonsense of the driver: name the cause.
         if let Err(error) = self.check_memory().and(result) {
@@ -300,14 +331,81 @@ impl<W: QueueWorker> Running<W> {
         self.ring.begin_batch();
         self.ring.disable_notification()?;
         self.interest = worker.process(&mut self.ring, ready)?;
-        self.finish_batch()?;
-        if self.interest.kick && self.ring.enable_notification()? {
+        self.finish_batch()
+    }
+
+    /// Nothing is pending: looks for work, for a while. True where the thread must not sleep.
+    fn rest(&mut self, interrupted: &AtomicBool) -> bool {
+        if self.pending.is_some() && self.is_active() {
+            return true;
+        }
+        if !self.is_active() {
+            return interrupted.load(Ordering::Relaxed);
+        }
+        match self.try_rest(interrupted) {
+            Ok(stay) => stay,
+            Err(error) => {
+                let lost = self.check_memory().err();
+                self.fail(&lost.unwrap_or(error.into()));
+                false
+            }
+        }
+    }
+
+    fn try_rest(&mut self, interrupted: &AtomicBool) -> Result<bool, RingError> {
+        if self.look()? {
+            return Ok(true);
+        }
+        if self.window.is_adaptive() {
+            let begin = *self.idle_since.get_or_insert_with(Instant::now);
+            let window = self.window.get();
+            let mut waited = begin.elapsed();
+            while waited < window && self.may_poll() {
+                for _ in 0..LOOKS_PER_CLOCK {
+                    if self.look()? {
+                        self.notifiers.counters.polls.add(1);
+                        return Ok(true);
+                    }
+                    if interrupted.load(Ordering::Relaxed) {
+                        return Ok(true);
+                    }
+                    std::hint::spin_loop();
+                }
+                waited = begin.elapsed();
+            }
+        }
+        let kicked = self.interest.kick && self.ring.enable_notification()?;
+        let polled =
+            self.interest.sources != 0 && self.worker.as_mut().is_some_and(QueueWorker::arm);
+        Ok(self.found(kicked, polled))
+    }
+
+    /// Looks once, without a system call; what is found is pending.
+    fn look(&mut self) -> Result<bool, RingError> {
+        let kicked = self.interest.kick && self.ring.num_available()? != 0;
+        let polled = self.interest.sources != 0
+            && self.worker.as_mut().map(QueueWorker::poll) == Some(Poll::Ready);
+        Ok(self.found(kicked, polled))
+    }
+
+    fn found(&mut self, kicked: bool, polled: bool) -> bool {
+        if kicked || polled {
             self.pending = Some(Ready {
-                kicked: true,
+                kicked,
+                polled,
                 sources: 0,
             });
         }
-        Ok(())
+        kicked || polled
+    }
+
+    /// Whether everything that is waited for can be seen without a system call.
+    fn may_poll(&mut self) -> bool {
+        self.interest.sources == 0
+            || self
+                .worker
+                .as_mut()
+                .is_some_and(|worker| worker.poll() != Poll::Unknown)
     }
 
     fn check_memory(&mut self) -> Result<(), QueueError> {

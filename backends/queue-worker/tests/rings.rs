@@ -2,10 +2,13 @@
 #![allow(clippy::unwrap_used, missing_docs)]
 
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use berth_queue_worker::protocol::message::FrontendReq;
-use berth_queue_worker::testing::{Buffer, DriverQueue, Echo, FakeDriver, GuestRam, Setup};
-use berth_queue_worker::{Device, Metrics, features};
+use berth_queue_worker::testing::{
+    Buffer, DriverQueue, Echo, FakeDriver, GuestRam, Setup, TIMEOUT,
+};
+use berth_queue_worker::{Device, Metrics, SessionOptions, features};
 
 const NEXT: u16 = 1;
 const WRITE: u16 = 2;
@@ -49,6 +52,71 @@ fn every_doorbell_is_counted_and_batches_are_signalled_once() {
         assert!(counters.calls.get() <= counters.batches.get());
         assert!(counters.batches.get() < 200 * 64 / 4, "{counters:?}");
     }
+}
+
+fn polled(limit: Duration) -> Setup {
+    Setup {
+        options: SessionOptions { poll_limit: limit },
+        ..Setup::default()
+    }
+}
+
+#[test]
+fn busy_queue_is_watched_and_needs_no_kicks() {
+    // A limit that no wait of this test exceeds: so the window opens until it covers them.
+    for features in [u64::MAX, !(1 << features::RING_EVENT_IDX)] {
+        let (mut driver, metrics) = echo(Setup {
+            features,
+            ..polled(TIMEOUT)
+        });
+        let counters = metrics.queue(0).unwrap();
+        let out = driver.ram.alloc(8, 8);
+        let deadline = Instant::now() + TIMEOUT;
+        while counters.polls.get() < 100 {
+            driver.queues[0].run(&[Buffer::writable(out, 8)]);
+            assert!(Instant::now() < deadline, "{counters:?}");
+        }
+        let requests = counters.requests.get();
+        driver.frontend.stop_queue(0);
+        // A kick is asked for only before a sleep.
+        let kicks = driver.queues[0].kicks();
+        assert!(kicks <= counters.sleeps.get(), "{kicks} {counters:?}");
+        assert!(kicks < requests, "{kicks} {counters:?}");
+        driver.finish();
+    }
+}
+
+#[test]
+fn queue_that_falls_idle_sleeps_and_is_woken_by_a_kick() {
+    let (mut driver, metrics) = echo(polled(Duration::from_millis(5)));
+    let counters = metrics.queue(0).unwrap();
+    let out = driver.ram.alloc(8, 8);
+    for _ in 0..100 {
+        driver.queues[0].run(&[Buffer::writable(out, 8)]);
+    }
+    let deadline = Instant::now() + TIMEOUT;
+    for _ in 0..10 {
+        let sleeps = counters.sleeps.get();
+        driver.queues[0].run(&[Buffer::writable(out, 8)]);
+        while counters.sleeps.get() == sleeps {
+            assert!(Instant::now() < deadline, "{counters:?}");
+            std::thread::yield_now();
+        }
+    }
+    driver.finish();
+}
+
+#[test]
+fn poll_limit_of_nothing_turns_polling_off() {
+    let (mut driver, metrics) = echo(polled(Duration::ZERO));
+    let out = driver.ram.alloc(8, 8);
+    for _ in 0..1000 {
+        driver.queues[0].run(&[Buffer::writable(out, 8)]);
+    }
+    driver.finish();
+    let counters = metrics.queue(0).unwrap();
+    assert_eq!(counters.polls.get(), 0);
+    assert!(counters.sleeps.get() > 0);
 }
 
 #[test]

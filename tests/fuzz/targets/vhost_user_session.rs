@@ -8,6 +8,7 @@
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 
+use berth_queue_worker::SessionOptions;
 use berth_queue_worker::daemon::serve_connection;
 use berth_queue_worker::protocol::connection::send_with_fds;
 use berth_queue_worker::protocol::message::frontend_request;
@@ -44,5 +45,5 @@ fuzz_target!(|data: &[u8]| {
     let _ = ours.shutdown(std::net::Shutdown::Write);
     let device = Echo::new(2);
     let metrics = Metrics::new(Echo::NAME, device.num_queues());
-    serve_connection(device, metrics, theirs).expect("session could begin");
+    serve_connection(device, metrics, theirs, SessionOptions::default()).expect("session could begin");
 });

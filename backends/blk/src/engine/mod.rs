@@ -69,13 +69,22 @@ pub trait DiskEngine {
     fn submit(&mut self) -> io::Result<()>;
 
     /// Calls `each` with the tag and the result (bytes, or -errno) of what has completed.
-    fn take_completions(&mut self, each: &mut dyn FnMut(u64, i32));
+    fn take_completions(&mut self, each: &mut dyn FnMut(u64, i32)) -> io::Result<()>;
+
+    /// Whether a completion can be taken. No system call.
+    fn is_ready(&mut self) -> bool;
 
     /// Blocks until a completion can be taken; at once where nothing is in flight.
     fn wait(&mut self) -> io::Result<()>;
 
-    /// Readable when a completion can be taken; none where `submit` completes everything.
+    /// Readable when a completion can be taken, once armed; none where `submit` completes
+    /// everything.
     fn completion_fd(&self) -> Option<RawFd>;
+
+    /// Arms the completion fd until completions are taken. True where one can be taken already.
+    fn arm(&mut self) -> bool {
+        self.is_ready()
+    }
 
     /// The completion fd was found readable: make it unreadable.
     fn clear_event(&self) {}

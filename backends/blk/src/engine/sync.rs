@@ -77,10 +77,15 @@ impl DiskEngine for SyncEngine {
         Ok(())
     }
 
-    fn take_completions(&mut self, each: &mut dyn FnMut(u64, i32)) {
+    fn take_completions(&mut self, each: &mut dyn FnMut(u64, i32)) -> io::Result<()> {
         for (tag, result) in self.done.drain(..) {
             each(tag, result);
         }
+        Ok(())
+    }
+
+    fn is_ready(&mut self) -> bool {
+        !self.done.is_empty()
     }
 
     fn wait(&mut self) -> io::Result<()> {

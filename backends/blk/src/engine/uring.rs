@@ -4,7 +4,7 @@
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 
-use berth_queue_worker::IoRing;
+use berth_queue_worker::uring::{IoRing, Setup};
 use io_uring::{opcode, squeue, types};
 
 use super::{DiskEngine, Io};
@@ -12,6 +12,16 @@ use crate::image::Disk;
 
 /// The disk's file in the ring's table.
 const FILE: types::Fixed = types::Fixed(0);
+
+/// All that the ring may do.
+const OPCODES: [u8; 6] = [
+    opcode::Read::CODE,
+    opcode::Readv::CODE,
+    opcode::Write::CODE,
+    opcode::Writev::CODE,
+    opcode::Fsync::CODE,
+    opcode::Fallocate::CODE,
+];
 
 /// I/O through one io_uring.
 #[derive(Debug)]
@@ -22,8 +32,12 @@ pub struct UringEngine {
 impl UringEngine {
     /// A ring with room for `depth` operations, on the thread that will use it.
     pub fn new(disk: &Disk, depth: u16) -> io::Result<UringEngine> {
-        let ring = IoRing::new(u32::from(depth))?;
-        ring.register_files(&[disk.file().as_raw_fd()])?;
+        let ring = IoRing::new(&Setup {
+            entries: u32::from(depth),
+            files: &[disk.file().as_raw_fd()],
+            opcodes: &OPCODES,
+            ..Setup::default()
+        })?;
         Ok(UringEngine { ring })
     }
 }
@@ -89,8 +103,13 @@ impl DiskEngine for UringEngine {
         self.ring.submit()
     }
 
-    fn take_completions(&mut self, each: &mut dyn FnMut(u64, i32)) {
-        self.ring.take_completions(each);
+    fn take_completions(&mut self, each: &mut dyn FnMut(u64, i32)) -> io::Result<()> {
+        self.ring
+            .take_completions(|done| each(done.user_data, done.result))
+    }
+
+    fn is_ready(&mut self) -> bool {
+        self.ring.is_ready()
     }
 
     fn wait(&mut self) -> io::Result<()> {
@@ -99,6 +118,10 @@ impl DiskEngine for UringEngine {
 
     fn completion_fd(&self) -> Option<RawFd> {
         Some(self.ring.completion_fd())
+    }
+
+    fn arm(&mut self) -> bool {
+        self.ring.arm()
     }
 
     fn clear_event(&self) {

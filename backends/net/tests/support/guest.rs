@@ -31,6 +31,7 @@ impl Guest {
             features,
             ram_size: 64 << 20,
             inflight: true,
+            ..Setup::default()
         };
         let driver = FakeDriver::connect(socket, setup);
         Self {

@@ -34,7 +34,7 @@ use crate::daemon::serve_connection;
 use crate::device::Device;
 use crate::features;
 use crate::metrics::Metrics;
-use crate::session::SessionError;
+use crate::session::{SessionError, SessionOptions};
 
 /// How long anything may take before a test fails.
 pub const TIMEOUT: Duration = Duration::from_secs(20);
@@ -53,6 +53,8 @@ pub struct Setup {
     pub ram_size: u64,
     /// Have the backend note requests in flight where they outlive it.
     pub inflight: bool,
+    /// How the session is run, where it runs in this process.
+    pub options: SessionOptions,
 }
 
 impl Default for Setup {
@@ -63,6 +65,7 @@ impl Default for Setup {
             features: u64::MAX,
             ram_size: 16 << 20,
             inflight: false,
+            options: SessionOptions::default(),
         }
     }
 }
@@ -87,7 +90,7 @@ pub struct FakeDriver {
 impl FakeDriver {
     /// Runs a session for `device` on a thread of this process and drives it.
     pub fn start<D: Device>(device: Arc<D>, metrics: &Metrics, setup: Setup) -> FakeDriver {
-        let (frontend, thread) = serve(device, metrics);
+        let (frontend, thread) = serve_with(device, metrics, setup.options);
         let mut driver = FakeDriver::attach(frontend, setup);
         driver.thread = Some(thread);
         driver
@@ -165,11 +168,19 @@ pub fn serve<D: Device>(
     device: Arc<D>,
     metrics: &Metrics,
 ) -> (FakeFrontend, JoinHandle<SessionError>) {
+    serve_with(device, metrics, SessionOptions::default())
+}
+
+fn serve_with<D: Device>(
+    device: Arc<D>,
+    metrics: &Metrics,
+    options: SessionOptions,
+) -> (FakeFrontend, JoinHandle<SessionError>) {
     let (ours, theirs) = UnixStream::pair().unwrap();
     let metrics = metrics.clone();
     let thread = std::thread::Builder::new()
         .name("session".to_owned())
-        .spawn(move || serve_connection(device, metrics, theirs).unwrap())
+        .spawn(move || serve_connection(device, metrics, theirs, options).unwrap())
         .unwrap();
     (FakeFrontend::new(ours), thread)
 }
