@@ -7,7 +7,8 @@ use std::process::Command;
 use serde_json::Value;
 
 /// Every crate of the workspace with all of our crates that it may depend on.
-const ARROWS: [(&str, &[&str]); 8] = [
+const ARROWS: [(&str, &[&str]); 9] = [
+    ("berth-bench", &[]),
     ("berth-blk", &["berth-queue-worker"]),
     ("berth-irqchip", &[]),
     ("berth-net", &["berth-queue-worker"]),

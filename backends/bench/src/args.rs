@@ -1,0 +1,104 @@
+//! The command line as typed.
+#![forbid(unsafe_code)]
+
+use std::path::PathBuf;
+
+use crate::subject::Variant;
+
+const EXAMPLES: &str = "\
+Examples:
+  The whole table, as root (zram needs it), with a copy for machines:
+    backends/bench/run blk --json=/tmp/table.json
+
+  Four cells in about a minute, while working on the daemon:
+    backends/bench/run blk --quick
+
+  One cell, our daemon without polling and an older build beside the current one:
+    backends/bench/run blk --cell=zram-randread-4k-qd1 --subject=berth-blk \\
+      --variant='nopoll=--poll-us 0' --variant='old=/tmp/berth-blk-old'
+
+Close what else runs: two cores are measured, and a third party on them is measured too.";
+
+/// Measures Berth's daemons against their peers and against the limit with no virtio between
+#[derive(Debug, clap::Parser)]
+#[command(name = "berth-bench", version, about, after_help = EXAMPLES)]
+pub struct Args {
+    /// What to measure
+    #[command(subcommand)]
+    pub what: What,
+}
+
+/// Subcommands.
+#[derive(Debug, clap::Subcommand)]
+pub enum What {
+    /// Disks: berth-blk, qemu-storage-daemon, Cloud Hypervisor's daemon, and io_uring itself
+    Blk(Box<BlkArgs>),
+    /// Clears up after the others
+    #[command(hide = true)]
+    Janitor,
+}
+
+/// For disks.
+#[derive(Clone, Debug, clap::Args)]
+#[command(after_help = EXAMPLES)]
+pub struct BlkArgs {
+    /// Only cells of this name, or with these parts in it (zram, qd32, randwrite-4k, poll); repeatable
+    #[arg(long, value_name = "NAME")]
+    pub cell: Vec<String>,
+
+    /// Only these subjects, and the limit; repeatable
+    #[arg(long, value_name = "NAME")]
+    pub subject: Vec<String>,
+
+    /// Our daemon once more with other flags, or another build of it; repeatable
+    #[arg(long, value_name = "NAME=[PROGRAM] [FLAG]…", value_parser = Variant::parse)]
+    pub variant: Vec<Variant>,
+
+    /// The cells to tune with, half a second for each run
+    #[arg(long)]
+    pub quick: bool,
+
+    /// List cells and subjects, and exit
+    #[arg(long)]
+    pub list: bool,
+
+    /// Runs of each subject in each cell
+    #[arg(long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..=1000))]
+    pub rounds: u32,
+
+    /// Length of one run in milliseconds; a fifth of it more warms up
+    #[arg(long, value_name = "MS", value_parser = clap::value_parser!(u64).range(50..=600_000))]
+    pub run_ms: Option<u64>,
+
+    /// CPU of the client
+    #[arg(long, value_name = "CPU", default_value_t = 0)]
+    pub client_cpu: usize,
+
+    /// CPU of the daemon, and of the limit
+    #[arg(long, value_name = "CPU", default_value_t = 1)]
+    pub daemon_cpu: usize,
+
+    /// Size of the zram device, all of which takes memory
+    #[arg(long, value_name = "MIB", default_value_t = 512)]
+    pub zram_mib: u64,
+
+    /// Size of the file
+    #[arg(long, value_name = "MIB", default_value_t = 1024)]
+    pub file_mib: u64,
+
+    /// Where the file and the sockets go, in a directory of their own: not a tmpfs
+    #[arg(long, value_name = "DIR", default_value = "/var/tmp")]
+    pub dir: PathBuf,
+
+    /// Our daemon [default: berth-blk beside this program]
+    #[arg(long, value_name = "PROGRAM")]
+    pub berth_blk: Option<PathBuf>,
+
+    /// Cloud Hypervisor's vhost_user_block [default: from the PATH]
+    #[arg(long, value_name = "PROGRAM")]
+    pub cloud_hypervisor: Option<PathBuf>,
+
+    /// Write everything that was measured to this file as JSON
+    #[arg(long, value_name = "PATH")]
+    pub json: Option<PathBuf>,
+}

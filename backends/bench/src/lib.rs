@@ -1,0 +1,26 @@
+//! `berth-bench` measures vhost-user daemons against each other and against the limit.
+//!
+//! ```text
+//!  CPU 0: client thread ─ target/virtio ─▶ socket, rings, eventfds ─▶ CPU 1: daemon ─▶ disk
+//!                                                                     CPU 1: target/uring … ─▶ disk   (limit)
+//!  both: a SCHED_IDLE spinner           janitor: removes the disks when we are gone
+//! ```
+//!
+//! args → cells × subjects → measure (interleaved) → report. One thing runs at a time; the main
+//! thread waits for it. README.md says how to read what comes out.
+
+pub mod args;
+pub mod backing;
+pub mod blk;
+pub mod cells;
+pub mod daemon;
+pub mod histogram;
+pub mod janitor;
+pub mod measure;
+pub mod proc;
+pub mod progress;
+pub mod report;
+pub mod spinner;
+pub mod subject;
+pub mod sys;
+pub mod target;

@@ -1,0 +1,22 @@
+//! `berth-bench`: see the library.
+#![forbid(unsafe_code)]
+
+use std::process::ExitCode;
+
+use berth_bench::args::{Args, What};
+use berth_bench::{blk, janitor};
+use clap::Parser;
+
+fn main() -> ExitCode {
+    let result = match Args::parse().what {
+        What::Blk(args) => blk::run(&args),
+        What::Janitor => janitor::run(),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("berth-bench: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}

@@ -1,0 +1,309 @@
+//! What was measured, as a table for people and as JSON for machines.
+#![forbid(unsafe_code)]
+
+use std::fmt::Write;
+
+use serde_json::{Value, json};
+
+use crate::measure::{CellResult, Run, Series};
+use crate::subject::LIMIT;
+
+/// The name of our daemon as it comes.
+pub const OURS: &str = "berth-blk";
+
+/// Smallest, middle and largest of some numbers.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Spread {
+    /// Smallest.
+    pub min: f64,
+    /// Middle; of an even number the mean of the two middle ones.
+    pub median: f64,
+    /// Largest.
+    pub max: f64,
+}
+
+impl Spread {
+    /// None without numbers.
+    pub fn of(numbers: impl IntoIterator<Item = f64>) -> Option<Spread> {
+        let mut sorted: Vec<f64> = numbers.into_iter().collect();
+        sorted.sort_by(f64::total_cmp);
+        let (&min, &max) = (sorted.first()?, sorted.last()?);
+        let middle = sorted.len() / 2;
+        let median = if sorted.len() % 2 == 1 {
+            sorted[middle]
+        } else {
+            f64::midpoint(sorted[middle - 1], sorted[middle])
+        };
+        Some(Spread { min, median, max })
+    }
+}
+
+/// A subject's runs as shares of the limit's in the same round.
+pub fn shares(series: &Series, limit: &Series) -> Option<Spread> {
+    let pairs = series.runs.iter().zip(&limit.runs);
+    Spread::of(pairs.map(|(run, limit)| run.iops / limit.iops))
+}
+
+fn of(series: &Series, pick: impl Fn(&Run) -> f64) -> Option<Spread> {
+    Spread::of(series.runs.iter().map(pick))
+}
+
+impl CellResult {
+    /// The series of one subject.
+    pub fn series(&self, name: &str) -> Option<&Series> {
+        self.series.iter().find(|series| series.subject == name)
+    }
+
+    /// Median share of the limit of one subject.
+    fn share(&self, name: &str) -> Option<f64> {
+        Some(shares(self.series(name)?, self.series(LIMIT)?)?.median)
+    }
+}
+
+/// Every subject of every cell.
+pub fn details(results: &[CellResult]) -> String {
+    let mut out = String::new();
+    for result in results {
+        let _ = writeln!(out, "\n{}", result.cell.title());
+        let _ = writeln!(
+            out,
+            "  {:<18} {:>9} {:>7} {:>13} {:>8} {:>8} {:>9} {:>8}",
+            "", "IOPS", "share", "(spread)", "p50 µs", "p99 µs", "p99.9 µs", "CPU µs"
+        );
+        for series in &result.series {
+            detail(&mut out, result, series);
+        }
+    }
+    out
+}
+
+fn detail(out: &mut String, result: &CellResult, series: &Series) {
+    let _ = write!(out, "  {:<18}", series.subject);
+    let Some(iops) = of(series, |run| run.iops) else {
+        let why = series.failure.as_deref().unwrap_or("not run");
+        let _ = writeln!(out, " failed: {why}");
+        return;
+    };
+    let _ = write!(out, " {:>9.0}", iops.median);
+    match result.series(LIMIT).and_then(|limit| shares(series, limit)) {
+        Some(share) => {
+            let spread = format!("({:.2}-{:.2})", share.min, share.max);
+            let _ = write!(out, " {:>7.2} {spread:>13}", share.median);
+        }
+        None => {
+            let _ = write!(out, " {:>7} {:>13}", "", "");
+        }
+    }
+    let median = |pick: fn(&Run) -> f64| of(series, pick).map_or(f64::NAN, |spread| spread.median);
+    let _ = writeln!(
+        out,
+        " {:>8.1} {:>8.1} {:>9.1} {:>8.2}",
+        median(|run| run.p50_us),
+        median(|run| run.p99_us),
+        median(|run| run.p999_us),
+        median(|run| run.cpu_us)
+    );
+    if let Some(failure) = &series.failure {
+        let _ = writeln!(out, "    then failed: {failure}");
+    }
+}
+
+/// One line per cell: limit, everybody's share, the goal, and whether it was met.
+pub fn summary(results: &[CellResult]) -> String {
+    let mut names: Vec<&str> = Vec::new();
+    for series in results.iter().flat_map(|result| &result.series) {
+        let name = series.subject.as_str();
+        if name != LIMIT && name != OURS && !names.contains(&name) {
+            names.push(name);
+        }
+    }
+    let mut out = String::from("\n| cell | limit, IOPS |");
+    for name in &names {
+        let _ = write!(out, " {name} |");
+    }
+    let _ = writeln!(out, " **{OURS}** | goal | |");
+    out.push_str(&"|---".repeat(names.len() + 5));
+    out.push_str("|\n");
+    for result in results {
+        let limit = result
+            .series(LIMIT)
+            .and_then(|limit| of(limit, |run| run.iops));
+        let limit = limit.map_or_else(|| "–".to_owned(), |limit| thousands(limit.median));
+        let _ = write!(out, "| {} | {limit} |", result.cell.title());
+        let share = |name: &str| {
+            let share = result.share(name);
+            share.map_or_else(|| "–".to_owned(), |share| format!("{share:.2}"))
+        };
+        for name in &names {
+            let _ = write!(out, " {} |", share(name));
+        }
+        let goal = result.cell.goal;
+        let goal_text = goal.map_or_else(|| "–".to_owned(), |goal| format!("≥ {goal:.2}"));
+        let _ = writeln!(
+            out,
+            " **{}** | {goal_text} | {} |",
+            share(OURS),
+            verdict(result.share(OURS), goal)
+        );
+        cpu_line(&mut out, result, &names);
+    }
+    out
+}
+
+/// Daemon CPU per request, for the cells that have a goal for it.
+fn cpu_line(out: &mut String, result: &CellResult, names: &[&str]) {
+    let Some(goal) = result.cell.cpu_goal_us else {
+        return;
+    };
+    let cpu = |name: &str| {
+        let series = result.series(name)?;
+        Some(of(series, |run| run.cpu_us)?.median)
+    };
+    let text = |name: &str| cpu(name).map_or_else(|| "–".to_owned(), |us| format!("{us:.1}"));
+    let _ = write!(out, "| · CPU per request there, µs | {} |", text(LIMIT));
+    for name in names {
+        let _ = write!(out, " {} |", text(name));
+    }
+    let met = match cpu(OURS) {
+        Some(us) if us <= goal => "met",
+        Some(_) => "missed",
+        None => "",
+    };
+    let _ = writeln!(out, " **{}** | ≤ {goal:.1} | {met} |", text(OURS));
+}
+
+fn verdict(share: Option<f64>, goal: Option<f64>) -> &'static str {
+    match (share, goal) {
+        // Shares are printed, and goals were set, in hundredths.
+        (Some(share), Some(goal)) if (share * 100.0).round() >= (goal * 100.0).round() => "met",
+        (Some(_), Some(_)) => "missed",
+        _ => "",
+    }
+}
+
+fn thousands(number: f64) -> String {
+    let digits = format!("{number:.0}");
+    let mut out = String::new();
+    for (index, digit) in digits.chars().enumerate() {
+        if index > 0 && (digits.len() - index) % 3 == 0 {
+            out.push(' ');
+        }
+        out.push(digit);
+    }
+    out
+}
+
+/// Everything.
+pub fn as_json(results: &[CellResult], host: &Value, absent: &[String]) -> Value {
+    let cells: Vec<Value> = results.iter().map(cell_json).collect();
+    json!({"host": host, "absent": absent, "cells": cells})
+}
+
+fn cell_json(result: &CellResult) -> Value {
+    let limit = result.series(LIMIT);
+    let series: Vec<Value> = result
+        .series
+        .iter()
+        .map(|series| {
+            let runs: Vec<Value> = series.runs.iter().map(run_json).collect();
+            let share = limit.and_then(|limit| shares(series, limit));
+            json!({
+                "subject": series.subject,
+                "iops": of(series, |run| run.iops).map(spread_json),
+                "share_of_limit": share.map(spread_json),
+                "runs": runs,
+                "failure": series.failure,
+            })
+        })
+        .collect();
+    json!({
+        "name": result.cell.name(),
+        "goal_share": result.cell.goal,
+        "goal_cpu_us": result.cell.cpu_goal_us,
+        "subjects": series,
+    })
+}
+
+fn spread_json(spread: Spread) -> Value {
+    json!({"min": spread.min, "median": spread.median, "max": spread.max})
+}
+
+fn run_json(run: &Run) -> Value {
+    json!({
+        "iops": run.iops,
+        "p50_us": run.p50_us,
+        "p99_us": run.p99_us,
+        "p999_us": run.p999_us,
+        "cpu_us": run.cpu_us,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cells;
+
+    fn series(subject: &str, iops: &[f64]) -> Series {
+        let run = |&iops: &f64| Run {
+            iops,
+            p50_us: 1.0,
+            p99_us: 2.0,
+            p999_us: 3.0,
+            cpu_us: 7.0,
+        };
+        Series {
+            subject: subject.to_owned(),
+            runs: iops.iter().map(run).collect(),
+            failure: None,
+        }
+    }
+
+    fn result(ours: &[f64]) -> CellResult {
+        let wanted = ["zram-randread-4k-qd32".to_owned()];
+        CellResult {
+            cell: cells::select(&wanted, false).unwrap()[0],
+            series: vec![
+                series(LIMIT, &[100_000.0, 200_000.0, 100_000.0]),
+                series(OURS, ours),
+                series("peer", &[50_000.0]),
+            ],
+        }
+    }
+
+    #[test]
+    fn shares_are_taken_round_by_round() {
+        let result = result(&[90_000.0, 190_000.0, 100_000.0]);
+        let share = shares(&result.series[1], &result.series[0]).unwrap();
+        assert_eq!((share.min, share.median, share.max), (0.9, 0.95, 1.0));
+        assert_eq!(result.share("peer"), Some(0.5));
+        assert_eq!(result.share("nobody"), None);
+    }
+
+    #[test]
+    fn the_summary_says_met_or_missed() {
+        let met = summary(&[result(&[95_000.0, 190_000.0, 95_000.0])]);
+        let line =
+            "| zram 4k randread QD32, client sleeps | 100 000 | 0.50 | **0.95** | ≥ 0.95 | met |";
+        assert!(met.contains(line), "{met}");
+        assert!(
+            met.contains("| 7.0 | 7.0 | **7.0** | ≤ 6.0 | missed |"),
+            "{met}"
+        );
+        let missed = summary(&[result(&[94_000.0, 188_000.0, 94_000.0])]);
+        assert!(missed.contains("**0.94** | ≥ 0.95 | missed |"), "{missed}");
+    }
+
+    #[test]
+    fn a_subject_that_failed_says_why() {
+        let mut broken = result(&[]);
+        broken.series[1].failure = Some("it died".to_owned());
+        assert!(details(&[broken]).contains("failed: it died"));
+    }
+
+    #[test]
+    fn the_median_of_an_even_number_lies_between() {
+        let spread = Spread::of([4.0, 1.0, 2.0, 3.0]).unwrap();
+        assert_eq!((spread.min, spread.median, spread.max), (1.0, 2.5, 4.0));
+        assert_eq!(Spread::of([]), None);
+    }
+}

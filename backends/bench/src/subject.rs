@@ -1,0 +1,274 @@
+//! Who is measured: our daemon, its peers, and the limit.
+#![forbid(unsafe_code)]
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Result, bail};
+
+use crate::backing::{Backing, Disk};
+use crate::target::Load;
+
+/// An interface of the kernel to the file, with no virtio between.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Direct {
+    /// io_uring.
+    Uring,
+    /// io_submit.
+    Aio,
+    /// pread and pwrite.
+    Sync,
+}
+
+/// How a subject is run.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// Our loop on the file itself.
+    Limit(Direct),
+    /// Our daemon, with these flags more.
+    Berth(Vec<String>),
+    /// qemu-storage-daemon with this `aio=`; in an I/O thread, which polls, or in its main loop.
+    Qsd {
+        /// io_uring, native or threads.
+        aio: &'static str,
+        /// In an I/O thread of its own.
+        iothread: bool,
+    },
+    /// Cloud Hypervisor's daemon.
+    CloudHypervisor,
+}
+
+/// One of those who are compared.
+#[derive(Clone, Debug)]
+pub struct Subject {
+    /// What `--subject` and the table call it.
+    pub name: String,
+    /// How it is run.
+    pub kind: Kind,
+    /// The program; none for the limit.
+    pub program: Option<PathBuf>,
+}
+
+/// What others are measured against.
+pub const LIMIT: &str = "limit-io_uring";
+
+impl Subject {
+    /// Whether it makes sense on this disk.
+    pub fn fits(&self, backing: Backing) -> bool {
+        match &self.kind {
+            // Linux' native aio is synchronous in the page cache; qemu refuses it there.
+            Kind::Qsd { aio: "native", .. } | Kind::Limit(Direct::Aio) => backing.direct(),
+            Kind::Qsd { aio: "threads", .. } => !backing.direct(),
+            _ => true,
+        }
+    }
+
+    /// The command that serves `disk` on `socket`; none for the limit.
+    pub fn command(&self, disk: &Disk, socket: &Path, queues: u16) -> Option<Command> {
+        let mut command = Command::new(self.program.as_ref()?);
+        let (path, socket) = (disk.path.display(), socket.display());
+        match &self.kind {
+            Kind::Limit(_) => return None,
+            Kind::Berth(flags) => {
+                let cache = if disk.backing.direct() {
+                    "none"
+                } else {
+                    "writeback"
+                };
+                command
+                    .arg(format!("--socket-path={socket}"))
+                    .arg(format!("--blk-file={path}"))
+                    .arg(format!("--cache={cache}"))
+                    .arg(format!("--num-queues={queues}"))
+                    .args(flags);
+            }
+            Kind::Qsd { aio, iothread } => {
+                let driver = match disk.backing {
+                    Backing::Zram => "host_device",
+                    Backing::File | Backing::Cache => "file",
+                };
+                let direct = if disk.backing.direct() { "on" } else { "off" };
+                let thread = if *iothread { ",iothread=t" } else { "" };
+                if *iothread {
+                    command.args(["--object", "iothread,id=t"]);
+                }
+                command
+                    .arg("--blockdev")
+                    .arg(format!(
+                        "driver={driver},node-name=disk,filename={path},cache.direct={direct},aio={aio}"
+                    ))
+                    .arg("--export")
+                    .arg(format!(
+                        "type=vhost-user-blk,id=e,node-name=disk,writable=on,num-queues={queues},\
+                         addr.type=unix,addr.path={socket}{thread}"
+                    ));
+            }
+            Kind::CloudHypervisor => {
+                let direct = disk.backing.direct();
+                command.arg("--block-backend").arg(format!(
+                    "path={path},socket={socket},num_queues={queues},queue_size=1024,readonly=false,direct={direct}"
+                ));
+            }
+        }
+        Some(command)
+    }
+}
+
+/// A program by name, from the PATH.
+fn on_path(name: &str) -> Option<PathBuf> {
+    let path = std::env::var_os("PATH")?;
+    std::env::split_paths(&path)
+        .map(|directory| directory.join(name))
+        .find(|program| program.is_file())
+}
+
+/// Where programs are that were named, or are looked for.
+#[derive(Clone, Debug, Default)]
+pub struct Programs {
+    /// `--berth-blk`; beside this program without it.
+    pub berth: Option<PathBuf>,
+    /// `--cloud-hypervisor`.
+    pub cloud_hypervisor: Option<PathBuf>,
+}
+
+/// All who can be measured here, and a line for each who cannot.
+pub fn all(programs: &Programs, variants: &[Variant]) -> Result<(Vec<Subject>, Vec<String>)> {
+    let mut subjects = Vec::new();
+    let mut absent = Vec::new();
+    let mut add = |name: &str, kind: Kind, program: Option<PathBuf>| {
+        let name = name.to_owned();
+        subjects.push(Subject {
+            name,
+            kind,
+            program,
+        });
+    };
+    add(LIMIT, Kind::Limit(Direct::Uring), None);
+    let berth = match &programs.berth {
+        Some(path) => path.clone(),
+        None => std::env::current_exe()?.with_file_name("berth-blk"),
+    };
+    if !berth.is_file() {
+        bail!(
+            "no {}: build it with 'cargo build --release -p berth-blk', or name one with --berth-blk",
+            berth.display()
+        );
+    }
+    add("berth-blk", Kind::Berth(Vec::new()), Some(berth.clone()));
+    for variant in variants {
+        let program = variant.program.as_ref().unwrap_or(&berth).clone();
+        add(
+            &variant.name,
+            Kind::Berth(variant.flags.clone()),
+            Some(program),
+        );
+    }
+    match on_path("qemu-storage-daemon") {
+        Some(program) => {
+            for (name, aio, iothread) in [
+                ("qsd-io_uring", "io_uring", false),
+                ("qsd-native", "native", false),
+                ("qsd-threads", "threads", false),
+                ("qsd-iothread", "io_uring", true),
+            ] {
+                add(name, Kind::Qsd { aio, iothread }, Some(program.clone()));
+            }
+        }
+        None => absent.push("qemu-storage-daemon: install Debian's qemu-utils".to_owned()),
+    }
+    let program = programs.cloud_hypervisor.clone();
+    match program.or_else(|| on_path("vhost_user_block")) {
+        Some(program) => add("cloud-hypervisor", Kind::CloudHypervisor, Some(program)),
+        None => absent.push(
+            "Cloud Hypervisor's vhost_user_block: build it from its source tree (cargo build \
+             --release -p vhost_user_block) and name it with --cloud-hypervisor"
+                .to_owned(),
+        ),
+    }
+    add("limit-aio", Kind::Limit(Direct::Aio), None);
+    add("limit-pread", Kind::Limit(Direct::Sync), None);
+    Ok((subjects, absent))
+}
+
+/// Of `subjects` those with a name in `wanted` (all without any); the limit always.
+pub fn select(subjects: Vec<Subject>, wanted: &[String]) -> Result<Vec<Subject>> {
+    for want in wanted {
+        if !subjects.iter().any(|subject| subject.name == *want) {
+            let names: Vec<&str> = subjects.iter().map(|s| s.name.as_str()).collect();
+            bail!("no subject '{want}' here; there are {}", names.join(", "));
+        }
+    }
+    let keep = |subject: &Subject| {
+        wanted.is_empty() || subject.name == LIMIT || wanted.contains(&subject.name)
+    };
+    Ok(subjects.into_iter().filter(keep).collect())
+}
+
+/// Our daemon once more: other flags, or another build.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Variant {
+    /// What the table calls it.
+    pub name: String,
+    /// Another build.
+    pub program: Option<PathBuf>,
+    /// Flags more.
+    pub flags: Vec<String>,
+}
+
+impl Variant {
+    /// From `NAME=[PROGRAM] [FLAG]…`.
+    pub fn parse(text: &str) -> Result<Variant, String> {
+        let Some((name, rest)) = text.split_once('=') else {
+            return Err("expected NAME=[PROGRAM] [FLAG]…".to_owned());
+        };
+        if name.is_empty() || name.starts_with('-') {
+            return Err("expected a name before the first '='".to_owned());
+        }
+        let mut words = rest.split_whitespace().peekable();
+        let program = words.next_if(|word| !word.starts_with('-'));
+        Ok(Variant {
+            name: name.to_owned(),
+            program: program.map(PathBuf::from),
+            flags: words.map(str::to_owned).collect(),
+        })
+    }
+}
+
+/// What one of the limits can do with `load`: a plain system call has a depth of one, whatever was asked.
+pub fn effective_depth(kind: &Kind, load: &Load) -> usize {
+    match kind {
+        Kind::Limit(Direct::Sync) => 1,
+        _ => load.depth,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_variant_has_a_name_perhaps_a_program_and_flags() {
+        let variant = Variant::parse("nopoll=--poll-us 0").unwrap();
+        assert_eq!(variant.name, "nopoll");
+        assert_eq!((variant.program, variant.flags.len()), (None, 2));
+        let variant = Variant::parse("old=/tmp/berth-blk").unwrap();
+        assert_eq!(variant.program, Some(PathBuf::from("/tmp/berth-blk")));
+        assert!(Variant::parse("--poll-us=0").is_err());
+        assert!(Variant::parse("nopoll").is_err());
+    }
+
+    #[test]
+    fn only_what_makes_sense_is_run_in_the_page_cache() {
+        let qsd = |aio| Subject {
+            name: String::new(),
+            kind: Kind::Qsd {
+                aio,
+                iothread: false,
+            },
+            program: None,
+        };
+        assert!(qsd("native").fits(Backing::File) && !qsd("native").fits(Backing::Cache));
+        assert!(!qsd("threads").fits(Backing::Zram) && qsd("threads").fits(Backing::Cache));
+        assert!(qsd("io_uring").fits(Backing::Cache));
+    }
+}
