@@ -121,23 +121,31 @@ struct State {
 /// What each block of a disk may hold, by what was asked and answered.
 #[derive(Debug)]
 pub struct Model {
+    first: u64,
     blocks: Vec<State>,
     sequence: u64,
 }
 
 impl Model {
-    /// A disk of zeroes.
+    /// A disk of zeroes, whose blocks are numbered from `first` on.
     #[must_use]
-    pub fn new(blocks: usize) -> Self {
+    pub fn new(first: u64, blocks: usize) -> Self {
         let state = State {
             acknowledged: Content::Zero,
             pending: None,
             readers: 0,
         };
         Self {
+            first,
             blocks: vec![state; blocks],
             sequence: 0,
         }
+    }
+
+    /// The number that a block has in its content.
+    #[must_use]
+    pub fn id(&self, block: usize) -> u64 {
+        self.first + block as u64
     }
 
     /// Number of blocks.
@@ -217,7 +225,7 @@ impl Model {
     pub fn check(&self, block: usize, bytes: &[u8]) -> Result<(), String> {
         let state = &self.blocks[block];
         let found =
-            content(bytes, block as u64).map_err(|damage| format!("block {block}: {damage}"))?;
+            content(bytes, self.id(block)).map_err(|damage| format!("block {block}: {damage}"))?;
         if found == state.acknowledged || Some(found) == state.pending {
             return Ok(());
         }
@@ -256,7 +264,7 @@ mod tests {
 
     #[test]
     fn only_the_last_acknowledged_write_or_a_later_one_is_right() {
-        let mut model = Model::new(4);
+        let mut model = Model::new(0, 4);
         let old = model.begin_write(1..3);
         model.acknowledge(1..3);
         let new = model.begin_write(1..2);
@@ -279,7 +287,7 @@ mod tests {
 
     #[test]
     fn a_block_that_is_read_is_not_written() {
-        let mut model = Model::new(2);
+        let mut model = Model::new(0, 2);
         model.begin_read(0..1);
         model.begin_read(0..1);
         model.end_read(0..1);

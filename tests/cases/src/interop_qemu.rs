@@ -2,8 +2,10 @@
 
 use std::fs;
 use std::net::Ipv4Addr;
+use std::path::Path;
 
 use anyhow::{Result, ensure};
+use berth_tests_framework::console::Console;
 use berth_tests_framework::daemons::{BlkSettings, Daemon};
 use berth_tests_framework::image;
 use berth_tests_framework::net::{self, FrameCounter};
@@ -12,6 +14,7 @@ use berth_tests_framework::story::{Context, Story, Tier};
 use berth_tests_framework::vmm::{self, VmBuilder};
 
 use crate::disk;
+use crate::kill_storm::guest::{add_program, finish_load, kill_under_load, start_load};
 use crate::net::{frames_over_mtu, ping, transfer};
 
 /// Stories of this file.
@@ -26,6 +29,7 @@ pub const STORIES: &[Story] = &[
             "qemu.disk_random_writes",
             "qemu.disk_discard_shrinks_file",
             "qemu.disk_read_only_refused",
+            "qemu.disk_killed_3_times_under_load",
             "qemu.net_mac_and_ping",
             "qemu.net_transfer_100mb_each_way",
             "qemu.net_tso_both_ways",
@@ -51,18 +55,14 @@ const MAC: &str = "52:54:00:be:47:03";
 fn qemu_guest(context: &Context) -> Result<()> {
     let (image, fixed) = (context.scratch("disk.img"), context.scratch("fixed.img"));
     image::sparse(&image, 512 << 20)?;
-    let contents = context.scratch("fixed");
-    fs::create_dir(&contents)?;
-    image::random(&contents.join("data"), 1 << 20, 9)?;
-    let sum = image::md5(&contents.join("data"))?;
-    image::ext4(&fixed, 32 << 20, &contents)?;
+    let sum = fixed_image(context, &fixed)?;
 
     context.step("start the daemons");
     let settings = BlkSettings {
         queues: 2,
         ..Default::default()
     };
-    let writable = Daemon::blk(context, "blk-writable", &image, settings)?;
+    let mut writable = Daemon::blk(context, "blk-writable", &image, settings)?;
     let settings = BlkSettings {
         read_only: true,
         ..Default::default()
@@ -94,6 +94,9 @@ fn qemu_guest(context: &Context) -> Result<()> {
     context.check("qemu.disk_read_only_refused", || {
         disk::refuses_writes(console, "/dev/vdb", &sum)
     })?;
+    context.check("qemu.disk_killed_3_times_under_load", || {
+        killed_under_load(console, &mut writable)
+    })?;
     context.check("qemu.net_mac_and_ping", || {
         let seen = console.sh("cat /sys/class/net/eth0/address")?;
         ensure!(seen.trim() == MAC, "address in the guest: {seen:?}");
@@ -121,6 +124,26 @@ fn qemu_guest(context: &Context) -> Result<()> {
         second.console.sh("umount /mnt")?;
         second.power_off()
     })
+}
+
+/// An image of a file whose checksum is returned, and of the program that makes load.
+fn fixed_image(context: &Context, path: &Path) -> Result<String> {
+    let contents = context.scratch("fixed");
+    fs::create_dir(&contents)?;
+    image::random(&contents.join("data"), 1 << 20, 9)?;
+    add_program(context, &contents)?;
+    image::ext4(path, 64 << 20, &contents)?;
+    image::md5(&contents.join("data"))
+}
+
+/// QEMU dials again and hands the inflight region back; the guest notices nothing.
+fn killed_under_load(console: &mut Console, daemon: &mut Daemon) -> Result<()> {
+    console.sh("mkdir -p /programs && mount -t ext4 -o ro /dev/vdb /programs")?;
+    start_load(console, "/programs", "/mnt")?;
+    kill_under_load(console, daemon, 3)?;
+    finish_load(console)?;
+    console.sh("umount /programs")?;
+    disk::verify(console)
 }
 
 fn root_on_qemu_storage_daemon(context: &Context) -> Result<()> {

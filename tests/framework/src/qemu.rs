@@ -50,7 +50,8 @@ impl Devices {
     }
 
     fn socket(&mut self, id: &str, socket: &Path) {
-        let chardev = format!("socket,id={id},path={}", socket.display());
+        // QEMU dials again when a daemon has died, and hands a disk's inflight region back.
+        let chardev = format!("socket,id={id},path={},reconnect-ms=100", socket.display());
         self.0.extend(["-chardev".to_owned(), chardev]);
     }
 }

@@ -81,7 +81,7 @@ impl Client {
                 .map(|queue| (queue * plan.depth..(queue + 1) * plan.depth).collect())
                 .collect(),
             requests: vec![vec![None; usize::from(size)]; queues],
-            model: Model::new(usize::try_from(plan.size_bytes)? / BLOCK),
+            model: Model::new(0, usize::try_from(plan.size_bytes)? / BLOCK),
             random: Random::new(plan.seed),
             link: None,
             inflight: None,

@@ -3,6 +3,7 @@
 
 mod card;
 mod disk;
+pub(crate) mod guest;
 mod request;
 mod tally;
 
@@ -55,6 +56,20 @@ pub const STORIES: &[Story] = &[
             "kill_storm.blk_sees_stale_block",
         ],
         run: blk_fails,
+    },
+    Story {
+        name: "guest-kill-storm",
+        tier: Tier::Guest,
+        long: false,
+        checks: &["kill_storm.ext4_under_berth_vmm_10"],
+        run: |context| guest::under_berth_vmm(context, "kill_storm.ext4_under_berth_vmm_10", 10),
+    },
+    Story {
+        name: "guest-kill-storm-long",
+        tier: Tier::Guest,
+        long: true,
+        checks: &["kill_storm.ext4_under_berth_vmm_50"],
+        run: |context| guest::under_berth_vmm(context, "kill_storm.ext4_under_berth_vmm_50", 50),
     },
     Story {
         name: "net-kill-storm",
