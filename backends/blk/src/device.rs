@@ -10,7 +10,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use berth_queue_worker::control_socket::Command;
-use berth_queue_worker::{Device, QueueStart, RateLimit, RateLimiter, SessionHandle};
+use berth_queue_worker::sandbox::syscalls::IO_URING;
+use berth_queue_worker::{Device, QueueStart, RateLimit, RateLimiter, SessionHandle, Syscall};
 use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_CONFIG_WCE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH,
     VIRTIO_BLK_F_MQ, VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_SIZE_MAX,
@@ -19,6 +20,7 @@ use virtio_bindings::virtio_blk::{
 
 use crate::engine::EngineChoice;
 use crate::image::Disk;
+use crate::image::raw::{BLKDISCARD, BLKGETSIZE64};
 use crate::request::{MAX_RANGE_SECTORS, MAX_RANGES, SECTOR_SIZE};
 use crate::resize::{self, Frontend};
 use crate::worker::BlkWorker;
@@ -147,6 +149,20 @@ impl Device for BlkDevice {
             1 << VIRTIO_BLK_F_DISCARD | 1 << VIRTIO_BLK_F_WRITE_ZEROES
         };
         bits
+    }
+
+    fn syscalls(&self) -> Vec<Syscall> {
+        // What SyncEngine does with the image, what a discard of a block device falls back to, the
+        // size of one that may have grown, and locks that come and go with the session.
+        const IMAGE: [Syscall; 6] = [
+            Syscall::any(libc::SYS_preadv),
+            Syscall::any(libc::SYS_pwritev2),
+            Syscall::any(libc::SYS_fdatasync),
+            Syscall::any(libc::SYS_fallocate),
+            Syscall::ioctl(&[BLKDISCARD as u32, BLKGETSIZE64 as u32]),
+            Syscall::fcntl(&[libc::F_OFD_SETLK as u32, libc::F_OFD_GETLK as u32]),
+        ];
+        [&IO_URING[..], &IMAGE].concat()
     }
 
     fn num_queues(&self) -> u16 {

@@ -43,7 +43,8 @@ fn two_queues() -> Setup {
 fn image_is_handed_over_when_the_last_queue_stops() {
     let dir = TempDir::new();
     let image = dir.image("disk.img", MIB);
-    let flags = ["--lock=running", "--num-queues=2"];
+    // Who holds a lock cannot be seen from within the sandbox.
+    let flags = ["--lock=running", "--num-queues=2", "--sandbox=off"];
     let (first, second) = (dir.path("first.sock"), dir.path("second.sock"));
     let mut source = Daemon::serve(&first, &image, &flags);
     let mut destination = Daemon::serve(&second, &image, &flags);
@@ -85,7 +86,7 @@ fn image_that_is_always_locked_is_not_to_be_had_between_two_queues() {
     let image = dir.image("disk.img", MIB);
     let (first, second) = (dir.path("first.sock"), dir.path("second.sock"));
     let always = Daemon::serve(&first, &image, &[]);
-    let mut running = Daemon::serve(&second, &image, &["--lock=running"]);
+    let mut running = Daemon::serve(&second, &image, &["--lock=running", "--sandbox=off"]);
     let driver = FakeDriver::connect(&second, Setup::default());
     driver.queues[0].wait_err();
     running.wait_for(&format!("in use by process {}", always.pid()));
@@ -95,4 +96,26 @@ fn image_that_is_always_locked_is_not_to_be_had_between_two_queues() {
     write_and_read(&mut driver, 0, 1);
     driver.finish();
     running.terminate();
+}
+
+#[test]
+fn destination_that_comes_early_waits_in_its_sandbox_for_the_image() {
+    let dir = TempDir::new();
+    let image = dir.image("disk.img", MIB);
+    let flags = ["--lock=running", "--num-queues=2"];
+    let (first, second) = (dir.path("first.sock"), dir.path("second.sock"));
+    let source = Daemon::serve(&first, &image, &flags);
+    let mut destination = Daemon::serve(&second, &image, &flags);
+    let mut old = FakeDriver::connect(&first, two_queues());
+    write_and_read(&mut old, 0, 1);
+    let mut new = FakeDriver::connect(&second, two_queues());
+    destination.wait_for("the image is still locked");
+    write_and_read(&mut old, 1, 2);
+    old.frontend.stop_queue(0);
+    old.frontend.stop_queue(1);
+    write_and_read(&mut new, 0, 3);
+    new.finish();
+    old.finish();
+    source.terminate();
+    destination.terminate();
 }

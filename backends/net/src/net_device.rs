@@ -8,6 +8,7 @@ use std::sync::{Arc, Once};
 use berth_queue_worker::device::protocol;
 use berth_queue_worker::{
     Device, Interest, QueueError, QueueStart, QueueWorker, Ready, Ring, SessionHandle, Source,
+    Syscall,
 };
 
 use crate::ctrl_queue::CtrlQueue;
@@ -60,6 +61,10 @@ impl Device for NetDevice {
 
     fn protocol_features(&self) -> u64 {
         protocol::RARP
+    }
+
+    fn syscalls(&self) -> Vec<Syscall> {
+        self.state.port().syscalls()
     }
 
     fn num_queues(&self) -> u16 {

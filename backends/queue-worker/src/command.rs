@@ -13,6 +13,7 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
+use tracing::error;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use crate::device::{Device, QueueStart};
@@ -20,6 +21,7 @@ use crate::guest_memory::GuestMemory;
 use crate::inflight::InflightRegion;
 use crate::log::QueueLog;
 use crate::notify::{Notifiers, VringFd};
+use crate::sandbox::{self, ThreadKind};
 use crate::sys;
 use crate::virtqueue::RingLayout;
 use crate::worker::QueueThread;
@@ -108,7 +110,12 @@ impl WorkerHandle {
         let thread = std::thread::Builder::new()
             .name(format!("{}-q{queue}", D::NAME))
             .spawn(move || {
-                QueueThread::new(device, inbox, poll_limit).run();
+                match sandbox::enter_thread(ThreadKind::Worker) {
+                    Ok(()) => QueueThread::new(device, inbox, poll_limit).run(),
+                    Err(error) => {
+                        error!(%error, queue, "no sandbox for this thread: the queue does not run");
+                    }
+                }
                 drop(alive);
             })?;
         Ok(WorkerHandle {

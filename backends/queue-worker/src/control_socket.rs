@@ -16,13 +16,14 @@
 use std::io::{self, ErrorKind, Read as _, Write as _};
 use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::net::UnixStream;
-use std::path::Path;
+use std::sync::Arc;
 use std::thread::JoinHandle;
 
-use tracing::warn;
+use tracing::{error, warn};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EventFd};
 
-use crate::endpoint::{EndpointError, Listener};
+use crate::endpoint::Listener;
+use crate::sandbox::{self, ThreadKind};
 use crate::sys;
 
 /// Longest line of a client, newline included.
@@ -38,29 +39,31 @@ pub type Command = (&'static str, &'static str);
 pub struct ControlServer {
     stop: EventFd,
     thread: Option<JoinHandle<()>>,
+    /// After the thread, which shares it: removed on the thread that drops this.
+    _listener: Arc<Listener>,
 }
 
 impl ControlServer {
-    /// Listens on `path`. `answer` gets each line without its newline, on the server's thread, and
+    /// Answers on `listener`. `answer` gets each line without its newline, on the server's thread, and
     /// returns the text of the answer: after `ok` or after `error`.
     pub fn start(
-        path: &Path,
+        listener: Listener,
         answer: impl Fn(&str) -> Result<String, String> + Send + 'static,
-    ) -> Result<ControlServer, EndpointError> {
-        let listener = Listener::bind(path)?;
-        let error = |source| EndpointError::Bind {
-            path: path.to_owned(),
-            source,
-        };
-        let stop = EventFd::new(EFD_CLOEXEC).map_err(error)?;
-        let thread_stop = stop.try_clone().map_err(error)?;
+    ) -> io::Result<ControlServer> {
+        let stop = EventFd::new(EFD_CLOEXEC)?;
+        let thread_stop = stop.try_clone()?;
+        let listener = Arc::new(listener);
+        let shared = Arc::clone(&listener);
         let thread = std::thread::Builder::new()
             .name("control-socket".to_owned())
-            .spawn(move || serve(&listener, &thread_stop, &answer))
-            .map_err(error)?;
+            .spawn(move || match sandbox::enter_thread(ThreadKind::Helper) {
+                Ok(()) => serve(&shared, &thread_stop, &answer),
+                Err(error) => error!(%error, "no sandbox for this thread, so no commands"),
+            })?;
         Ok(ControlServer {
             stop,
             thread: Some(thread),
+            _listener: listener,
         })
     }
 }
@@ -215,7 +218,7 @@ mod tests {
                 "lines" => Ok("one\ntwo".to_owned()),
                 _ => Ok(line.to_uppercase()),
             };
-            let server = ControlServer::start(&path, answer).unwrap();
+            let server = ControlServer::start(Listener::bind(&path).unwrap(), answer).unwrap();
             Server {
                 path,
                 _server: server,

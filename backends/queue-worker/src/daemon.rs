@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!   main: args ─▶ init_logging ─▶ open the device ─▶ run
-//!   run:  block signals ─▶ metrics and control sockets, a thread each ─▶ endpoint
+//!   run:  block signals ─▶ sockets ─▶ sandbox ─▶ a thread each for metrics and control socket
 //!         ─▶ loop { accept ─▶ session until it ends }
 //! ```
 //!
@@ -13,7 +13,7 @@
 use std::io;
 use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::net::UnixStream;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -27,6 +27,7 @@ use crate::endpoint::{Endpoint, EndpointError, Listener};
 use crate::metrics::{Metrics, MetricsServer};
 use crate::notify::LogLimit;
 use crate::protocol::connection::ConnectionError;
+use crate::sandbox::{self, Plan, SandboxError};
 use crate::session::{DEFAULT_POLL_LIMIT, Session, SessionError, SessionOptions};
 use crate::signals::{Signals, Wish};
 use crate::sys;
@@ -53,6 +54,10 @@ pub struct DaemonArgs {
     /// Take commands on this Unix socket, a line each; `help` lists them
     #[arg(long, value_name = "PATH")]
     pub control_socket: Option<PathBuf>,
+
+    /// Give up what is not needed once everything is open
+    #[arg(long, value_enum, default_value = "on", value_name = "MODE")]
+    pub sandbox: sandbox::Mode,
 
     /// Look for work for up to N microseconds before sleeping, while queues are busy; 0: never
     #[arg(long, value_name = "N", default_value_t = DEFAULT_POLL_LIMIT.as_micros() as u32,
@@ -83,6 +88,9 @@ pub enum DaemonError {
     /// The control socket.
     #[error("control socket")]
     Control(#[source] EndpointError),
+    /// What should confine the process.
+    #[error("sandbox")]
+    Sandbox(#[from] SandboxError),
     /// A system call without which there is no going on.
     #[error("cannot {what}")]
     System {
@@ -116,24 +124,28 @@ pub fn run<D: Device>(args: &DaemonArgs, device: D) -> Result<(), DaemonError> {
         what: "set up signals",
         source,
     })?;
-    let endpoint = Endpoint::open(args.socket_path.as_deref(), args.fd)?;
-    let metrics = Metrics::new(D::NAME, device.num_queues());
-    let _metrics_server = match &args.metrics_socket {
-        Some(path) => {
-            let server = MetricsServer::start(path, metrics.clone());
-            Some(server.map_err(DaemonError::Metrics)?)
-        }
-        None => None,
+    let sockets = Sockets::open(args)?;
+    let plan = Plan {
+        device: device.syscalls(),
+        sockets: sockets.made(),
     };
+    sandbox::enter(args.sandbox, &plan)?;
+    let metrics = Metrics::new(D::NAME, device.num_queues());
     let device = Arc::new(device);
     let has_frontend = Arc::new(AtomicBool::new(false));
-    let _control_server = match &args.control_socket {
-        Some(path) => {
-            let answer = control_answers(Arc::clone(&device), Arc::clone(&has_frontend));
-            Some(ControlServer::start(path, answer).map_err(DaemonError::Control)?)
-        }
-        None => None,
+    let no_thread = |source| DaemonError::System {
+        what: "start a thread",
+        source,
     };
+    let metrics_server = sockets
+        .metrics
+        .map(|listener| MetricsServer::start(listener, metrics.clone()));
+    let _metrics_server = metrics_server.transpose().map_err(no_thread)?;
+    let control_server = sockets.control.map(|listener| {
+        let answer = control_answers(Arc::clone(&device), Arc::clone(&has_frontend));
+        ControlServer::start(listener, answer)
+    });
+    let _control_server = control_server.transpose().map_err(no_thread)?;
     let server = Server {
         device,
         metrics,
@@ -141,9 +153,36 @@ pub fn run<D: Device>(args: &DaemonArgs, device: D) -> Result<(), DaemonError> {
         has_frontend,
         options: args.session_options(),
     };
-    match endpoint {
+    match sockets.endpoint {
         Endpoint::Connected(stream) => server.serve_one(stream).map(drop),
         Endpoint::Listening(listener) => server.serve(&listener),
+    }
+}
+
+/// All that the daemon listens on.
+struct Sockets {
+    endpoint: Endpoint,
+    metrics: Option<Listener>,
+    control: Option<Listener>,
+}
+
+impl Sockets {
+    fn open(args: &DaemonArgs) -> Result<Sockets, DaemonError> {
+        let listen = |path: &Option<PathBuf>| path.as_deref().map(Listener::bind).transpose();
+        Ok(Sockets {
+            endpoint: Endpoint::open(args.socket_path.as_deref(), args.fd)?,
+            metrics: listen(&args.metrics_socket).map_err(DaemonError::Metrics)?,
+            control: listen(&args.control_socket).map_err(DaemonError::Control)?,
+        })
+    }
+
+    /// Those that are to be removed at the end.
+    fn made(&self) -> Vec<PathBuf> {
+        let more = self.metrics.iter().chain(&self.control);
+        let all = self.endpoint.listener().into_iter().chain(more);
+        all.filter_map(Listener::made_path)
+            .map(Path::to_owned)
+            .collect()
     }
 }
 

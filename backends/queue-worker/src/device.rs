@@ -19,6 +19,7 @@ use std::sync::Arc;
 
 use crate::control_socket::Command;
 use crate::metrics::QueueCounters;
+use crate::sandbox::Syscall;
 use crate::session::SessionHandle;
 use crate::virtqueue::{Ring, RingError};
 
@@ -49,6 +50,12 @@ pub trait Device: Send + Sync + 'static {
     /// Extra protocol features, see [`protocol`].
     fn protocol_features(&self) -> u64 {
         0
+    }
+
+    /// System calls that the workers make besides those of the library: the sandbox lets them
+    /// pass. Asked once, before it is entered.
+    fn syscalls(&self) -> Vec<Syscall> {
+        Vec::new()
     }
 
     /// How many virtqueues there are.

@@ -62,6 +62,14 @@ impl Endpoint {
         }
     }
 
+    /// The socket that frontends connect to, where there is one.
+    pub fn listener(&self) -> Option<&Listener> {
+        match self {
+            Endpoint::Listening(listener) => Some(listener),
+            Endpoint::Connected(_) => None,
+        }
+    }
+
     fn from_fd(fd: RawFd) -> Result<Endpoint, EndpointError> {
         let bad = |source| EndpointError::BadFd { fd, source };
         if fd <= 2 {
@@ -114,6 +122,11 @@ impl Listener {
         let socket = UnixListener::from(fd);
         socket.set_nonblocking(true)?;
         Ok(Listener { socket, made: None })
+    }
+
+    /// The path of a socket that was made here, and is to be removed.
+    pub fn made_path(&self) -> Option<&Path> {
+        self.made.as_ref().map(|(path, _, _)| path.as_path())
     }
 
     /// The next connection, if one waits.

@@ -98,6 +98,7 @@ pub mod notify;
 mod polling;
 pub mod protocol;
 pub mod rate_limit;
+pub mod sandbox;
 pub mod session;
 mod sigbus;
 mod signals;
@@ -115,6 +116,7 @@ pub use device::{Device, Interest, Poll, QueueError, QueueStart, QueueWorker, Re
 pub use guest_memory::{GuestMemory, GuestSlice, MemoryError};
 pub use metrics::{Metrics, QueueCounters};
 pub use rate_limit::{RateLimit, RateLimiter, Throttle};
+pub use sandbox::Syscall;
 pub use session::{SessionHandle, SessionOptions};
 pub use uring::IoRing;
 pub use usage::parse_args;

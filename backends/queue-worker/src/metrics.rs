@@ -13,17 +13,17 @@ use std::fmt::Write as _;
 use std::io::{self, Read as _, Write as _};
 use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::net::UnixStream;
-use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use tracing::warn;
+use tracing::{error, warn};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EventFd};
 
-use crate::endpoint::{EndpointError, Listener};
+use crate::endpoint::Listener;
 use crate::latency::Histogram;
+use crate::sandbox::{self, ThreadKind};
 use crate::sys;
 
 /// A number with one writer and many readers.
@@ -172,33 +172,36 @@ fn decimal(value: u64, places: usize) -> String {
     text.trim_end_matches('0').trim_end_matches('.').to_owned()
 }
 
-/// Answers connections on the metrics socket until dropped.
+/// Answers connections on the metrics socket until dropped. Then the socket is removed, on the
+/// thread that drops this.
 #[derive(Debug)]
 pub struct MetricsServer {
     stop: EventFd,
     thread: Option<JoinHandle<()>>,
+    /// After the thread, which shares it.
+    _listener: Arc<Listener>,
 }
 
 /// How long a peer of the metrics socket may take to send its request or to read the answer.
 const PEER_TIMEOUT: Duration = Duration::from_millis(500);
 
 impl MetricsServer {
-    /// Listens on `path`, on a thread called `metrics`.
-    pub fn start(path: &Path, metrics: Metrics) -> Result<MetricsServer, EndpointError> {
-        let listener = Listener::bind(path)?;
-        let error = |source| EndpointError::Bind {
-            path: path.to_owned(),
-            source,
-        };
-        let stop = EventFd::new(EFD_CLOEXEC).map_err(error)?;
-        let thread_stop = stop.try_clone().map_err(error)?;
+    /// Answers on `listener`, on a thread called `metrics`.
+    pub fn start(listener: Listener, metrics: Metrics) -> io::Result<MetricsServer> {
+        let stop = EventFd::new(EFD_CLOEXEC)?;
+        let thread_stop = stop.try_clone()?;
+        let listener = Arc::new(listener);
+        let shared = Arc::clone(&listener);
         let thread = std::thread::Builder::new()
             .name("metrics".to_owned())
-            .spawn(move || answer_all(&listener, &thread_stop, &metrics))
-            .map_err(error)?;
+            .spawn(move || match sandbox::enter_thread(ThreadKind::Helper) {
+                Ok(()) => answer_all(&shared, &thread_stop, &metrics),
+                Err(error) => error!(%error, "no sandbox for this thread, so no metrics"),
+            })?;
         Ok(MetricsServer {
             stop,
             thread: Some(thread),
+            _listener: listener,
         })
     }
 }

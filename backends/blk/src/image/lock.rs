@@ -50,7 +50,8 @@ const RETRY: Duration = Duration::from_millis(5);
 ///
 /// A lock that no process in /proc holds is most likely that of a killed predecessor whose last
 /// I/O is still under way in the kernel: it is waited for, since that I/O must not land after
-/// ours. A holder that is visible is an error at once.
+/// ours. A holder that is visible is an error at once; from within the sandbox none is, so there a
+/// living one is waited for as well.
 pub fn lock(file: &File, read_only: bool) -> Result<(), LockError> {
     let start = Instant::now();
     let mut told = false;
@@ -68,7 +69,10 @@ pub fn lock(file: &File, read_only: bool) -> Result<(), LockError> {
         }
         if !told && start.elapsed() > Duration::from_secs(1) {
             told = true;
-            info!("the image is still locked by I/O of a process that has gone, waiting for it");
+            info!(
+                "the image is still locked, by I/O of a process that has gone or by a process that \
+                 cannot be seen from here: waiting for it"
+            );
         }
         // Nothing announces the release of a shared OFD lock.
         std::thread::sleep(RETRY);

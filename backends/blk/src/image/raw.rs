@@ -17,6 +17,11 @@ use super::lock::LockError;
 use super::size::{Change, Size};
 use crate::request::SECTOR_SIZE;
 
+/// Discards a range of a block device (linux/fs.h).
+pub const BLKDISCARD: libc::c_ulong = 0x1277;
+/// Size of a block device in bytes (linux/fs.h).
+pub const BLKGETSIZE64: libc::c_ulong = 0x8008_1272;
+
 /// Why an image cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum ImageError {
@@ -240,7 +245,6 @@ impl Disk {
 
     /// Discards a range of a block device whose driver knows no zeroing discard. Blocks.
     pub fn discard_blocks(&self, offset: u64, len: u64) -> io::Result<()> {
-        const BLKDISCARD: libc::c_ulong = 0x1277;
         let range = [offset, len];
         // SAFETY: BLKDISCARD reads two u64, which `range` is.
         match unsafe { libc::ioctl(self.file.as_raw_fd(), BLKDISCARD, range.as_ptr()) } {
@@ -294,7 +298,6 @@ fn size_of_image(file: &File, block_device: bool) -> io::Result<u64> {
     if !block_device {
         return Ok(file.metadata()?.len());
     }
-    const BLKGETSIZE64: libc::c_ulong = 0x8008_1272;
     let mut size = 0u64;
     // SAFETY: BLKGETSIZE64 writes one u64.
     match unsafe { libc::ioctl(file.as_raw_fd(), BLKGETSIZE64, &mut size) } {

@@ -1,16 +1,19 @@
 //! Whether the tap is up, followed by netlink: what the guest sees as its cable.
 //!
-//! A thread of its own, `net-link`, blocks on the socket and calls back with the state at its start
-//! and on every message about the interface. It ends with the process. Links of other interfaces
-//! come by too and are skipped.
+//! The sockets are opened with the tap, before the sandbox closes. A thread of its own, `net-link`,
+//! blocks on one and calls back with the state at its start and on every message about the
+//! interface. It ends with the process. Links of other interfaces come by too and are skipped.
 //!
 //! Kernel: `man 7 rtnetlink`, RTM_NEWLINK and RTM_DELLINK.
 
 #![forbid(unsafe_code)]
 
 use std::io;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixDatagram;
 use std::thread;
+
+use berth_queue_worker::sandbox::{self, ThreadKind};
 
 use super::sys;
 
@@ -19,26 +22,61 @@ const NLMSG_HDR: usize = 16;
 /// An ifinfomsg: family, type, index, flags, change.
 const IFINFO: usize = 16;
 
-/// Starts the thread: `on_change` is told whether the interface is up.
-///
-/// The first call carries the answer of `is_up`, asked when later changes are sure to be heard of.
-///
-/// # Errors
-/// No netlink, or no thread.
-pub fn watch(
+/// An interface whose state can be asked for and followed.
+#[derive(Debug)]
+pub struct LinkWatch {
+    name: String,
     if_index: u32,
-    is_up: impl Fn() -> bool + Send + 'static,
-    on_change: impl Fn(bool) + Send + 'static,
-) -> io::Result<()> {
-    // A netlink socket is a datagram socket, and receiving is all that is asked of it.
-    let socket = UnixDatagram::from(sys::link_socket()?);
-    let follow = move || {
-        on_change(is_up());
+    /// A netlink socket is a datagram socket, and receiving is all that is asked of it.
+    messages: UnixDatagram,
+    /// To ask on.
+    socket: OwnedFd,
+}
+
+impl LinkWatch {
+    /// Opens what is needed to follow the interface `name`. Changes are heard of from now on.
+    ///
+    /// # Errors
+    /// There is no such interface, or no netlink.
+    pub fn open(name: &str) -> io::Result<LinkWatch> {
+        Ok(LinkWatch {
+            name: name.to_owned(),
+            if_index: sys::if_index(name).ok_or(io::ErrorKind::NotFound)?,
+            messages: UnixDatagram::from(sys::link_socket()?),
+            socket: sys::control_socket()?,
+        })
+    }
+
+    /// Starts the thread: `on_change` is told whether the interface is up, first as it is now.
+    ///
+    /// # Errors
+    /// No descriptor, or no thread.
+    pub fn follow(&self, on_change: impl Fn(bool) + Send + 'static) -> io::Result<()> {
+        let link = LinkWatch {
+            name: self.name.clone(),
+            if_index: self.if_index,
+            messages: self.messages.try_clone()?,
+            socket: self.socket.try_clone()?,
+        };
+        thread::Builder::new()
+            .name("net-link".to_string())
+            .spawn(move || match sandbox::enter_thread(ThreadKind::Helper) {
+                Ok(()) => link.run(on_change),
+                Err(error) => {
+                    tracing::error!(%error, "no sandbox for this thread: the link is not followed");
+                }
+            })
+            .map(drop)
+    }
+
+    fn run(&self, on_change: impl Fn(bool)) {
+        // Up where that cannot be found out.
+        on_change(sys::is_up(self.socket.as_fd(), &self.name).unwrap_or(true));
         let mut buffer = vec![0; 32 << 10];
         loop {
-            match socket.recv(&mut buffer) {
+            match self.messages.recv(&mut buffer) {
                 Ok(len) => {
-                    if let Some(up) = last_state(&buffer[..len], if_index) {
+                    if let Some(up) = last_state(&buffer[..len], self.if_index) {
                         on_change(up);
                     }
                 }
@@ -51,11 +89,7 @@ pub fn watch(
                 }
             }
         }
-    };
-    thread::Builder::new()
-        .name("net-link".to_string())
-        .spawn(follow)
-        .map(drop)
+    }
 }
 
 /// State of the interface after these messages; none if they are about others.

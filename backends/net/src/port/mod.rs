@@ -13,6 +13,8 @@ pub mod testing;
 use std::io;
 use std::os::fd::RawFd;
 
+use berth_queue_worker::Syscall;
+
 use frame::Frame;
 
 /// A source and sink of frames.
@@ -23,6 +25,11 @@ use frame::Frame;
 pub trait NetPort: Send + Sync + 'static {
     /// Number of queues.
     fn num_queues(&self) -> u16;
+
+    /// System calls that all of this makes, for the sandbox.
+    fn syscalls(&self) -> Vec<Syscall> {
+        Vec::new()
+    }
 
     /// Whether it takes and delivers UDP segmentation (USO).
     fn has_uso(&self) -> bool;

@@ -24,6 +24,7 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::os::unix::fs::OpenOptionsExt;
 
+use berth_queue_worker::Syscall;
 use libc::c_int;
 use thiserror::Error;
 use virtio_bindings::virtio_net::{
@@ -32,7 +33,8 @@ use virtio_bindings::virtio_net::{
 };
 
 use super::frame::Frame;
-use super::{NetPort, link, sys};
+use super::link::LinkWatch;
+use super::{NetPort, sys};
 use crate::device::{MAX_PAIRS, has};
 use crate::header::HDR_LEN;
 
@@ -96,8 +98,9 @@ pub struct Tap {
     queues: Vec<OwnedFd>,
     multi_queue: bool,
     uso: bool,
-    /// False where the tap may live in another network namespace, so that its name means nothing.
-    named_here: bool,
+    /// None where the tap may live in another network namespace, so that its name means nothing,
+    /// or where the kernel does not tell.
+    link: Option<LinkWatch>,
 }
 
 impl Tap {
@@ -117,7 +120,13 @@ impl Tap {
         for _ in 1..pairs {
             queues.push(attach(name, libc::IFF_MULTI_QUEUE).map_err(|e| e.explain(name))?);
         }
-        let tap = Self::new(name.to_string(), queues, multi_queue, true)?;
+        let mut tap = Self::new(name.to_string(), queues, multi_queue)?;
+        match LinkWatch::open(name) {
+            Ok(link) => tap.link = Some(link),
+            Err(error) => {
+                tracing::warn!(%error, "cannot follow the tap's link; the guest is told that it is up");
+            }
+        }
         if !exists {
             tap.set_up(mtu)?;
             tracing::info!(tap = name, "tap created; it goes when this process ends");
@@ -153,21 +162,16 @@ impl Tap {
             queues.push(queue);
         }
         let (name, flags) = first.unwrap_or_default();
-        Self::new(name, queues, flags & libc::IFF_MULTI_QUEUE != 0, false)
+        Self::new(name, queues, flags & libc::IFF_MULTI_QUEUE != 0)
     }
 
-    fn new(
-        name: String,
-        queues: Vec<OwnedFd>,
-        multi_queue: bool,
-        named_here: bool,
-    ) -> Result<Self, TapError> {
+    fn new(name: String, queues: Vec<OwnedFd>, multi_queue: bool) -> Result<Self, TapError> {
         let mut tap = Self {
             name,
             queues,
             multi_queue,
             uso: false,
-            named_here,
+            link: None,
         };
         let name = tap.name.clone();
         let first = tap
@@ -263,18 +267,25 @@ impl NetPort for Tap {
     }
 
     fn watch_link(&self, on_change: Box<dyn Fn(bool) + Send>) -> io::Result<()> {
-        let index = self.named_here.then(|| sys::if_index(&self.name)).flatten();
-        let Some(index) = index else { return Ok(()) };
-        let name = self.name.clone();
-        link::watch(index, move || is_up(&name), on_change)
+        match &self.link {
+            Some(link) => link.follow(on_change),
+            None => Ok(()),
+        }
     }
-}
 
-/// Whether the interface is set up. True where that cannot be found out.
-fn is_up(name: &str) -> bool {
-    sys::control_socket()
-        .and_then(|socket| sys::is_up(socket.as_fd(), name))
-        .unwrap_or(true)
+    fn syscalls(&self) -> Vec<Syscall> {
+        const TAP: [Syscall; 3] = [
+            Syscall::any(libc::SYS_readv),
+            Syscall::any(libc::SYS_writev),
+            Syscall::ioctl(&[
+                libc::TUNSETQUEUE as u32,
+                libc::TUNSETVNETHDRSZ as u32,
+                libc::TUNSETOFFLOAD as u32,
+                libc::SIOCGIFFLAGS as u32,
+            ]),
+        ];
+        TAP.to_vec()
+    }
 }
 
 /// TUN_F_* for the offloads that the guest accepts on receive. None go without checksum offload,
