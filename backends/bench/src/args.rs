@@ -70,6 +70,14 @@ pub struct BlkArgs {
     #[arg(long, value_name = "MS", value_parser = clap::value_parser!(u64).range(50..=600_000))]
     pub run_ms: Option<u64>,
 
+    /// Do not count system calls and hand-offs, which takes perf and a run more of each subject
+    #[arg(long)]
+    pub no_counts: bool,
+
+    /// Do not watch idle daemons, which takes 11 s [--quick does not either]
+    #[arg(long)]
+    pub no_idle: bool,
+
     /// CPU of the client
     #[arg(long, value_name = "CPU", default_value_t = 0)]
     pub client_cpu: usize,

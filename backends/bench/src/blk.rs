@@ -10,12 +10,13 @@ use serde_json::{Value, json};
 use crate::args::BlkArgs;
 use crate::backing::{self, Backing, Disk};
 use crate::cells::{self, Cell};
+use crate::idle::{self, Idle};
 use crate::janitor::Janitor;
 use crate::measure::{self, CellResult, Setup};
 use crate::progress::Progress;
 use crate::report;
 use crate::spinner::Spinners;
-use crate::subject::{self, Programs, Subject};
+use crate::subject::{self, Kind, Programs, Subject};
 use crate::target::Window;
 
 /// Measures, prints, and clears up.
@@ -41,10 +42,15 @@ pub fn run(args: &BlkArgs) -> Result<()> {
     let mut janitor = Janitor::start()?;
     let measured = measure_all(args, &cells, &subjects, &mut janitor);
     janitor.finish()?;
-    let results = measured?;
-    print!("{}{}", report::details(&results), report::summary(&results));
+    let (results, idle) = measured?;
+    print!(
+        "{}{}{}",
+        report::details(&results),
+        report::summary(&results),
+        report::idle_table(&idle)
+    );
     if let Some(path) = &args.json {
-        let json = report::as_json(&results, &host(), &absent);
+        let json = report::as_json(&results, &idle, &host(), &absent);
         fs::write(path, format!("{json:#}\n"))
             .with_context(|| format!("cannot write {}", path.display()))?;
     }
@@ -76,12 +82,16 @@ fn measure_all(
     cells: &[Cell],
     subjects: &[Subject],
     janitor: &mut Janitor,
-) -> Result<Vec<CellResult>> {
+) -> Result<(Vec<CellResult>, Vec<Result<Idle>>)> {
     let directory = args.dir.join(format!("berth-bench-{}", std::process::id()));
     fs::create_dir(&directory).with_context(|| format!("cannot create {}", directory.display()))?;
     janitor.directory(&directory)?;
     let default_ms = if args.quick { 500 } else { 1500 };
     let measured = Duration::from_millis(args.run_ms.unwrap_or(default_ms));
+    let perf = subject::on_path("perf").is_some();
+    if !perf && !args.no_counts {
+        eprintln!("absent: perf, so nobody counts system calls: install Debian's linux-perf");
+    }
     let setup = Setup {
         client_cpu: args.client_cpu,
         daemon_cpu: args.daemon_cpu,
@@ -90,13 +100,12 @@ fn measure_all(
             measured,
         },
         rounds: args.rounds,
+        count: !args.no_counts && perf,
         directory,
     };
     let disks = disks(args, cells, &setup, janitor)?;
     let _awake = Spinners::start(&[args.client_cpu, args.daemon_cpu])?;
-    let runs = |cell: &Cell| subjects.iter().filter(|s| s.fits(cell.backing)).count();
-    let total = cells.iter().map(runs).sum::<usize>() * args.rounds as usize;
-    let mut progress = Progress::new(total);
+    let mut progress = Progress::new(cells.iter().map(|cell| steps(&setup, cell, subjects)).sum());
     let mut results = Vec::new();
     for cell in cells {
         let disk = disks.iter().find(|disk| disk.backing == cell.backing);
@@ -105,7 +114,23 @@ fn measure_all(
         results.push(result);
     }
     progress.finish();
-    Ok(results)
+    let idle = if args.no_idle || args.quick {
+        Vec::new()
+    } else {
+        eprintln!("watching idle daemons for {} s", idle::WATCHED.as_secs());
+        idle::watch(subjects, args.daemon_cpu, &setup.directory)?
+    };
+    Ok((results, idle))
+}
+
+/// Runs of a cell.
+fn steps(setup: &Setup, cell: &Cell, subjects: &[Subject]) -> usize {
+    let fitting = subjects.iter().filter(|subject| subject.fits(cell.backing));
+    let runs = |subject: &Subject| {
+        let counted = setup.count && subject.kind != Kind::Fio;
+        setup.rounds as usize + usize::from(counted)
+    };
+    fitting.map(runs).sum()
 }
 
 /// The disks that the cells need.

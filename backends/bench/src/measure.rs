@@ -1,20 +1,22 @@
 //! Runs the cells: every subject in turn, and that several times over, so that a drift of the
 //! machine meets all alike.
+#![forbid(unsafe_code)]
 
 use std::path::{Path, PathBuf};
-use std::sync::mpsc::{RecvTimeoutError, channel};
-use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, anyhow};
+use anyhow::{Context, Result, bail};
 
 use crate::backing::{self, Disk};
 use crate::cells::Cell;
+use crate::client;
+use crate::counts::Counter;
 use crate::daemon::Daemon;
+use crate::fio;
 use crate::proc;
 use crate::progress::Progress;
 use crate::subject::{self, Direct, Kind, Subject};
-use crate::sys::{self, Interruptible};
+use crate::sys;
 use crate::target::aio::AioTarget;
 use crate::target::sync::SyncTarget;
 use crate::target::uring::UringTarget;
@@ -35,6 +37,8 @@ pub struct Setup {
     pub window: Window,
     /// Runs of each subject.
     pub rounds: u32,
+    /// Whether a run more counts system calls.
+    pub count: bool,
     /// For sockets and logs.
     pub directory: PathBuf,
 }
@@ -50,8 +54,27 @@ pub struct Run {
     pub p99_us: f64,
     /// 99.9th percentile.
     pub p999_us: f64,
-    /// CPU time of daemon or limit per request, kernel workers included.
-    pub cpu_us: f64,
+    /// CPU time of daemon or limit per request, kernel workers included; not known of fio.
+    pub cpu_us: Option<f64>,
+    /// Share of both cores that neither we nor the daemon had: somebody else was there, or the
+    /// hypervisor took them. Not known of fio.
+    pub lost: Option<f64>,
+}
+
+/// CPU time of a run.
+#[derive(Clone, Copy, Debug)]
+struct Used {
+    served: Duration,
+    lost: f64,
+}
+
+/// Counted in a run of its own.
+#[derive(Clone, Copy, Debug)]
+pub struct PerRequest {
+    /// System calls of the daemon or of the limit.
+    pub system_calls: f64,
+    /// io_uring requests that went to a kernel worker.
+    pub hand_offs: f64,
 }
 
 /// All runs of a subject in a cell.
@@ -61,6 +84,8 @@ pub struct Series {
     pub subject: String,
     /// One per round.
     pub runs: Vec<Run>,
+    /// Unless nobody counted.
+    pub counts: Option<PerRequest>,
     /// Why there are no more.
     pub failure: Option<String>,
 }
@@ -91,6 +116,7 @@ pub fn cell(
         .map(|subject| Series {
             subject: subject.name.clone(),
             runs: Vec::new(),
+            counts: None,
             failure: None,
         })
         .collect();
@@ -120,6 +146,19 @@ pub fn cell(
             }
         }
     }
+    let counted = taking_part.iter().zip(&mut series);
+    for (subject, series) in counted.filter(|(subject, _)| setup.count && subject.kind != Kind::Fio)
+    {
+        if series.failure.is_some() {
+            progress.skip();
+            continue;
+        }
+        match count(setup, cell, disk, subject) {
+            Ok(counts) => series.counts = Some(counts),
+            Err(error) => series.failure = Some(format!("counting: {error:#}")),
+        }
+        progress.step(&format!("{} {}: counted", cell.name(), subject.name));
+    }
     Ok(CellResult {
         cell: *cell,
         series,
@@ -127,34 +166,58 @@ pub fn cell(
 }
 
 fn run(setup: &Setup, cell: &Cell, disk: &Disk, subject: &Subject) -> Result<Run> {
-    let mut load = cell.load;
-    load.depth = subject::effective_depth(&subject.kind, &load);
-    let patience = setup.window.warmup + setup.window.measured + PATIENCE;
-    let measured = match &subject.kind {
-        Kind::Limit(direct) => on_cpu(setup.daemon_cpu, patience, || {
-            limit(setup, *direct, disk, &load)
-        })?,
-        _ => {
-            let (daemon, socket) = start(setup, subject, disk, 1)?;
-            let pid = daemon.pid();
-            on_cpu(setup.client_cpu, patience, || {
-                through_virtio(setup, pid, &socket, &load)
-            })
-            .with_context(|| format!("(daemon: {})", daemon.last_words()))?
-        }
-    };
-    let (outcome, cpu) = measured;
+    if let Kind::Fio = subject.kind {
+        return fio::run(setup, &cell.load, disk, subject);
+    }
+    let (outcome, used, ()) = timed_run(setup, cell, disk, subject, |_| Ok(()))?;
     let count = outcome.latency.count();
     if count == 0 {
-        return Err(anyhow!("not one request completed in a run"));
+        bail!("not one request completed in a run");
     }
     Ok(Run {
         iops: count as f64 / outcome.elapsed.as_secs_f64(),
         p50_us: outcome.latency.quantile_us(0.5),
         p99_us: outcome.latency.quantile_us(0.99),
         p999_us: outcome.latency.quantile_us(0.999),
-        cpu_us: cpu.as_secs_f64() * 1e6 / count as f64,
+        cpu_us: Some(used.served.as_secs_f64() * 1e6 / count as f64),
+        lost: Some(used.lost),
     })
+}
+
+/// A run more, in which the kernel counts.
+fn count(setup: &Setup, cell: &Cell, disk: &Disk, subject: &Subject) -> Result<PerRequest> {
+    let (outcome, _, counter) = timed_run(setup, cell, disk, subject, Counter::start)?;
+    let counts = counter.finish()?;
+    let requests = outcome.all_requests as f64;
+    Ok(PerRequest {
+        system_calls: counts.system_calls as f64 / requests,
+        hand_offs: counts.hand_offs as f64 / requests,
+    })
+}
+
+/// Runs a subject once. `watch` is called with the process that serves, before the first request.
+fn timed_run<W>(
+    setup: &Setup,
+    cell: &Cell,
+    disk: &Disk,
+    subject: &Subject,
+    watch: impl FnOnce(u32) -> Result<W>,
+) -> Result<(Outcome, Used, W)> {
+    let mut load = cell.load;
+    load.depth = subject::effective_depth(&subject.kind, &load);
+    let patience = setup.window.warmup + setup.window.measured + PATIENCE;
+    if let Kind::Limit(direct) = &subject.kind {
+        let watch = watch(std::process::id())?;
+        let work = || limit(setup, *direct, disk, &load);
+        let (outcome, used) = client::on_cpu(setup.daemon_cpu, patience, work)?;
+        return Ok((outcome, used, watch));
+    }
+    let (daemon, socket) = start(setup, subject, disk, 1)?;
+    let watch = watch(daemon.pid())?;
+    let work = || through_virtio(setup, daemon.pid(), &socket, &load);
+    let (outcome, used) = client::on_cpu(setup.client_cpu, patience, work)
+        .with_context(|| format!("daemon: {}", daemon.last_words()))?;
+    Ok((outcome, used, watch))
 }
 
 /// The subject's daemon on its CPU, and its socket.
@@ -173,98 +236,68 @@ pub fn start(
     Ok((daemon, socket))
 }
 
-/// Runs `work` on a thread of its own that stays on `cpu`. A request that is never answered ends it:
-/// after `patience` every wait is cut short.
-#[expect(unsafe_code, reason = "signals a thread")]
-fn on_cpu<T: Send>(
-    cpu: usize,
-    patience: Duration,
-    work: impl FnOnce() -> Result<T> + Send,
-) -> Result<T> {
-    let (tell, told) = channel();
-    let (end, ended) = channel::<()>();
-    let client = move || {
-        tell.send(Interruptible::this_thread()?)?;
-        sys::pin_thread(cpu).with_context(|| format!("cannot run on CPU {cpu}"))?;
-        let result = work();
-        drop(end);
-        result
-    };
-    thread::scope(|scope| {
-        let thread = scope.spawn(client);
-        let mut wait = patience;
-        if let Ok(waiting) = told.recv() {
-            while ended.recv_timeout(wait) == Err(RecvTimeoutError::Timeout) {
-                // SAFETY: it is joined below.
-                unsafe { waiting.interrupt() };
-                wait = Duration::from_millis(100);
-            }
-        }
-        thread
-            .join()
-            .unwrap_or_else(|_| Err(anyhow!("the client panicked")))
-    })
-}
-
-fn through_virtio(
-    setup: &Setup,
-    pid: u32,
-    socket: &Path,
-    load: &Load,
-) -> Result<(Outcome, Duration)> {
+fn through_virtio(setup: &Setup, pid: u32, socket: &Path, load: &Load) -> Result<(Outcome, Used)> {
     let memory = target::buffers(load)?;
     let mut target = VirtioTarget::connect(socket, load, memory)
         .with_context(|| format!("cannot connect to {}", socket.display()))?;
     let span = target.capacity();
-    timed(&mut target, load, span, setup.window, || {
-        sys::process_cpu(pid)
+    timed(setup, &mut target, load, span, || {
+        let daemon = sys::process_cpu(pid)?;
+        let all = sys::process_cpu(std::process::id())? + daemon;
+        Ok((daemon, all))
     })
 }
 
-fn limit(setup: &Setup, direct: Direct, disk: &Disk, load: &Load) -> Result<(Outcome, Duration)> {
+fn limit(setup: &Setup, direct: Direct, disk: &Disk, load: &Load) -> Result<(Outcome, Used)> {
     let file = disk.open(load.direction == target::Direction::Write)?;
     let memory = target::buffers(load)?;
-    let (size, window) = (disk.size, setup.window);
+    let clock = || {
+        let all = sys::process_cpu(std::process::id())?;
+        Ok((proc::thread_and_workers_cpu()?, all))
+    };
     match direct {
-        Direct::Uring => timed(
-            &mut UringTarget::new(&file, load, memory)?,
-            load,
-            size,
-            window,
-            proc::thread_and_workers_cpu,
-        ),
-        Direct::Aio => timed(
-            &mut AioTarget::new(file, load, memory)?,
-            load,
-            size,
-            window,
-            proc::thread_and_workers_cpu,
-        ),
-        Direct::Sync => timed(
-            &mut SyncTarget::new(file, load, memory),
-            load,
-            size,
-            window,
-            proc::thread_and_workers_cpu,
-        ),
+        Direct::Uring => {
+            let mut target = UringTarget::new(&file, load, memory)?;
+            timed(setup, &mut target, load, disk.size, clock)
+        }
+        Direct::Aio => {
+            let mut target = AioTarget::new(file, load, memory)?;
+            timed(setup, &mut target, load, disk.size, clock)
+        }
+        Direct::Sync => {
+            let mut target = SyncTarget::new(file, load, memory);
+            timed(setup, &mut target, load, disk.size, clock)
+        }
     }
 }
 
-/// Drives `target`, and takes the time on `clock` for the window.
+/// Drives `target`. `clock` tells the CPU time so far of the one who serves, and of all who belong to
+/// the run: spinners, client, daemon.
 fn timed<T: Target>(
+    setup: &Setup,
     target: &mut T,
     load: &Load,
     span: u64,
-    window: Window,
-    clock: impl Fn() -> std::io::Result<Duration>,
-) -> Result<(Outcome, Duration)> {
+    clock: impl Fn() -> std::io::Result<(Duration, Duration)>,
+) -> Result<(Outcome, Used)> {
     let mut readings = Vec::new();
-    let outcome = target::drive(target, load, span, window, || {
-        readings.push(clock()?);
+    let outcome = target::drive(target, load, span, setup.window, || {
+        readings.push((Instant::now(), clock()?));
         Ok(())
     })?;
-    let [from, to] = readings[..] else {
-        return Err(anyhow!("the window did not end"));
+    let [(began, from), (ended, to)] = readings[..] else {
+        bail!("the window did not end");
     };
-    Ok((outcome, to.saturating_sub(from)))
+    let cores = if setup.client_cpu == setup.daemon_cpu {
+        1.0
+    } else {
+        2.0
+    };
+    let there = (ended - began).as_secs_f64() * cores;
+    let ours = to.1.saturating_sub(from.1).as_secs_f64();
+    let used = Used {
+        served: to.0.saturating_sub(from.0),
+        lost: (1.0 - ours / there).max(0.0),
+    };
+    Ok((outcome, used))
 }

@@ -3,11 +3,17 @@
 
 use std::fmt::Write;
 
+use anyhow::Result;
 use serde_json::{Value, json};
 
+use crate::idle::{self, Idle};
 use crate::measure::{CellResult, Run, Series};
 use crate::subject::LIMIT;
 
+/// Share of the cores that may go elsewhere without a word.
+const DISTURBED: f64 = 0.03;
+/// Private memory of an idle daemon of ours.
+const MEMORY_GOAL_KIB: u64 = 3072;
 /// The name of our daemon as it comes.
 pub const OURS: &str = "berth-blk";
 
@@ -48,6 +54,15 @@ fn of(series: &Series, pick: impl Fn(&Run) -> f64) -> Option<Spread> {
     Spread::of(series.runs.iter().map(pick))
 }
 
+/// Median CPU time per request.
+fn cpu_us(series: &Series) -> Option<f64> {
+    Spread::of(series.runs.iter().filter_map(|run| run.cpu_us)).map(|spread| spread.median)
+}
+
+fn hundredths(number: Option<f64>) -> String {
+    number.map_or_else(|| "–".to_owned(), |number| format!("{number:.2}"))
+}
+
 impl CellResult {
     /// The series of one subject.
     pub fn series(&self, name: &str) -> Option<&Series> {
@@ -67,8 +82,17 @@ pub fn details(results: &[CellResult]) -> String {
         let _ = writeln!(out, "\n{}", result.cell.title());
         let _ = writeln!(
             out,
-            "  {:<18} {:>9} {:>7} {:>13} {:>8} {:>8} {:>9} {:>8}",
-            "", "IOPS", "share", "(spread)", "p50 µs", "p99 µs", "p99.9 µs", "CPU µs"
+            "  {:<18} {:>9} {:>7} {:>13} {:>8} {:>8} {:>9} {:>8} {:>6} {:>6}",
+            "",
+            "IOPS",
+            "share",
+            "(spread)",
+            "p50 µs",
+            "p99 µs",
+            "p99.9 µs",
+            "CPU µs",
+            "calls",
+            "hands"
         );
         for series in &result.series {
             detail(&mut out, result, series);
@@ -95,13 +119,17 @@ fn detail(out: &mut String, result: &CellResult, series: &Series) {
         }
     }
     let median = |pick: fn(&Run) -> f64| of(series, pick).map_or(f64::NAN, |spread| spread.median);
+    let counts = series.counts;
     let _ = writeln!(
         out,
-        " {:>8.1} {:>8.1} {:>9.1} {:>8.2}",
+        " {:>8.1} {:>8.1} {:>9.1} {:>8} {:>6} {:>6} {:>6}",
         median(|run| run.p50_us),
         median(|run| run.p99_us),
         median(|run| run.p999_us),
-        median(|run| run.cpu_us)
+        hundredths(cpu_us(series)),
+        hundredths(counts.map(|counts| counts.system_calls)),
+        hundredths(counts.map(|counts| counts.hand_offs)),
+        hundredths(Spread::of(series.runs.iter().filter_map(|run| run.lost)).map(|lost| lost.max))
     );
     if let Some(failure) = &series.failure {
         let _ = writeln!(out, "    then failed: {failure}");
@@ -147,7 +175,26 @@ pub fn summary(results: &[CellResult]) -> String {
         );
         cpu_line(&mut out, result, &names);
     }
+    disturbance(&mut out, results);
     out
+}
+
+/// Says where somebody else was on the cores.
+fn disturbance(out: &mut String, results: &[CellResult]) {
+    let series = results.iter().flat_map(|result| &result.series);
+    let lost: Vec<f64> = series
+        .flat_map(|series| &series.runs)
+        .filter_map(|run| run.lost)
+        .collect();
+    let disturbed = lost.iter().filter(|&&lost| lost > DISTURBED).count();
+    if disturbed > 0 {
+        let _ = writeln!(
+            out,
+            "\nIn {disturbed} of {} runs somebody else had more than {:.0} % of the cores: compare with care.",
+            lost.len(),
+            DISTURBED * 100.0
+        );
+    }
 }
 
 /// Daemon CPU per request, for the cells that have a goal for it.
@@ -155,10 +202,7 @@ fn cpu_line(out: &mut String, result: &CellResult, names: &[&str]) {
     let Some(goal) = result.cell.cpu_goal_us else {
         return;
     };
-    let cpu = |name: &str| {
-        let series = result.series(name)?;
-        Some(of(series, |run| run.cpu_us)?.median)
-    };
+    let cpu = |name: &str| result.series(name).and_then(cpu_us);
     let text = |name: &str| cpu(name).map_or_else(|| "–".to_owned(), |us| format!("{us:.1}"));
     let _ = write!(out, "| · CPU per request there, µs | {} |", text(LIMIT));
     for name in names {
@@ -193,10 +237,60 @@ fn thousands(number: f64) -> String {
     out
 }
 
+/// What the daemons take while idle.
+pub fn idle_table(idle: &[Result<Idle>]) -> String {
+    if idle.is_empty() {
+        return String::new();
+    }
+    let mut out = format!(
+        "\n| idle for {} s, frontend connected, 4 queues of 256 | CPU, ms | private memory, KiB | goal | |\n|---|---|---|---|---|\n",
+        idle::WATCHED.as_secs()
+    );
+    for idle in idle {
+        match idle {
+            Ok(idle) => {
+                let cpu_ms = idle.cpu.as_secs_f64() * 1000.0;
+                let (goal, verdict) = if idle.subject == OURS {
+                    let met = idle.cpu.is_zero() && idle.private_kib <= MEMORY_GOAL_KIB;
+                    ("0 ms, ≤ 3072 KiB", if met { "met" } else { "missed" })
+                } else {
+                    ("", "")
+                };
+                let _ = writeln!(
+                    out,
+                    "| {} | {cpu_ms:.2} | {} | {goal} | {verdict} |",
+                    idle.subject, idle.private_kib
+                );
+            }
+            Err(error) => {
+                let _ = writeln!(out, "| {error:#} | – | – | | |");
+            }
+        }
+    }
+    out
+}
+
 /// Everything.
-pub fn as_json(results: &[CellResult], host: &Value, absent: &[String]) -> Value {
+pub fn as_json(
+    results: &[CellResult],
+    idle: &[Result<Idle>],
+    host: &Value,
+    absent: &[String],
+) -> Value {
     let cells: Vec<Value> = results.iter().map(cell_json).collect();
-    json!({"host": host, "absent": absent, "cells": cells})
+    let idle: Vec<Value> = idle.iter().map(idle_json).collect();
+    json!({"host": host, "absent": absent, "cells": cells, "idle": idle})
+}
+
+fn idle_json(idle: &Result<Idle>) -> Value {
+    match idle {
+        Ok(idle) => json!({
+            "subject": idle.subject,
+            "cpu_ms": idle.cpu.as_secs_f64() * 1000.0,
+            "private_kib": idle.private_kib,
+        }),
+        Err(error) => json!({"failure": format!("{error:#}")}),
+    }
 }
 
 fn cell_json(result: &CellResult) -> Value {
@@ -212,6 +306,8 @@ fn cell_json(result: &CellResult) -> Value {
                 "iops": of(series, |run| run.iops).map(spread_json),
                 "share_of_limit": share.map(spread_json),
                 "runs": runs,
+                "system_calls_per_request": series.counts.map(|counts| counts.system_calls),
+                "hand_offs_per_request": series.counts.map(|counts| counts.hand_offs),
                 "failure": series.failure,
             })
         })
@@ -235,6 +331,7 @@ fn run_json(run: &Run) -> Value {
         "p99_us": run.p99_us,
         "p999_us": run.p999_us,
         "cpu_us": run.cpu_us,
+        "lost": run.lost,
     })
 }
 
@@ -249,11 +346,13 @@ mod tests {
             p50_us: 1.0,
             p99_us: 2.0,
             p999_us: 3.0,
-            cpu_us: 7.0,
+            cpu_us: Some(7.0),
+            lost: Some(0.01),
         };
         Series {
             subject: subject.to_owned(),
             runs: iops.iter().map(run).collect(),
+            counts: None,
             failure: None,
         }
     }
@@ -291,6 +390,15 @@ mod tests {
         );
         let missed = summary(&[result(&[94_000.0, 188_000.0, 94_000.0])]);
         assert!(missed.contains("**0.94** | ≥ 0.95 | missed |"), "{missed}");
+    }
+
+    #[test]
+    fn runs_that_others_disturbed_are_told_of() {
+        let mut disturbed = result(&[95_000.0, 190_000.0, 95_000.0]);
+        assert!(!summary(&[disturbed.clone()]).contains("somebody else"));
+        disturbed.series[1].runs[2].lost = Some(0.2);
+        let text = summary(&[disturbed]);
+        assert!(text.contains("In 1 of 7 runs somebody else"), "{text}");
     }
 
     #[test]

@@ -25,6 +25,8 @@ pub enum Direct {
 pub enum Kind {
     /// Our loop on the file itself.
     Limit(Direct),
+    /// fio on the file itself, as a check on our loop.
+    Fio,
     /// Our daemon, with these flags more.
     Berth(Vec<String>),
     /// qemu-storage-daemon with this `aio=`; in an I/O thread, which polls, or in its main loop.
@@ -53,6 +55,11 @@ pub struct Subject {
 pub const LIMIT: &str = "limit-io_uring";
 
 impl Subject {
+    /// Whether it is a daemon.
+    pub fn is_daemon(&self) -> bool {
+        !matches!(self.kind, Kind::Limit(_) | Kind::Fio)
+    }
+
     /// Whether it makes sense on this disk.
     pub fn fits(&self, backing: Backing) -> bool {
         match &self.kind {
@@ -68,7 +75,7 @@ impl Subject {
         let mut command = Command::new(self.program.as_ref()?);
         let (path, socket) = (disk.path.display(), socket.display());
         match &self.kind {
-            Kind::Limit(_) => return None,
+            Kind::Limit(_) | Kind::Fio => return None,
             Kind::Berth(flags) => {
                 let cache = if disk.backing.direct() {
                     "none"
@@ -115,7 +122,7 @@ impl Subject {
 }
 
 /// A program by name, from the PATH.
-fn on_path(name: &str) -> Option<PathBuf> {
+pub fn on_path(name: &str) -> Option<PathBuf> {
     let path = std::env::var_os("PATH")?;
     std::env::split_paths(&path)
         .map(|directory| directory.join(name))
@@ -184,6 +191,10 @@ pub fn all(programs: &Programs, variants: &[Variant]) -> Result<(Vec<Subject>, V
              --release -p vhost_user_block) and name it with --cloud-hypervisor"
                 .to_owned(),
         ),
+    }
+    match on_path("fio") {
+        Some(program) => add("fio-io_uring", Kind::Fio, Some(program)),
+        None => absent.push("fio, a check on our own loop: install Debian's fio".to_owned()),
     }
     add("limit-aio", Kind::Limit(Direct::Aio), None);
     add("limit-pread", Kind::Limit(Direct::Sync), None);

@@ -153,6 +153,8 @@ pub struct SharedMemory {
 
 // SAFETY: the mapping belongs to the value alone and may be used from any thread.
 unsafe impl Send for SharedMemory {}
+// SAFETY: a shared reference gives out addresses only.
+unsafe impl Sync for SharedMemory {}
 
 impl SharedMemory {
     /// `len` bytes (a multiple of 4096) that do not compress.

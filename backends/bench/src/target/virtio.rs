@@ -139,3 +139,25 @@ impl Target for VirtioTarget {
         }
     }
 }
+
+/// A read on each queue, one after the other.
+pub fn touch(session: &mut Session, memory: &SharedMemory) -> Result<()> {
+    for (index, queue) in session.queues.iter_mut().enumerate() {
+        let completed = session.transport.get_completion_fd(index);
+        sys::set_blocking(completed.as_fd())?;
+        queue.set_used_notif_enabled(true);
+        // SAFETY: the buffer is mapped while `memory` lives, and only the daemon touches it.
+        unsafe { queue.read_raw(0, memory.at(0), 4096, index)? };
+        session.transport.get_submission_notifier(index).notify()?;
+        let completion = loop {
+            if let Some(completion) = queue.completions().next() {
+                break completion;
+            }
+            completed.read()?;
+        };
+        if completion.ret != 0 {
+            return Err(Error::from_raw_os_error(-completion.ret));
+        }
+    }
+    Ok(())
+}
