@@ -50,6 +50,10 @@ pub struct BlkArgs {
     #[arg(long, value_name = "NAME")]
     pub subject: Vec<String>,
 
+    /// The subject that shares are of [default: fio-io_uring; loop-io_uring without fio]
+    #[arg(long, value_name = "NAME")]
+    pub limit: Option<String>,
+
     /// Our daemon once more with other flags, or another build of it; repeatable
     #[arg(long, value_name = "NAME=[PROGRAM] [FLAG]…", value_parser = Variant::parse)]
     pub variant: Vec<Variant>,

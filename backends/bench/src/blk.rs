@@ -31,7 +31,7 @@ pub fn run(args: &BlkArgs) -> Result<()> {
     if !wanted.is_empty() {
         wanted.extend(args.variant.iter().map(|variant| variant.name.clone()));
     }
-    let subjects = subject::select(subjects, &wanted)?;
+    let (subjects, limit) = subject::select(subjects, &wanted, args.limit.as_deref())?;
     for line in &absent {
         eprintln!("absent: {line}");
     }
@@ -40,7 +40,7 @@ pub fn run(args: &BlkArgs) -> Result<()> {
         return Ok(());
     }
     let mut janitor = Janitor::start()?;
-    let measured = measure_all(args, &cells, &subjects, &mut janitor);
+    let measured = measure_all(args, &cells, &subjects, limit, &mut janitor);
     janitor.finish()?;
     let (results, idle) = measured?;
     print!(
@@ -81,6 +81,7 @@ fn measure_all(
     args: &BlkArgs,
     cells: &[Cell],
     subjects: &[Subject],
+    limit: String,
     janitor: &mut Janitor,
 ) -> Result<(Vec<CellResult>, Vec<Result<Idle>>)> {
     let directory = args.dir.join(format!("berth-bench-{}", std::process::id()));
@@ -100,6 +101,7 @@ fn measure_all(
             measured,
         },
         rounds: args.rounds,
+        limit,
         count: !args.no_counts && perf,
         directory,
     };

@@ -37,6 +37,8 @@ pub struct Setup {
     pub window: Window,
     /// Runs of each subject.
     pub rounds: u32,
+    /// The subject that the others are shares of.
+    pub limit: String,
     /// Whether a run more counts system calls.
     pub count: bool,
     /// For sockets and logs.
@@ -95,6 +97,8 @@ pub struct Series {
 pub struct CellResult {
     /// Which.
     pub cell: Cell,
+    /// The subject that the others are shares of.
+    pub limit: String,
     /// In the order of running.
     pub series: Vec<Series>,
 }
@@ -161,6 +165,7 @@ pub fn cell(
     }
     Ok(CellResult {
         cell: *cell,
+        limit: setup.limit.clone(),
         series,
     })
 }

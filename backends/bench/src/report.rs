@@ -8,7 +8,6 @@ use serde_json::{Value, json};
 
 use crate::idle::{self, Idle};
 use crate::measure::{CellResult, Run, Series};
-use crate::subject::LIMIT;
 
 /// Share of the cores that may go elsewhere without a word.
 const DISTURBED: f64 = 0.03;
@@ -71,7 +70,7 @@ impl CellResult {
 
     /// Median share of the limit of one subject.
     fn share(&self, name: &str) -> Option<f64> {
-        Some(shares(self.series(name)?, self.series(LIMIT)?)?.median)
+        Some(shares(self.series(name)?, self.series(&self.limit)?)?.median)
     }
 }
 
@@ -82,7 +81,7 @@ pub fn details(results: &[CellResult]) -> String {
         let _ = writeln!(out, "\n{}", result.cell.title());
         let _ = writeln!(
             out,
-            "  {:<18} {:>9} {:>7} {:>13} {:>8} {:>8} {:>9} {:>8} {:>6} {:>6}",
+            "  {:<18} {:>9} {:>7} {:>13} {:>8} {:>8} {:>9} {:>8} {:>6} {:>6} {:>6}",
             "",
             "IOPS",
             "share",
@@ -92,7 +91,8 @@ pub fn details(results: &[CellResult]) -> String {
             "p99.9 µs",
             "CPU µs",
             "calls",
-            "hands"
+            "hands",
+            "lost"
         );
         for series in &result.series {
             detail(&mut out, result, series);
@@ -109,7 +109,10 @@ fn detail(out: &mut String, result: &CellResult, series: &Series) {
         return;
     };
     let _ = write!(out, " {:>9.0}", iops.median);
-    match result.series(LIMIT).and_then(|limit| shares(series, limit)) {
+    match result
+        .series(&result.limit)
+        .and_then(|limit| shares(series, limit))
+    {
         Some(share) => {
             let spread = format!("({:.2}-{:.2})", share.min, share.max);
             let _ = write!(out, " {:>7.2} {spread:>13}", share.median);
@@ -138,14 +141,15 @@ fn detail(out: &mut String, result: &CellResult, series: &Series) {
 
 /// One line per cell: limit, everybody's share, the goal, and whether it was met.
 pub fn summary(results: &[CellResult]) -> String {
+    let limit = results.first().map_or("", |result| result.limit.as_str());
     let mut names: Vec<&str> = Vec::new();
     for series in results.iter().flat_map(|result| &result.series) {
         let name = series.subject.as_str();
-        if name != LIMIT && name != OURS && !names.contains(&name) {
+        if name != limit && name != OURS && !names.contains(&name) {
             names.push(name);
         }
     }
-    let mut out = String::from("\n| cell | limit, IOPS |");
+    let mut out = format!("\n| cell | {limit}, IOPS |");
     for name in &names {
         let _ = write!(out, " {name} |");
     }
@@ -154,7 +158,7 @@ pub fn summary(results: &[CellResult]) -> String {
     out.push_str("|\n");
     for result in results {
         let limit = result
-            .series(LIMIT)
+            .series(&result.limit)
             .and_then(|limit| of(limit, |run| run.iops));
         let limit = limit.map_or_else(|| "–".to_owned(), |limit| thousands(limit.median));
         let _ = write!(out, "| {} | {limit} |", result.cell.title());
@@ -204,7 +208,11 @@ fn cpu_line(out: &mut String, result: &CellResult, names: &[&str]) {
     };
     let cpu = |name: &str| result.series(name).and_then(cpu_us);
     let text = |name: &str| cpu(name).map_or_else(|| "–".to_owned(), |us| format!("{us:.1}"));
-    let _ = write!(out, "| · CPU per request there, µs | {} |", text(LIMIT));
+    let _ = write!(
+        out,
+        "| · CPU per request there, µs | {} |",
+        text(&result.limit)
+    );
     for name in names {
         let _ = write!(out, " {} |", text(name));
     }
@@ -294,7 +302,7 @@ fn idle_json(idle: &Result<Idle>) -> Value {
 }
 
 fn cell_json(result: &CellResult) -> Value {
-    let limit = result.series(LIMIT);
+    let limit = result.series(&result.limit);
     let series: Vec<Value> = result
         .series
         .iter()
@@ -314,6 +322,7 @@ fn cell_json(result: &CellResult) -> Value {
         .collect();
     json!({
         "name": result.cell.name(),
+        "limit": result.limit,
         "goal_share": result.cell.goal,
         "goal_cpu_us": result.cell.cpu_goal_us,
         "subjects": series,
@@ -361,8 +370,9 @@ mod tests {
         let wanted = ["zram-randread-4k-qd32".to_owned()];
         CellResult {
             cell: cells::select(&wanted, false).unwrap()[0],
+            limit: "loop-io_uring".to_owned(),
             series: vec![
-                series(LIMIT, &[100_000.0, 200_000.0, 100_000.0]),
+                series("loop-io_uring", &[100_000.0, 200_000.0, 100_000.0]),
                 series(OURS, ours),
                 series("peer", &[50_000.0]),
             ],

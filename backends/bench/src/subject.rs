@@ -51,8 +51,10 @@ pub struct Subject {
     pub program: Option<PathBuf>,
 }
 
-/// What others are measured against.
-pub const LIMIT: &str = "limit-io_uring";
+/// fio's io_uring engine.
+const FIO: &str = "fio-io_uring";
+/// Our own loop over io_uring, which batches more than fio does.
+const LOOP: &str = "loop-io_uring";
 
 impl Subject {
     /// Whether it is a daemon.
@@ -150,7 +152,7 @@ pub fn all(programs: &Programs, variants: &[Variant]) -> Result<(Vec<Subject>, V
             program,
         });
     };
-    add(LIMIT, Kind::Limit(Direct::Uring), None);
+    add(LOOP, Kind::Limit(Direct::Uring), None);
     let berth = match &programs.berth {
         Some(path) => path.clone(),
         None => std::env::current_exe()?.with_file_name("berth-blk"),
@@ -193,26 +195,36 @@ pub fn all(programs: &Programs, variants: &[Variant]) -> Result<(Vec<Subject>, V
         ),
     }
     match on_path("fio") {
-        Some(program) => add("fio-io_uring", Kind::Fio, Some(program)),
+        Some(program) => add(FIO, Kind::Fio, Some(program)),
         None => absent.push("fio, a check on our own loop: install Debian's fio".to_owned()),
     }
-    add("limit-aio", Kind::Limit(Direct::Aio), None);
-    add("limit-pread", Kind::Limit(Direct::Sync), None);
+    add("loop-aio", Kind::Limit(Direct::Aio), None);
+    add("loop-pread", Kind::Limit(Direct::Sync), None);
     Ok((subjects, absent))
 }
 
-/// Of `subjects` those with a name in `wanted` (all without any); the limit always.
-pub fn select(subjects: Vec<Subject>, wanted: &[String]) -> Result<Vec<Subject>> {
-    for want in wanted {
-        if !subjects.iter().any(|subject| subject.name == *want) {
+/// Of `subjects` those with a name in `wanted` (all without any), the limit first and always; and the
+/// limit's name: `limit`, or fio, or our loop where fio is not.
+pub fn select(
+    subjects: Vec<Subject>,
+    wanted: &[String],
+    limit: Option<&str>,
+) -> Result<(Vec<Subject>, String)> {
+    let there = |name: &str| subjects.iter().any(|subject| subject.name == name);
+    let limit = limit.unwrap_or(if there(FIO) { FIO } else { LOOP });
+    for want in wanted.iter().map(String::as_str).chain([limit]) {
+        if !there(want) {
             let names: Vec<&str> = subjects.iter().map(|s| s.name.as_str()).collect();
             bail!("no subject '{want}' here; there are {}", names.join(", "));
         }
     }
+    let limit = limit.to_owned();
     let keep = |subject: &Subject| {
-        wanted.is_empty() || subject.name == LIMIT || wanted.contains(&subject.name)
+        wanted.is_empty() || subject.name == limit || wanted.contains(&subject.name)
     };
-    Ok(subjects.into_iter().filter(keep).collect())
+    let mut kept: Vec<Subject> = subjects.into_iter().filter(keep).collect();
+    kept.sort_by_key(|subject| subject.name != limit);
+    Ok((kept, limit))
 }
 
 /// Our daemon once more: other flags, or another build.
@@ -266,6 +278,31 @@ mod tests {
         assert_eq!(variant.program, Some(PathBuf::from("/tmp/berth-blk")));
         assert!(Variant::parse("--poll-us=0").is_err());
         assert!(Variant::parse("nopoll").is_err());
+    }
+
+    #[test]
+    fn the_limit_is_always_there_and_comes_first() {
+        let subject = |name: &str| Subject {
+            name: name.to_owned(),
+            kind: Kind::Fio,
+            program: None,
+        };
+        let all = || vec![subject(LOOP), subject("peer"), subject(FIO)];
+        let names = |(kept, limit): (Vec<Subject>, String)| {
+            let kept: Vec<String> = kept.into_iter().map(|subject| subject.name).collect();
+            format!("{limit}: {}", kept.join(" "))
+        };
+        let kept = select(all(), &["peer".to_owned()], None).unwrap();
+        assert_eq!(names(kept), "fio-io_uring: fio-io_uring peer");
+        let kept = select(all(), &[], Some(LOOP)).unwrap();
+        assert_eq!(
+            names(kept),
+            "loop-io_uring: loop-io_uring peer fio-io_uring"
+        );
+        let kept = select(vec![subject(LOOP)], &[], None).unwrap();
+        assert_eq!(names(kept), "loop-io_uring: loop-io_uring");
+        assert!(select(all(), &["qsd".to_owned()], None).is_err());
+        assert!(select(all(), &[], Some("qsd")).is_err());
     }
 
     #[test]
