@@ -4,11 +4,12 @@
 
 use std::os::fd::RawFd;
 
-use berth_queue_worker::DaemonArgs;
+use berth_queue_worker::{DaemonArgs, RateLimit};
 use clap::Parser;
 
 use crate::device::MAX_PAIRS;
 use crate::mac::Mac;
+use crate::settings::IoChoice;
 
 const EXAMPLES: &str = "\
 Examples:
@@ -18,6 +19,11 @@ Examples:
 
   A tap made for the life of the daemon, four queue pairs, jumbo frames:
     berth-net --socket-path=/run/net0.sock --tap=tap0 --create --num-queues=4 --mtu=9000
+
+  100 Mbit/s each way, bursts of 2 MB, and at most 20000 frames a second to the guest:
+    berth-net --socket-path=/run/net0.sock --tap=tap0 \\
+      --rate-limit-rx=bw_size=2000000,bw_refill_time=160,ops_size=20000,ops_refill_time=1000 \\
+      --rate-limit-tx=bw_size=2000000,bw_refill_time=160
 
   A tap opened by a more privileged parent, on a connected socket:
     berth-net --fd=3 --tap-fd=4
@@ -65,6 +71,20 @@ pub struct Args {
     /// MTU that the guest is told, and that a tap made with --create gets
     #[arg(long, value_name = "BYTES", value_parser = clap::value_parser!(u16).range(68..=65521))]
     pub mtu: Option<u16>,
+
+    /// Hold what the guest receives, all queues together, to so many bytes and frames:
+    /// bw_size=BYTES (or 10M, 1G), bw_one_time_burst=, bw_refill_time=MS, ops_size=N,
+    /// ops_one_time_burst=, ops_refill_time=MS
+    #[arg(long, value_name = "KEY=VALUE,...")]
+    pub rate_limit_rx: Option<RateLimit>,
+
+    /// The same for what the guest sends
+    #[arg(long, value_name = "KEY=VALUE,...")]
+    pub rate_limit_tx: Option<RateLimit>,
+
+    /// How frames get to the tap and back: many a system call where io_uring works, or one
+    #[arg(long, value_enum, default_value = "best")]
+    pub io: IoChoice,
 
     /// Print what this program can do as JSON, and exit
     #[arg(long)]

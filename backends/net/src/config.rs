@@ -9,6 +9,7 @@ use thiserror::Error;
 
 use crate::args::Args;
 use crate::device::{Identity, MAX_PAIRS};
+use crate::settings::Settings;
 
 /// Where the port comes from.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -31,10 +32,8 @@ pub struct Config {
     pub daemon: DaemonArgs,
     /// The tap.
     pub port: PortConfig,
-    /// What the guest is told.
-    pub identity: Identity,
-    /// Largest ring.
-    pub max_queue_size: u16,
+    /// The device.
+    pub settings: Settings,
 }
 
 /// Why the arguments make no sense together.
@@ -86,12 +85,17 @@ impl TryFrom<Args> for Config {
         Ok(Self {
             daemon: args.daemon,
             port,
-            identity: Identity {
-                mac: args.mac,
-                mtu: args.mtu,
-                pairs,
+            settings: Settings {
+                identity: Identity {
+                    mac: args.mac,
+                    mtu: args.mtu,
+                    pairs,
+                },
+                max_queue_size: args.queue_size,
+                rate_limit_rx: args.rate_limit_rx,
+                rate_limit_tx: args.rate_limit_tx,
+                io: args.io,
             },
-            max_queue_size: args.queue_size,
         })
     }
 }
@@ -150,20 +154,20 @@ mod tests {
                 create: true
             }
         );
-        assert_eq!(config.identity.pairs, 8);
-        assert_eq!(config.identity.mtu, Some(9000));
+        assert_eq!(config.settings.identity.pairs, 8);
+        assert_eq!(config.settings.identity.mtu, Some(9000));
         assert_eq!(
-            config.identity.mac.unwrap().to_string(),
+            config.settings.identity.mac.unwrap().to_string(),
             "52:54:00:12:34:56"
         );
-        assert_eq!(config.max_queue_size, 256);
+        assert_eq!(config.settings.max_queue_size, 256);
     }
 
     #[test]
     fn pairs_follow_descriptors() {
         let port = config(&["--tap-fd=4,5,7"]).unwrap();
         assert_eq!(port.port, PortConfig::Fds(vec![4, 5, 7]));
-        assert_eq!(port.identity.pairs, 3);
+        assert_eq!(port.settings.identity.pairs, 3);
         let error = |args: &[&str]| config(args).unwrap_err();
         assert_eq!(error(&["--tap-fd=4,4"]), ConfigError::SameFd(4));
         assert_eq!(

@@ -31,6 +31,8 @@ pub const HDR_LEN_LEGACY: usize = 10;
 pub const FLAGS_OFFSET: usize = 0;
 /// Where `num_buffers` is in the header.
 pub const NUM_BUFFERS_OFFSET: usize = 10;
+/// So much of the header means something on transmit: all but `num_buffers`.
+pub const MEANT_ON_TRANSMIT: usize = NUM_BUFFERS_OFFSET;
 
 /// Longest thing a tap with segmentation offload hands over: header and a 64 KiB frame
 /// (virtio 1.3, 5.1.6.3.1).

@@ -22,6 +22,7 @@ pub mod net_device;
 pub mod port;
 pub mod rarp;
 pub mod rx;
+pub mod settings;
 pub mod state;
 pub mod testing;
 pub mod tx;

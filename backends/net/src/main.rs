@@ -34,12 +34,14 @@ fn main() -> ExitCode {
 }
 
 fn run(config: Config) -> Result<(), Box<dyn std::error::Error>> {
-    let pairs = config.identity.pairs;
+    let pairs = config.settings.identity.pairs;
     let tap = match &config.port {
-        PortConfig::Tap { name, create } => Tap::open(name, pairs, *create, config.identity.mtu)?,
+        PortConfig::Tap { name, create } => {
+            Tap::open(name, pairs, *create, config.settings.identity.mtu)?
+        }
         PortConfig::Fds(fds) => Tap::from_fds(fds)?,
     };
-    let device = NetDevice::new(config.identity, Arc::new(tap), config.max_queue_size);
+    let device = NetDevice::new(config.settings, Arc::new(tap));
     berth_queue_worker::run(&config.daemon, device)?;
     Ok(())
 }

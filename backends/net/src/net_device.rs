@@ -6,16 +6,18 @@ use std::io;
 use std::sync::{Arc, Once};
 
 use berth_queue_worker::device::protocol;
+use berth_queue_worker::sandbox::syscalls::IO_URING;
 use berth_queue_worker::{
     Device, Interest, QueueError, QueueStart, QueueWorker, Ready, Ring, SessionHandle, Source,
     Syscall,
 };
 
 use crate::ctrl_queue::CtrlQueue;
-use crate::device::{Identity, Role};
+use crate::device::Role;
 use crate::mac::Mac;
 use crate::port::NetPort;
 use crate::rx::RxQueue;
+use crate::settings::Settings;
 use crate::state::DeviceState;
 use crate::tx::TxQueue;
 
@@ -27,12 +29,12 @@ pub struct NetDevice {
 }
 
 impl NetDevice {
-    /// The device of `identity` on `port`, with rings of at most `max_queue_size` entries.
+    /// The device with these settings on `port`.
     #[must_use]
-    pub fn new(identity: Identity, port: Arc<dyn NetPort>, max_queue_size: u16) -> Self {
+    pub fn new(settings: Settings, port: Arc<dyn NetPort>) -> Self {
         Self {
-            state: Arc::new(DeviceState::new(identity, port)),
-            max_queue_size,
+            state: Arc::new(DeviceState::new(settings, port)),
+            max_queue_size: settings.max_queue_size,
             link_watched: Once::new(),
         }
     }
@@ -64,7 +66,7 @@ impl Device for NetDevice {
     }
 
     fn syscalls(&self) -> Vec<Syscall> {
-        self.state.port().syscalls()
+        [&IO_URING[..], &self.state.port().syscalls()].concat()
     }
 
     fn num_queues(&self) -> u16 {
@@ -100,10 +102,10 @@ impl Device for NetDevice {
         let pairs = state.identity().pairs;
         match Role::of(start.queue, start.features, pairs) {
             Some(Role::Receive(pair)) => {
-                Ok(NetQueue::Rx(Box::new(RxQueue::new(state, pair, start))))
+                RxQueue::new(state, pair, start).map(|queue| NetQueue::Rx(Box::new(queue)))
             }
             Some(Role::Transmit(pair)) => {
-                Ok(NetQueue::Tx(Box::new(TxQueue::new(state, pair, start))))
+                TxQueue::new(state, pair, start).map(|queue| NetQueue::Tx(Box::new(queue)))
             }
             Some(Role::Control) => Ok(NetQueue::Ctrl(Box::new(CtrlQueue::new(state, start)))),
             None => Err(io::Error::new(

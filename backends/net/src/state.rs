@@ -20,9 +20,9 @@
 
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, Once, PoisonError};
 
-use berth_queue_worker::SessionHandle;
+use berth_queue_worker::{RateLimit, RateLimiter, SessionHandle};
 use virtio_bindings::virtio_net::{VIRTIO_NET_F_CTRL_VQ, VIRTIO_NET_F_MQ};
 
 use crate::ctrl::Command;
@@ -31,12 +31,15 @@ use crate::filter::RxFilter;
 use crate::header::{HDR_LEN, header_len};
 use crate::mac::Mac;
 use crate::port::NetPort;
+use crate::port::batch::Batcher;
 use crate::port::frame::FrameBuffer;
 use crate::rarp;
+use crate::settings::{IoChoice, Settings};
 
 /// State of the device. Every method may be called on any thread.
 pub struct DeviceState {
-    identity: Identity,
+    settings: Settings,
+    limits: Limits,
     port: Arc<dyn NetPort>,
     driver: Mutex<Driver>,
     pairs: Mutex<Pairs>,
@@ -45,6 +48,14 @@ pub struct DeviceState {
     /// GUEST_OFFLOADS bits in force.
     offloads: AtomicU64,
     link_up: AtomicBool,
+}
+
+/// Rate limits in force.
+pub struct Limits {
+    /// Of all receive queues together.
+    pub receive: Option<Arc<RateLimiter>>,
+    /// Of all transmit queues together.
+    pub transmit: Option<Arc<RateLimiter>>,
 }
 
 /// What is told by, or shown to, the control thread.
@@ -66,10 +77,17 @@ struct Pairs {
 impl DeviceState {
     /// State of a device whose driver has set nothing.
     #[must_use]
-    pub fn new(identity: Identity, port: Arc<dyn NetPort>) -> Self {
+    pub fn new(settings: impl Into<Settings>, port: Arc<dyn NetPort>) -> Self {
+        let settings = settings.into();
+        let identity = settings.identity;
         let pairs = identity.pairs;
+        let limiter = |limit: Option<RateLimit>| limit.as_ref().map(RateLimiter::new).map(Arc::new);
         Self {
-            identity,
+            settings,
+            limits: Limits {
+                receive: limiter(settings.rate_limit_rx),
+                transmit: limiter(settings.rate_limit_tx),
+            },
             port,
             driver: Mutex::new(Driver {
                 features: 0,
@@ -91,7 +109,30 @@ impl DeviceState {
     /// What the operator fixed.
     #[must_use]
     pub fn identity(&self) -> &Identity {
-        &self.identity
+        &self.settings.identity
+    }
+
+    /// The rate limits.
+    #[must_use]
+    pub fn limits(&self) -> &Limits {
+        &self.limits
+    }
+
+    /// What moves frames of the queues of `pair` many at a time, on the thread that will use it;
+    /// none where that was not asked for, or does not work here: said once.
+    #[must_use]
+    pub fn batcher(&self, pair: u16) -> Option<Batcher> {
+        static TOLD: Once = Once::new();
+        if self.settings.io == IoChoice::Plain {
+            return None;
+        }
+        let made = Batcher::new(self.port.fd(pair));
+        made.inspect_err(|error| {
+            TOLD.call_once(|| {
+                tracing::warn!(%error, "no io_uring for the tap here: one system call a frame");
+            });
+        })
+        .ok()
     }
 
     /// Where frames come from and go to.
@@ -110,7 +151,7 @@ impl DeviceState {
             .as_ref()
             .is_some_and(SessionHandle::has_channel);
         let link_up = !hears || self.link_up.load(Ordering::Relaxed);
-        config_space(driver.mac, link_up, &self.identity)
+        config_space(driver.mac, link_up, self.identity())
     }
 
     /// A frontend connected.
@@ -123,7 +164,7 @@ impl DeviceState {
         {
             let mut driver = lock(&self.driver);
             driver.session = None;
-            driver.initial_mac = self.identity.mac;
+            driver.initial_mac = self.settings.identity.mac;
         }
         self.set_features(0);
     }
@@ -255,7 +296,7 @@ impl DeviceState {
     /// Changes the pairs and brings the port's attachment along, all under the lock, so that two
     /// changes cannot reach the port in the wrong order.
     fn change_pairs(&self, change: impl FnOnce(&mut Pairs, u16)) {
-        let max = self.identity.pairs;
+        let max = self.settings.identity.pairs;
         let mut pairs = lock(&self.pairs);
         let before: Vec<bool> = (0..max).map(|pair| pairs.is_attached(pair)).collect();
         change(&mut pairs, max);

@@ -14,6 +14,7 @@ use berth_queue_worker::protocol::message::FrontendReq;
 use support::guest::{ETH, Guest, HDR, frame, tcp, tso4};
 use support::{
     Daemon, PacketSocket, VNET_HDR, attach, describe, ended_by, exists, in_namespace, ip,
+    wait_until_gone,
 };
 use virtio_bindings::virtio_net::{VIRTIO_NET_F_GUEST_CSUM, VIRTIO_NET_F_GUEST_TSO4};
 
@@ -280,7 +281,24 @@ fn a_created_tap_is_up_and_goes_with_the_daemon() {
             let status = daemon.end(signal);
             // Assert
             assert!(status.success() || ended_by(status, libc::SIGKILL));
-            assert!(!exists("new0"), "after signal {signal}");
+            wait_until_gone("new0");
+        }
+    });
+}
+
+#[test]
+fn a_tap_of_a_daemon_that_was_killed_is_waited_for() {
+    in_namespace(|| {
+        ip("tuntap add tap0 mode tap");
+        for _ in 0..5 {
+            // Act: in the middle of its work, with a ring for each queue
+            let daemon = Daemon::start(&["--tap=tap0"]);
+            ip("link set tap0 up");
+            let mut guest = Guest::connect(daemon.socket(), 1, &[]);
+            guest.post(0, 64);
+            guest.send(0, &from_guest(PLAIN, &frame(HOST, GUEST, EXPERIMENT, 200)));
+            assert!(ended_by(daemon.end(libc::SIGKILL), libc::SIGKILL));
+            // Assert: the next one starts
         }
     });
 }

@@ -22,11 +22,7 @@ impl FrameBuffer {
     /// Starts an empty frame.
     pub fn frame<'m>(&mut self) -> Frame<'_, 'm> {
         self.list.clear();
-        Frame {
-            list: &mut self.list,
-            len: 0,
-            _memory: PhantomData,
-        }
+        Frame::at_end_of(&mut self.list)
     }
 }
 
@@ -34,11 +30,23 @@ impl FrameBuffer {
 #[derive(Debug)]
 pub struct Frame<'l, 'm> {
     list: &'l mut Vec<libc::iovec>,
+    /// Where this frame's pieces begin; those before are another frame's of the same batch.
+    first: usize,
     len: usize,
     _memory: PhantomData<&'m mut [u8]>,
 }
 
-impl<'m> Frame<'_, 'm> {
+impl<'l, 'm> Frame<'l, 'm> {
+    /// An empty frame behind what is in the list.
+    pub(super) fn at_end_of(list: &'l mut Vec<libc::iovec>) -> Self {
+        Self {
+            first: list.len(),
+            list,
+            len: 0,
+            _memory: PhantomData,
+        }
+    }
+
     /// Appends all that is left of a guest's buffers.
     pub fn push_guest(&mut self, mut cursor: Cursor<'m>) {
         let all = cursor.remaining();
@@ -72,6 +80,6 @@ impl<'m> Frame<'_, 'm> {
     /// from a `Cursor<'m>` over mapped guest memory or from a `&'m mut [u8]`.
     #[must_use]
     pub fn pieces(&self) -> &[libc::iovec] {
-        self.list
+        &self.list[self.first..]
     }
 }

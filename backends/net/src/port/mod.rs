@@ -4,6 +4,8 @@
 //! front (see [`crate::header`]), both ways. [`tap::Tap`] is the port of the daemon; tests and
 //! fuzz targets use one made of memory.
 
+mod attach;
+pub mod batch;
 pub mod frame;
 pub mod link;
 mod sys;
@@ -34,7 +36,17 @@ pub trait NetPort: Send + Sync + 'static {
     /// Whether it takes and delivers UDP segmentation (USO).
     fn has_uso(&self) -> bool;
 
-    /// What to poll for frames and for room on `queue`.
+    /// Whether there is always room for another frame, short of the kernel's memory. Where there is
+    /// not, frames go one by one, so that none overtakes another that found no room.
+    fn is_roomy(&self) -> bool;
+
+    /// Longest frame without segmentation that comes in, header included, as of now; none where
+    /// that is not known.
+    fn max_plain_frame(&self) -> Option<usize> {
+        None
+    }
+
+    /// What to poll for frames and for room on `queue`. Does not block.
     fn fd(&self, queue: u16) -> RawFd;
 
     /// Reads one frame with its header into `frame`; says how long it is. What does not fit is

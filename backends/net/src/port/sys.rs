@@ -103,6 +103,14 @@ pub(super) fn set_offload(fd: BorrowedFd<'_>, bits: u32) -> io::Result<()> {
     .map(drop)
 }
 
+/// TUNGETSNDBUF: bytes of sent frames that the host may hold before `fd` is full.
+pub(super) fn send_buffer(fd: BorrowedFd<'_>) -> io::Result<c_int> {
+    let mut bytes: c_int = 0;
+    // SAFETY: TUNGETSNDBUF writes one int, exclusively borrowed.
+    check(unsafe { libc::ioctl(fd.as_raw_fd(), libc::TUNGETSNDBUF as _, &raw mut bytes) })?;
+    Ok(bytes)
+}
+
 /// Makes reads and writes of `fd` return WouldBlock instead of waiting.
 pub(super) fn set_nonblocking(fd: BorrowedFd<'_>) -> io::Result<()> {
     // SAFETY: F_GETFL and F_SETFL take and return integers.
@@ -213,13 +221,13 @@ pub(super) fn link_socket() -> io::Result<OwnedFd> {
     Ok(fd)
 }
 
-/// Waits until `fd` is readable, or the time is over.
-pub(super) fn wait_readable(fd: BorrowedFd<'_>, timeout_ms: c_int) -> io::Result<()> {
+/// Waits until `fd` is readable, or the time is over; whether it is.
+pub(super) fn wait_readable(fd: BorrowedFd<'_>, timeout_ms: c_int) -> io::Result<bool> {
     let mut slot = libc::pollfd {
         fd: fd.as_raw_fd(),
         events: libc::POLLIN,
         revents: 0,
     };
     // SAFETY: poll reads and writes one pollfd, which `slot` is, exclusively borrowed.
-    check(unsafe { libc::poll(&raw mut slot, 1, timeout_ms) }).map(drop)
+    check(unsafe { libc::poll(&raw mut slot, 1, timeout_ms) }).map(|ready| ready != 0)
 }

@@ -19,10 +19,10 @@
 
 #![forbid(unsafe_code)]
 
-use std::fs::OpenOptions;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
-use std::os::unix::fs::OpenOptionsExt;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
 
 use berth_queue_worker::Syscall;
 use libc::c_int;
@@ -32,14 +32,15 @@ use virtio_bindings::virtio_net::{
     VIRTIO_NET_F_GUEST_TSO6, VIRTIO_NET_F_GUEST_USO4, VIRTIO_NET_F_GUEST_USO6,
 };
 
+use super::attach::{attach, attach_first, check_name};
 use super::frame::Frame;
 use super::link::LinkWatch;
 use super::{NetPort, sys};
-use crate::device::{MAX_PAIRS, has};
+use crate::device::has;
 use crate::header::HDR_LEN;
 
-const TUN_DEVICE: &str = "/dev/net/tun";
-const TAP_FLAGS: c_int = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR;
+/// An Ethernet header with two VLAN tags.
+const ETHERNET_WITH_TAGS: usize = 14 + 2 * 4;
 /// Both or neither: the kernel refuses one alone.
 const TUN_F_USO: u32 = libc::TUN_F_USO4 | libc::TUN_F_USO6;
 
@@ -47,7 +48,7 @@ const TUN_F_USO: u32 = libc::TUN_F_USO4 | libc::TUN_F_USO6;
 #[derive(Debug, Error)]
 pub enum TapError {
     /// No tun driver, or no right to it.
-    #[error("cannot open {TUN_DEVICE} (is the tun module loaded, and may this user open it?)")]
+    #[error("cannot open /dev/net/tun (is the tun module loaded, and may this user open it?)")]
     Device(#[source] io::Error),
     /// Not a possible interface name.
     #[error("'{0}' is not an interface name (1 to 15 bytes, no '/', '%', ':' or blanks)")]
@@ -98,6 +99,9 @@ pub struct Tap {
     queues: Vec<OwnedFd>,
     multi_queue: bool,
     uso: bool,
+    roomy: bool,
+    /// As of the last look; 0 where it is not known. Written by the thread that follows the link.
+    mtu: Arc<AtomicU32>,
     /// None where the tap may live in another network namespace, so that its name means nothing,
     /// or where the kernel does not tell.
     link: Option<LinkWatch>,
@@ -130,7 +134,11 @@ impl Tap {
         if !exists {
             tap.set_up(mtu)?;
             tracing::info!(tap = name, "tap created; it goes when this process ends");
-        } else if let Some(mtu) = mtu {
+        }
+        if let Some(now) = tap.link.as_ref().and_then(|link| link.mtu().ok()) {
+            tap.mtu.store(now, Ordering::Relaxed);
+        }
+        if exists && let Some(mtu) = mtu {
             tap.warn_of_other_mtu(mtu);
         }
         Ok(tap)
@@ -171,6 +179,8 @@ impl Tap {
             queues,
             multi_queue,
             uso: false,
+            roomy: false,
+            mtu: Arc::default(),
             link: None,
         };
         let name = tap.name.clone();
@@ -182,7 +192,10 @@ impl Tap {
         sys::set_vnet_hdr_size(first, HDR_LEN).map_err(setup(&name, "set the header size of"))?;
         let uso = sys::set_offload(first, libc::TUN_F_CSUM | TUN_F_USO).is_ok();
         sys::set_offload(first, 0).map_err(setup(&name, "set the offloads of"))?;
+        // Nobody but the descriptor's maker limits it; a limit that cannot be read may be there.
+        let roomy = sys::send_buffer(first).is_ok_and(|bytes| bytes == c_int::MAX);
         tap.uso = uso;
+        tap.roomy = roomy;
         for queue in 1..tap.num_queues() {
             tap.set_attached(queue, false)
                 .map_err(setup(&name, "detach a queue of"))?;
@@ -206,9 +219,8 @@ impl Tap {
     }
 
     fn warn_of_other_mtu(&self, guest: u16) {
-        let tap = sys::control_socket().and_then(|s| sys::mtu(s.as_fd(), &self.name));
-        if let Ok(tap) = tap
-            && tap != c_int::from(guest)
+        if let Some(tap) = self.mtu()
+            && tap != u32::from(guest)
         {
             tracing::warn!(
                 tap = self.name,
@@ -217,6 +229,13 @@ impl Tap {
                 "tap has another MTU than --mtu"
             );
         }
+    }
+
+    /// The interface's MTU when it was looked at last, where it can be.
+    #[must_use]
+    pub fn mtu(&self) -> Option<u32> {
+        // A number by itself: no ordering.
+        Some(self.mtu.load(Ordering::Relaxed)).filter(|mtu| *mtu != 0)
     }
 
     fn queue(&self, queue: u16) -> io::Result<&OwnedFd> {
@@ -233,6 +252,15 @@ impl NetPort for Tap {
 
     fn has_uso(&self) -> bool {
         self.uso
+    }
+
+    fn is_roomy(&self) -> bool {
+        self.roomy
+    }
+
+    fn max_plain_frame(&self) -> Option<usize> {
+        let mtu = self.mtu()?;
+        Some(HDR_LEN + ETHERNET_WITH_TAGS + mtu as usize)
     }
 
     fn fd(&self, queue: u16) -> RawFd {
@@ -267,10 +295,16 @@ impl NetPort for Tap {
     }
 
     fn watch_link(&self, on_change: Box<dyn Fn(bool) + Send>) -> io::Result<()> {
-        match &self.link {
-            Some(link) => link.follow(on_change),
-            None => Ok(()),
-        }
+        let Some(link) = &self.link else {
+            return Ok(());
+        };
+        let mtu = Arc::clone(&self.mtu);
+        link.follow(move |link| {
+            if let Some(now) = link.mtu {
+                mtu.store(now, Ordering::Relaxed);
+            }
+            on_change(link.up);
+        })
     }
 
     fn syscalls(&self) -> Vec<Syscall> {
@@ -282,6 +316,7 @@ impl NetPort for Tap {
                 libc::TUNSETVNETHDRSZ as u32,
                 libc::TUNSETOFFLOAD as u32,
                 libc::SIOCGIFFLAGS as u32,
+                libc::SIOCGIFMTU as u32,
             ]),
         ];
         TAP.to_vec()
@@ -310,88 +345,6 @@ fn tun_offloads(features: u64) -> u32 {
         bits |= TUN_F_USO;
     }
     bits
-}
-
-/// Interface names that the kernel takes literally.
-fn check_name(name: &str) -> Result<(), TapError> {
-    let forbidden = |b: u8| b == b'/' || b == b'%' || b == b':' || !b.is_ascii_graphic();
-    let fits = (1..libc::IFNAMSIZ).contains(&name.len());
-    if !fits || name == "." || name == ".." || name.bytes().any(forbidden) {
-        return Err(TapError::Name(name.to_string()));
-    }
-    Ok(())
-}
-
-/// Why one queue could not be attached.
-enum AttachError {
-    Open(io::Error),
-    Refused(io::Error),
-}
-
-impl AttachError {
-    /// The kernel says EINVAL for a wrong kind of interface and for a wrong IFF_MULTI_QUEUE.
-    fn is_mismatch(&self) -> bool {
-        matches!(self, Self::Refused(e) if e.raw_os_error() == Some(libc::EINVAL))
-    }
-
-    fn is_busy(&self) -> bool {
-        matches!(self, Self::Refused(e) if e.raw_os_error() == Some(libc::EBUSY))
-    }
-
-    fn explain(self, name: &str) -> TapError {
-        let source = match self {
-            Self::Open(e) => return TapError::Device(e),
-            Self::Refused(e) => e,
-        };
-        match source.raw_os_error() {
-            Some(libc::EINVAL) => TapError::NotTap(name.to_string()),
-            Some(libc::EBUSY) => TapError::Busy(name.to_string()),
-            Some(libc::EPERM) => TapError::NotOurs(name.to_string()),
-            _ => TapError::Setup {
-                name: name.to_string(),
-                action: "attach to",
-                source,
-            },
-        }
-    }
-}
-
-fn attach(name: &str, extra_flags: c_int) -> Result<OwnedFd, AttachError> {
-    let file = OpenOptions::new()
-        .read(true)
-        .write(true)
-        .custom_flags(libc::O_NONBLOCK | libc::O_CLOEXEC)
-        .open(TUN_DEVICE)
-        .map_err(AttachError::Open)?;
-    sys::set_iff(file.as_fd(), name, TAP_FLAGS | extra_flags).map_err(AttachError::Refused)?;
-    Ok(file.into())
-}
-
-/// Attaches the first queue; says whether the tap is a multi-queue one. IFF_MULTI_QUEUE must be
-/// given exactly if the tap was made with it, and there is no way to ask without attaching.
-fn attach_first(name: &str, pairs: u16, exists: bool) -> Result<(OwnedFd, bool), TapError> {
-    debug_assert!((1..=MAX_PAIRS).contains(&pairs));
-    let wanted = pairs > 1;
-    let flag = |multi_queue| {
-        if multi_queue {
-            libc::IFF_MULTI_QUEUE
-        } else {
-            0
-        }
-    };
-    let error = match attach(name, flag(wanted)) {
-        Ok(fd) => return Ok((fd, wanted)),
-        Err(e) => e,
-    };
-    if !exists || !error.is_mismatch() {
-        return Err(error.explain(name));
-    }
-    match attach(name, flag(!wanted)) {
-        Ok(_) if wanted => Err(TapError::SingleQueue(name.to_string(), pairs)),
-        Ok(fd) => Ok((fd, true)),
-        Err(e) if wanted && e.is_busy() => Err(TapError::SingleQueue(name.to_string(), pairs)),
-        Err(e) => Err(e.explain(name)),
-    }
 }
 
 fn setup<'a>(name: &'a str, action: &'static str) -> impl FnOnce(io::Error) -> TapError + 'a {
@@ -425,25 +378,5 @@ mod tests {
             "the kernel takes USO4 and USO6 together"
         );
         assert_eq!(tun_offloads(csum | uso4 | uso6), 0x61);
-    }
-
-    #[test]
-    fn names_that_cannot_be() {
-        for bad in [
-            "",
-            "0123456789abcdef",
-            "a/b",
-            "tap%d",
-            "a b",
-            "a:1",
-            ".",
-            "..",
-            "t\u{e4}p",
-        ] {
-            assert!(matches!(check_name(bad), Err(TapError::Name(_))), "{bad}");
-        }
-        for good in ["tap0", "0123456789abcde", "vm-1.net_0"] {
-            assert!(check_name(good).is_ok(), "{good}");
-        }
     }
 }

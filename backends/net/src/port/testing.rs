@@ -31,12 +31,13 @@ pub enum Event {
 pub struct SocketPort {
     near: Vec<OwnedFd>,
     far: Vec<OwnedFd>,
+    roomy: bool,
     events: Mutex<Vec<Event>>,
     changed: Condvar,
 }
 
 impl SocketPort {
-    /// A port with this many queues.
+    /// A port with this many queues, which is full at times.
     ///
     /// # Errors
     /// No more file descriptors.
@@ -44,6 +45,7 @@ impl SocketPort {
         let mut port = Self {
             near: Vec::new(),
             far: Vec::new(),
+            roomy: false,
             events: Mutex::default(),
             changed: Condvar::new(),
         };
@@ -52,6 +54,16 @@ impl SocketPort {
             port.near.push(near);
             port.far.push(far);
         }
+        Ok(port)
+    }
+
+    /// A port that says that it is never full.
+    ///
+    /// # Errors
+    /// No more file descriptors.
+    pub fn roomy(queues: u16) -> io::Result<Self> {
+        let mut port = Self::new(queues)?;
+        port.roomy = true;
         Ok(port)
     }
 
@@ -141,6 +153,10 @@ impl NetPort for SocketPort {
 
     fn has_uso(&self) -> bool {
         true
+    }
+
+    fn is_roomy(&self) -> bool {
+        self.roomy
     }
 
     fn fd(&self, queue: u16) -> RawFd {

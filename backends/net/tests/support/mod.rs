@@ -15,7 +15,7 @@ use std::process::{Child, Command, ExitStatus, Output, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::mpsc::{Receiver, channel};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// How long anything may take.
 const TIMEOUT: Duration = Duration::from_secs(20);
@@ -66,6 +66,15 @@ pub(crate) fn ip(args: &str) {
 /// Whether the interface exists.
 pub(crate) fn exists(interface: &str) -> bool {
     try_ip(&format!("link show dev {interface}"))
+}
+
+/// Waits until the interface is gone: a killed daemon's io_uring keeps it for some milliseconds.
+pub(crate) fn wait_until_gone(interface: &str) {
+    let deadline = Instant::now() + TIMEOUT;
+    while exists(interface) {
+        assert!(Instant::now() < deadline, "{interface} is still there");
+        thread::yield_now();
+    }
 }
 
 /// What `ip -d link show` says of the interface.

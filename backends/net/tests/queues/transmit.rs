@@ -1,0 +1,148 @@
+//! Frames from the guest.
+
+use std::io;
+
+use virtio_bindings::virtio_net::VIRTIO_NET_F_HOST_TSO4;
+
+use crate::guest::{Guest, OWN, PLAIN, RX, TX, frame};
+
+#[test]
+fn a_frame_from_the_guest_however_it_is_cut() {
+    let mut guest = Guest::new(1, &[], 128);
+    let cuts: [&[usize]; 5] = [
+        &[],
+        &[12],
+        &[5, 7],
+        &[20],
+        &[1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1],
+    ];
+    for (seed, cut) in cuts.iter().enumerate() {
+        let sent = frame(PLAIN, OWN, 400, seed as u8);
+        guest.offer(&sent, cut);
+        let (_, len) = guest.driver.queues[TX].wait_used();
+        assert_eq!(len, 0);
+        assert!(guest.sent() == sent, "cut at {cut:?}");
+    }
+    let counters = guest.metrics.queue(1).unwrap();
+    assert_eq!(counters.requests.get(), 5);
+    assert_eq!(counters.bytes_from_guest.get(), 5 * 388);
+}
+
+#[test]
+fn indirect_descriptors_carry_frames_too() {
+    let mut guest = Guest::new(1, &[], 128);
+    let sent = frame(PLAIN, OWN, 9000, 1);
+    let buffers = [
+        guest.readable(&sent[..12]),
+        guest.readable(&sent[12..5000]),
+        guest.readable(&sent[5000..]),
+    ];
+    guest.driver.queues[TX].add_indirect(&buffers).unwrap();
+    guest.driver.queues[TX].kick_if_wanted();
+    guest.driver.queues[TX].wait_used();
+    assert!(guest.sent() == sent);
+}
+
+#[test]
+fn frames_that_may_not_be_sent_are_dropped_and_counted() {
+    // Arrange: TSO for IPv4 was not negotiated
+    let mut guest = Guest::new(1, &[VIRTIO_NET_F_HOST_TSO4], 128);
+    let mut tso4 = PLAIN;
+    tso4[..2].copy_from_slice(&[1, 1]);
+    let mut tso6 = PLAIN;
+    tso6[..2].copy_from_slice(&[1, 4]);
+    // Act
+    guest.offer(&frame(tso4, OWN, 3000, 1), &[12]);
+    guest.offer(&[0; 11], &[]);
+    guest.offer(&frame(tso6, OWN, 3000, 2), &[12]);
+    for _ in 0..3 {
+        guest.driver.queues[TX].wait_used();
+    }
+    // Assert
+    assert_eq!(guest.dropped(1), 2);
+    assert!(guest.sent() == frame(tso6, OWN, 3000, 2));
+    assert_eq!(
+        guest.port.take(0).unwrap_err().kind(),
+        io::ErrorKind::WouldBlock
+    );
+}
+
+#[test]
+fn a_full_port_holds_frames_back_and_loses_none() {
+    // Arrange: more frames than the port has room for, so that some wait in the ring
+    let mut guest = Guest::new(1, &[], 128);
+    let numbered = |n: u32| frame(PLAIN, OWN, 6000, n as u8);
+    for n in 0..120 {
+        guest.offer(&numbered(n), &[]);
+    }
+    // Act: take one, offer one
+    for n in 0..600 {
+        let sent = guest.port.wait_sent(0).unwrap();
+        // Assert: in order, none missing
+        assert!(sent == numbered(n), "frame {n}");
+        guest.driver.queues[TX].wait_used();
+        guest.offer(&numbered(n + 120), &[]);
+    }
+    assert_eq!(guest.dropped(1), 0);
+}
+
+#[test]
+fn nonsense_in_the_ring_stops_that_queue_only() {
+    // Arrange
+    let mut guest = Guest::new(1, &[], 128);
+    guest.post(4, 2048);
+    // Act: an avail index far ahead
+    guest.driver.queues[TX].set_avail_idx(999);
+    guest.driver.queues[TX].kick();
+    // Assert
+    guest.driver.queues[TX].wait_err();
+    guest.port.inject(0, &frame(PLAIN, OWN, 66, 1)).unwrap();
+    assert_eq!(guest.driver.queues[RX].wait_used().1, 66);
+}
+
+#[test]
+fn a_batch_of_frames_goes_out_in_order() {
+    // Arrange: all there at once; some in one piece, some cut, some with a header to be cleared,
+    // some that may not be sent
+    let mut guest = Guest::on_roomy(&[VIRTIO_NET_F_HOST_TSO4], 256);
+    let meaningless = [2, 0, 0, 0, 0, 0, 0, 0, 0, 0, 7, 7];
+    let forbidden = [1, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
+    let header = |n: usize| match n % 7 {
+        3 => meaningless,
+        5 => forbidden,
+        _ => PLAIN,
+    };
+    for n in 0..80 {
+        let cuts: &[usize] = if n % 3 == 0 { &[5, 7, 20] } else { &[] };
+        guest.offer_quietly(&frame(header(n), OWN, 60 + n, n as u8), cuts);
+    }
+    // Act
+    guest.driver.queues[TX].kick();
+    // Assert
+    for n in 0..80 {
+        guest.driver.queues[TX].wait_used();
+        if header(n) != forbidden {
+            let sent = frame(PLAIN, OWN, 60 + n, n as u8);
+            assert!(guest.port.wait_sent(0).unwrap()[12..] == sent[12..], "{n}");
+        }
+    }
+    assert_eq!(guest.dropped(1), 11);
+    let counters = guest.metrics.queue(1).unwrap();
+    assert_eq!(counters.requests.get(), 69);
+}
+
+#[test]
+fn a_port_that_is_full_after_all_loses_none() {
+    // Arrange: it says that it never is, so frames go many at a time
+    let mut guest = Guest::on_roomy(&[], 256);
+    let numbered = |n: u32| frame(PLAIN, OWN, 6000, n as u8);
+    for n in 0..120 {
+        guest.offer(&numbered(n), &[]);
+    }
+    // Act, assert: nobody takes frames while a batch goes out, so none is overtaken
+    for n in 0..120 {
+        assert!(guest.port.wait_sent(0).unwrap() == numbered(n), "frame {n}");
+        guest.driver.queues[TX].wait_used();
+    }
+    assert_eq!(guest.dropped(1), 0);
+}
