@@ -8,7 +8,7 @@ use anyhow::{Context as _, Result, ensure};
 use berth_tests_framework::console::Console;
 use berth_tests_framework::daemons::{BlkSettings, Daemon};
 use berth_tests_framework::image;
-use berth_tests_framework::process::run;
+use berth_tests_framework::process::{Signal, run};
 use berth_tests_framework::story::{Context, Story, Tier};
 use berth_tests_framework::vmm::{Vm, VmBuilder};
 use berth_tests_framework::wait::{seconds, until};
@@ -28,6 +28,7 @@ pub const STORIES: &[Story] = &[
             "disk.random_writes",
             "disk.read_only_refused",
             "disk.discard_shrinks_file",
+            "disk.grows_under_the_guest",
             "power.reboot",
             "disk.checksums_after_reboot",
             "backend.disk_restarted_while_idle",
@@ -99,6 +100,9 @@ fn two_disks(context: &Context) -> Result<()> {
     })?;
     context.check("disk.discard_shrinks_file", || {
         discard(&mut vm.console, &image)
+    })?;
+    context.check("disk.grows_under_the_guest", || {
+        grows(&mut vm, &writable, &image)
     })?;
     context.check("power.reboot", || power::reboots(&mut vm))?;
     context.check("disk.checksums_after_reboot", || {
@@ -187,6 +191,34 @@ pub(crate) fn discard(console: &mut Console, image: &Path) -> Result<()> {
     until("storage to shrink after discard", seconds(20), || {
         Ok((image::allocated_bytes(image)? + SIZE * 9 / 10 <= full).then_some(()))
     })
+}
+
+/// The image grows twice, the daemon is told by signal and by command, and the guest has the new size
+/// and reads back what it writes at the new end, its file system mounted all the while.
+fn grows(vm: &mut Vm, daemon: &Daemon, image: &Path) -> Result<()> {
+    const MORE: u64 = 16 << 11;
+    for sectors in [SECTORS + MORE, SECTORS + 2 * MORE] {
+        let file = fs::File::options().write(true).open(image)?;
+        file.set_len(sectors * 512)?;
+        if sectors == SECTORS + MORE {
+            daemon.signal(Signal::Hangup)?;
+        } else {
+            let answer = daemon.command("resize")?;
+            ensure!(answer == format!("{sectors} sectors"), "answer {answer:?}");
+        }
+        until("the guest to see the new size", seconds(60), || {
+            let seen = vm.sh("cat /sys/block/vda/size")?;
+            Ok((seen.trim() == sectors.to_string()).then_some(()))
+        })?;
+    }
+    // The last 256 KiB.
+    let last = (SECTORS + 2 * MORE) / 128 - 4;
+    vm.sh(&format!(
+        "dd if=/tmp/noise of=/dev/vda bs=64k count=4 seek={last} oflag=direct 2>/dev/null &&
+         dd if=/dev/vda of=/tmp/end bs=64k count=4 skip={last} iflag=direct 2>/dev/null &&
+         dd if=/tmp/noise of=/tmp/start bs=64k count=4 2>/dev/null && cmp /tmp/start /tmp/end"
+    ))?;
+    verify(&mut vm.console)
 }
 
 /// The daemon of an idle disk dies and comes back: what was there is there, and new data lands.

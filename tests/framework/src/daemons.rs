@@ -1,6 +1,8 @@
 //! The vhost-user daemons, ours and QEMU's, and where their sockets are.
 
 use std::collections::BTreeMap;
+use std::io::{BufRead as _, BufReader, Write as _};
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -48,6 +50,8 @@ impl Daemon {
         }
         args.push(format!("--num-queues={}", set.queues.max(1)));
         args.extend(set.serial_id.map(|id| format!("--serial-id={id}")));
+        let control = context.scratch(&format!("{name}.ctl"));
+        args.push(format!("--control-socket={}", control.display()));
         args.extend(set.more.iter().map(|&flag| flag.to_owned()));
         Self::ours(context, "berth-blk", name, args)
     }
@@ -175,9 +179,7 @@ impl Daemon {
                 let Some(metrics) = &self.metrics else {
                     return Ok(Some(()));
                 };
-                Ok(std::os::unix::net::UnixStream::connect(metrics)
-                    .ok()
-                    .map(drop))
+                Ok(UnixStream::connect(metrics).ok().map(drop))
             },
         )
     }
@@ -188,6 +190,21 @@ impl Daemon {
     /// It has ended.
     pub fn signal(&self, signal: Signal) -> Result<()> {
         self.process.signal(signal)
+    }
+
+    /// Its answer to a command on its control socket, without `ok`.
+    ///
+    /// # Errors
+    /// It has none, does not answer, or answers with an error.
+    pub fn command(&self, command: &str) -> Result<String> {
+        let stream = UnixStream::connect(self.socket.with_extension("ctl"))?;
+        stream.set_read_timeout(Some(seconds(10)))?;
+        (&stream).write_all(format!("{command}\n").as_bytes())?;
+        let mut answer = String::new();
+        BufReader::new(&stream).read_line(&mut answer)?;
+        let text = answer.trim_end().strip_prefix("ok ");
+        let text = text.with_context(|| format!("{} to {command:?}: {answer:?}", self.name))?;
+        Ok(text.to_owned())
     }
 
     /// Its counters.

@@ -25,6 +25,8 @@ pub enum Signal {
     Stop,
     /// Goes on.
     Cont,
+    /// Looks again at what it was given.
+    Hangup,
 }
 
 /// A running child.
@@ -100,6 +102,7 @@ impl Process {
             Signal::Kill => libc::SIGKILL,
             Signal::Stop => libc::SIGSTOP,
             Signal::Cont => libc::SIGCONT,
+            Signal::Hangup => libc::SIGHUP,
         };
         sys::pidfd_send_signal(&self.pidfd, number)
             .with_context(|| format!("cannot signal {}", self.name))
