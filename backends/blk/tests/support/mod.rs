@@ -70,7 +70,11 @@ impl Watchdog {
 }
 
 pub fn command() -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_berth-blk"));
+    piped(Command::new(env!("CARGO_BIN_EXE_berth-blk")))
+}
+
+/// With its log to be read.
+pub fn piped(mut command: Command) -> Command {
     command
         .env("RUST_LOG", "debug")
         .stdin(Stdio::null())
