@@ -12,7 +12,7 @@ use std::sync::Arc;
 
 use berth_queue_worker::protocol::message::FrontendReq;
 use berth_queue_worker::testing::{Buffer, FakeDriver, FakeFrontend, Setup};
-use support::{Daemon, LoopDevice, TIMEOUT, TempDir, command, refused, request, write_and_read};
+use support::{Daemon, TIMEOUT, TempDir, command, refused, write_and_read};
 
 const MIB: u64 = 1 << 20;
 
@@ -324,136 +324,6 @@ fn socket_paths_that_are_files_or_in_use_are_refused_and_left_alone() {
     write_and_read(&mut driver, 0, 1);
     driver.finish();
     daemon.terminate();
-}
-
-#[test]
-fn image_of_another_writer_is_refused_and_its_holder_named() {
-    let dir = TempDir::new();
-    let image = dir.image("disk.img", MIB);
-    let daemon = Daemon::serve(&dir.path("a.sock"), &image, &[]);
-    for more in [None, Some("--read-only".to_owned())] {
-        let mut args = vec![
-            format!("--socket-path={}", dir.path("b.sock").display()),
-            format!("--blk-file={}", image.display()),
-        ];
-        args.extend(more);
-        let (code, text) = refused(&args);
-        assert_eq!((code, text.lines().count()), (1, 1), "{text}");
-        let holder = format!("in use by process {} (berth-blk)", daemon.pid());
-        assert!(text.contains(&holder), "{text}");
-    }
-    daemon.terminate();
-}
-
-/// qemu-io, if this machine has it: whether it could open the image.
-fn qemu_io(args: &[&str], image: &Path) -> Option<(bool, String)> {
-    let result = Command::new("qemu-io").args(args).arg(image).output();
-    let output = match result {
-        Ok(output) => output,
-        Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
-            eprintln!("skipped: no qemu-io");
-            return None;
-        }
-        Err(e) => panic!("qemu-io: {e}"),
-    };
-    let text = String::from_utf8_lossy(&output.stderr).into_owned();
-    Some((output.status.success(), text))
-}
-
-#[test]
-fn qemu_and_we_keep_each_other_out_of_an_image() {
-    let dir = TempDir::new();
-    let image = dir.image("disk.img", MIB);
-    let read = ["-f", "raw", "-c", "read 0 512"];
-    let read_shared = ["-r", "-f", "raw", "-c", "read 0 512"];
-    let writer = Daemon::serve(&dir.path("w.sock"), &image, &[]);
-    let Some((opened, text)) = qemu_io(&read, &image) else {
-        return;
-    };
-    assert!(!opened && text.contains("lock"), "{text}");
-    writer.terminate();
-    // Readers share with readers only.
-    let reader = Daemon::serve(&dir.path("r.sock"), &image, &["--read-only"]);
-    assert!(!qemu_io(&read, &image).unwrap().0);
-    let (opened, text) = qemu_io(&read_shared, &image).unwrap();
-    assert!(opened, "{text}");
-    reader.terminate();
-    // And the other way round: qemu-io holds the image while it waits for a command.
-    let mut qemu = Command::new("qemu-io")
-        .args(["-f", "raw"])
-        .arg(&image)
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .spawn()
-        .unwrap();
-    // Its first answer shows that the image is open.
-    qemu.stdin.as_mut().unwrap().write_all(b"length\n").unwrap();
-    let mut answer = [0; 1];
-    qemu.stdout
-        .as_mut()
-        .unwrap()
-        .read_exact(&mut answer)
-        .unwrap();
-    wait_until_locked(&image);
-    let (code, text) = refused(&[
-        format!("--socket-path={}", dir.path("x.sock").display()),
-        format!("--blk-file={}", image.display()),
-    ]);
-    assert_eq!(code, 1);
-    let holder = format!("process {} (qemu-io)", qemu.id());
-    assert!(text.contains(&holder), "{text}");
-    qemu.kill().unwrap();
-    qemu.wait().unwrap();
-}
-
-/// Waits until /proc/locks shows a lock on the image.
-fn wait_until_locked(image: &Path) {
-    use std::os::unix::fs::MetadataExt;
-    let inode = format!(":{} ", std::fs::metadata(image).unwrap().ino());
-    let deadline = std::time::Instant::now() + TIMEOUT;
-    while !std::fs::read_to_string("/proc/locks")
-        .unwrap()
-        .contains(&inode)
-    {
-        assert!(std::time::Instant::now() < deadline, "qemu-io took no lock");
-        std::thread::yield_now();
-    }
-}
-
-#[test]
-fn block_device_is_served_discarded_and_locked() {
-    use std::os::unix::fs::MetadataExt;
-    let dir = TempDir::new();
-    let image = dir.image("disk.img", 8 * MIB);
-    let Some(device) = LoopDevice::attach(&image) else {
-        return;
-    };
-    let path = Path::new(&device.0);
-    for cache in ["none", "writeback"] {
-        let flag = format!("--cache={cache}");
-        let daemon = Daemon::serve(&dir.path("d.sock"), path, &[&flag]);
-        let mut driver = FakeDriver::connect(&dir.path("d.sock"), Setup::default());
-        let capacity = driver.frontend.get_config(0, 8);
-        assert_eq!(capacity, (8 * MIB / 512).to_le_bytes());
-        for n in 0..16 {
-            write_and_read(&mut driver, n * 8, 7);
-        }
-        assert_eq!(request(&mut driver, 4, 0, &[], 0).0, 0);
-        assert_eq!(std::fs::read(&image).unwrap()[..4096], [7; 4096]);
-        // Discard all of it: the blocks of the file behind the device go.
-        let range = [&0u64.to_le_bytes()[..], &128u32.to_le_bytes(), &[0; 4]].concat();
-        assert_eq!(request(&mut driver, 11, 0, &range, 0).0, 0);
-        assert_eq!(request(&mut driver, 4, 0, &[], 0).0, 0);
-        assert_eq!(std::fs::metadata(&image).unwrap().blocks(), 0);
-        let (code, text) = refused(&[
-            format!("--socket-path={}", dir.path("e.sock").display()),
-            format!("--blk-file={}", path.display()),
-        ]);
-        assert_eq!(code, 1);
-        assert!(text.contains("in use by process"), "{text}");
-        driver.finish();
-        daemon.terminate();
-    }
 }
 
 #[test]

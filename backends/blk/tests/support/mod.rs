@@ -191,6 +191,7 @@ impl Drop for Daemon {
 
 /// Runs the daemon with arguments that it must refuse: exit code and stderr.
 pub fn refused(args: &[String]) -> (i32, String) {
+    let _watchdog = Watchdog::new("a refusal");
     let mut command = command();
     command.env("RUST_LOG", "error").args(args);
     let mut child = command.spawn().unwrap();
