@@ -20,6 +20,7 @@ use std::fs::File;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use super::lock::{self, LockError};
+use super::marker::Marker;
 
 /// When the image is locked.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
@@ -35,14 +36,16 @@ pub enum LockTime {
 #[derive(Debug)]
 pub struct Holder {
     time: LockTime,
+    marker: Marker,
     queues: Mutex<usize>,
 }
 
 impl Holder {
-    /// Nothing is locked yet.
-    pub fn new(time: LockTime) -> Holder {
+    /// Nothing is locked yet. `marker` is that of the file which the other methods are given.
+    pub fn new(time: LockTime, marker: Marker) -> Holder {
         Holder {
             time,
+            marker,
             queues: Mutex::new(0),
         }
     }
@@ -54,7 +57,7 @@ impl Holder {
     /// The image was opened.
     pub fn open(&self, file: &File, read_only: bool) -> Result<(), LockError> {
         match self.time {
-            LockTime::Always => lock::lock(file, read_only),
+            LockTime::Always => lock::lock(file, &self.marker, read_only),
             LockTime::Running => Ok(()),
         }
     }
@@ -64,7 +67,7 @@ impl Holder {
         let mut queues = self.queues();
         if *queues == 0
             && self.time == LockTime::Running
-            && let Err(error) = lock::lock(file, read_only)
+            && let Err(error) = lock::lock(file, &self.marker, read_only)
         {
             let_go(file);
             return Err(error);

@@ -20,6 +20,8 @@ use std::time::{Duration, Instant};
 
 use tracing::info;
 
+use super::marker::Marker;
+
 const PERM_BASE: i64 = 100;
 const SHARED_BASE: i64 = 200;
 
@@ -42,37 +44,54 @@ pub enum LockError {
     System(#[from] io::Error),
 }
 
-/// How long a lock without a visible holder is waited for, and how often it is looked at.
+/// How long a lock of nobody knows whom is waited for, and how often it is looked at.
 const PATIENCE: Duration = Duration::from_secs(30);
 const RETRY: Duration = Duration::from_millis(5);
+/// How often /proc is searched for who holds a lock.
+const SEARCH: Duration = Duration::from_millis(200);
+/// When the operator is told what is waited for, and how often again.
+const FIRST_WORD: Duration = Duration::from_secs(1);
+const NEXT_WORD: Duration = Duration::from_secs(30);
 
-/// Takes the locks for reading, or for reading and writing. They last as long as `file`.
+/// Takes the locks for reading, or for reading and writing. They last as long as `file`, which
+/// `marker` marks.
 ///
-/// A lock that no process in /proc holds is most likely that of a killed predecessor whose last
-/// I/O is still under way in the kernel: it is waited for, since that I/O must not land after
-/// ours. A holder that is visible is an error at once; from within the sandbox none is, so there a
-/// living one is waited for as well.
-pub fn lock(file: &File, read_only: bool) -> Result<(), LockError> {
+/// I/O that a killed predecessor left in the kernel is waited for, for as long as it takes: a write
+/// of it must not land after ours, nor a read in memory that the guest uses for something else by
+/// then, which a lock for reading would let happen. A holder that is visible is an error at once.
+/// One that is neither visible nor marked as dead is waited for half a minute: it may be the same,
+/// of another program, or a process that /proc does not show, as none is within the sandbox.
+pub fn lock(file: &File, marker: &Marker, read_only: bool) -> Result<(), LockError> {
     let start = Instant::now();
-    let mut told = false;
+    let (mut search_at, mut word_at) = (start, start + FIRST_WORD);
     loop {
-        let Some(byte) = try_lock(file, read_only)? else {
+        let leftover = marker.sees_leftover_io(file)?;
+        let conflict = try_lock(file, read_only)?;
+        if conflict.is_none() && !leftover {
             return Ok(());
-        };
-        let holder = find_holder(file, byte);
-        if let Some(holder) = holder {
-            return Err(LockError::InUse { holder });
         }
-        if start.elapsed() > PATIENCE {
+        let now = Instant::now();
+        if let Some(byte) = conflict
+            && now >= search_at
+        {
+            search_at = now + SEARCH;
+            if let Some(holder) = find_holder(file, byte) {
+                return Err(LockError::InUse { holder });
+            }
+        }
+        if !leftover && now - start > PATIENCE {
             let holder = "a process that /proc does not show".to_owned();
             return Err(LockError::InUse { holder });
         }
-        if !told && start.elapsed() > Duration::from_secs(1) {
-            told = true;
-            info!(
-                "the image is still locked, by I/O of a process that has gone or by a process that \
-                 cannot be seen from here: waiting for it"
-            );
+        if now >= word_at {
+            word_at = now + NEXT_WORD;
+            let seconds = (now - start).as_secs();
+            let by = if leftover {
+                "I/O of a process that has gone"
+            } else {
+                "a process that cannot be seen, or its I/O"
+            };
+            info!(seconds, "the image is still locked by {by}: waiting for it");
         }
         // Nothing announces the release of a shared OFD lock.
         std::thread::sleep(RETRY);

@@ -14,6 +14,7 @@ use std::path::{Path, PathBuf};
 
 use super::holder::{Holder, LockTime};
 use super::lock::LockError;
+use super::marker::Marker;
 use super::size::{Change, Size};
 use crate::request::SECTOR_SIZE;
 
@@ -137,13 +138,13 @@ impl Disk {
         let block_device = kind.is_block_device();
         let size_bytes = size_of_image(&file, block_device).map_err(open_error)?;
         check_size(path, size_bytes)?;
-        let holder = Holder::new(options.lock);
-        holder
-            .open(&file, options.read_only)
-            .map_err(|source| ImageError::Lock {
-                path: path.clone(),
-                source,
-            })?;
+        let lock_error = |source| ImageError::Lock {
+            path: path.clone(),
+            source,
+        };
+        let marker = Marker::new(&file, path).map_err(|source| lock_error(source.into()))?;
+        let holder = Holder::new(options.lock, marker);
+        holder.open(&file, options.read_only).map_err(lock_error)?;
         let mut disk = Disk {
             file,
             path: path.clone(),
