@@ -472,6 +472,32 @@ fn deep_queues_side_by_side_lose_nothing() {
 }
 
 #[test]
+fn sixteen_queues_of_full_size_are_served_each_by_itself() {
+    let image = TempImage::new(16 * MIB);
+    let setup = Setup {
+        num_queues: 16,
+        queue_size: 1024,
+        ram_size: 64 * MIB,
+        ..Setup::default()
+    };
+    let (mut driver, metrics) = drive(&image.options(), setup);
+    assert_eq!(driver.frontend.get_config(34, 2), 16u16.to_le_bytes());
+    let ram = Arc::clone(&driver.ram);
+    for (n, queue) in driver.queues.iter_mut().enumerate() {
+        let data = pattern(8192, n as u8);
+        let buffer = Buffer::readable(ram.place(&data), 8192);
+        let sector = n as u64 * 16;
+        let status = request(&ram, queue, VIRTIO_BLK_T_OUT, sector, &[buffer]);
+        assert_eq!(status, OK);
+        assert_eq!(image.bytes(sector * 512, 8192), data);
+    }
+    driver.finish();
+    for queue in 0..16 {
+        assert_eq!(metrics.queue(queue).unwrap().requests.get(), 1);
+    }
+}
+
+#[test]
 fn request_without_room_for_a_status_breaks_its_queue_and_no_other() {
     let image = TempImage::new(MIB);
     let setup = Setup {

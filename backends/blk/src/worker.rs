@@ -138,10 +138,11 @@ impl BlkWorker {
                 return Ok(true);
             }
             self.free.pop();
-            if !self.may_go(index)? {
+            let may_go = self.may_go(index);
+            if !matches!(may_go, Ok(true)) {
                 self.held = Some(index);
                 self.counters.throttled.add(1);
-                return Ok(false);
+                return may_go;
             }
             self.begin_or_answer(ring, index)?;
         }
@@ -173,9 +174,25 @@ impl BlkWorker {
 
     /// Begins the request in a slot, and completes it where that is all.
     fn begin_or_answer(&mut self, ring: &mut Ring, index: u16) -> Result<(), QueueError> {
-        match self.begin(index)? {
-            Next::InFlight => Ok(()),
-            Next::Done(status) => self.complete(ring, index, status),
+        let next = self.begin(index);
+        self.go_on(ring, index, next)
+    }
+
+    /// Does what a step has led to. A slot is given back whatever happens, or a drain would wait
+    /// for it for ever.
+    fn go_on(
+        &mut self,
+        ring: &mut Ring,
+        index: u16,
+        next: Result<Next, QueueError>,
+    ) -> Result<(), QueueError> {
+        match next {
+            Ok(Next::InFlight) => Ok(()),
+            Ok(Next::Done(status)) => self.complete(ring, index, status),
+            Err(error) => {
+                self.free.push(index);
+                Err(error)
+            }
         }
     }
 
@@ -187,13 +204,8 @@ impl BlkWorker {
             capacity_sectors: disk.usable_sectors(),
             read_only: disk.read_only(),
         };
-        let request = match request::parse(&slot.chain, &limits) {
-            Ok(request) => request,
-            Err(malformed) => {
-                self.free.push(index);
-                return Err(QueueError::Request(malformed.message()));
-            }
-        };
+        let request = request::parse(&slot.chain, &limits)
+            .map_err(|malformed| QueueError::Request(malformed.message()))?;
         slot.task = match request {
             Request::Answer(status) => return Ok(Next::Done(status)),
             Request::GetId => {
@@ -247,20 +259,21 @@ impl BlkWorker {
     /// Takes completions; true where there were any.
     fn reap(&mut self, ring: &mut Ring) -> Result<bool, QueueError> {
         let mut completions = std::mem::take(&mut self.completions);
-        self.engine
-            .take_completions(&mut |tag, result| completions.push((tag, result)))
-            .map_err(engine_error)?;
+        let taken = self
+            .engine
+            .take_completions(&mut |tag, result| completions.push((tag, result)));
         let any = !completions.is_empty();
+        let mut outcome = taken.map(|()| any).map_err(engine_error);
         for (tag, result) in completions.drain(..) {
             // Tags are slot indices.
             let index = tag as u16;
-            match self.advance(index, result)? {
-                Next::InFlight => {}
-                Next::Done(status) => self.complete(ring, index, status)?,
+            let next = self.advance(index, result);
+            if let Err(error) = self.go_on(ring, index, next) {
+                outcome = Err(error);
             }
         }
         self.completions = completions;
-        Ok(any)
+        outcome
     }
 
     /// An operation of a slot has completed with `result`.

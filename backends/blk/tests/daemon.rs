@@ -248,6 +248,29 @@ fn metrics_socket_answers_http_and_plain_readers() {
 }
 
 #[test]
+fn limited_disk_answers_every_request() {
+    let dir = TempDir::new();
+    let image = dir.image("disk.img", 8 * MIB);
+    let (socket, metrics) = (dir.path("disk.sock"), dir.path("metrics"));
+    let metrics_flag = format!("--metrics-socket={}", metrics.display());
+    // Each request is larger than the bucket, so each has to wait, however slow this machine is.
+    let limit = "--rate-limit=bw_size=1024,bw_refill_time=1,ops_size=100000,ops_refill_time=1000";
+    let daemon = Daemon::serve(&socket, &image, &[limit, &metrics_flag]);
+    let mut driver = FakeDriver::connect(&socket, Setup::default());
+    for n in 0..8 {
+        write_and_read(&mut driver, u64::from(n) * 8, n);
+    }
+    let mut text = String::new();
+    let mut stream = UnixStream::connect(&metrics).unwrap();
+    stream.shutdown(std::net::Shutdown::Write).unwrap();
+    stream.read_to_string(&mut text).unwrap();
+    let throttled = "berth_throttled_total{device=\"blk\",queue=\"0\"} 16\n";
+    assert!(text.contains(throttled), "{text}");
+    driver.finish();
+    daemon.terminate();
+}
+
+#[test]
 fn bad_input_is_one_clear_line() {
     let dir = TempDir::new();
     let image = dir.image("disk.img", MIB);
