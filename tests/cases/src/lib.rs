@@ -12,6 +12,7 @@ pub mod boot;
 pub mod counters;
 mod cpu;
 pub mod disk;
+pub mod interop_dpdk;
 pub mod interop_qemu;
 pub mod kill_storm;
 mod memory;
@@ -38,6 +39,7 @@ pub fn stories() -> Vec<Story> {
         storm::STORIES,
         kill_storm::STORIES,
         interop_qemu::STORIES,
+        interop_dpdk::STORIES,
         bad_input::STORIES,
     ]
     .concat()

@@ -42,20 +42,23 @@ pub(crate) fn unshare_network() -> Result<()> {
     check(unsafe { libc::unshare(libc::CLONE_NEWNET) }).map(drop)
 }
 
-/// Makes the child die with the thread that spawns it.
+/// Makes the child die with the thread that spawns it, and lets the signals through that ask it to end.
 pub(crate) fn die_with_parent(command: &mut Command) {
     let parent = std::process::id();
+    let ending = ending_signals();
     let hook = move || {
-        // SAFETY: prctl and getppid are async-signal-safe and take no pointers here.
+        // SAFETY: prctl, getppid and sigprocmask are async-signal-safe; the one pointer is to a live set.
         unsafe {
             check(libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL))?;
             if libc::getppid().cast_unsigned() != parent {
                 return Err(Error::from_raw_os_error(libc::ESRCH));
             }
+            let old = std::ptr::null_mut();
+            check(libc::sigprocmask(libc::SIG_UNBLOCK, &raw const ending, old))?;
         }
         Ok(())
     };
-    // SAFETY: the hook makes two async-signal-safe calls and allocates nothing.
+    // SAFETY: the hook makes three async-signal-safe calls and allocates nothing.
     unsafe { command.pre_exec(hook) };
 }
 
@@ -253,7 +256,7 @@ fn ending_signals() -> libc::sigset_t {
     }
 }
 
-/// Blocks SIGINT, SIGTERM and SIGHUP in this thread and those it starts; children start unblocked.
+/// Blocks SIGINT, SIGTERM and SIGHUP in this thread and those it starts; [`die_with_parent`] undoes it for children.
 pub(crate) fn block_ending_signals() {
     let set = ending_signals();
     // SAFETY: `set` is initialised and the old mask is not asked for.
