@@ -68,7 +68,7 @@ pub struct Args {
     #[arg(long, value_name = "N", default_value_t = 1024)]
     pub queue_size: u16,
 
-    /// MTU that the guest is told, and that a tap made with --create gets
+    /// MTU that the guest is told, and that a tap made with --create gets [default: the tap's]
     #[arg(long, value_name = "BYTES", value_parser = clap::value_parser!(u16).range(68..=65521))]
     pub mtu: Option<u16>,
 

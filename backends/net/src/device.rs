@@ -1,7 +1,7 @@
 //! What the device says about itself: feature bits and configuration space.
 //!
 //! Everything offered here works: a bit appears only if the port can do it (segmentation of UDP)
-//! or the operator gave what it needs (`--mac`, `--mtu`, more than one pair).
+//! or what it needs is known (an address, an MTU, more than one pair).
 //!
 //! Spec: virtio 1.3, 5.1.3 (feature bits), 5.1.4 (configuration layout).
 
@@ -9,18 +9,21 @@
 
 use virtio_bindings::virtio_net::{
     VIRTIO_NET_F_CSUM, VIRTIO_NET_F_CTRL_GUEST_OFFLOADS, VIRTIO_NET_F_CTRL_MAC_ADDR,
-    VIRTIO_NET_F_CTRL_RX, VIRTIO_NET_F_CTRL_VLAN, VIRTIO_NET_F_CTRL_VQ, VIRTIO_NET_F_GUEST_CSUM,
-    VIRTIO_NET_F_GUEST_ECN, VIRTIO_NET_F_GUEST_TSO4, VIRTIO_NET_F_GUEST_TSO6,
-    VIRTIO_NET_F_GUEST_USO4, VIRTIO_NET_F_GUEST_USO6, VIRTIO_NET_F_HOST_ECN,
-    VIRTIO_NET_F_HOST_TSO4, VIRTIO_NET_F_HOST_TSO6, VIRTIO_NET_F_HOST_USO, VIRTIO_NET_F_MAC,
-    VIRTIO_NET_F_MQ, VIRTIO_NET_F_MRG_RXBUF, VIRTIO_NET_F_MTU, VIRTIO_NET_F_STATUS,
-    VIRTIO_NET_S_LINK_UP,
+    VIRTIO_NET_F_CTRL_RX, VIRTIO_NET_F_CTRL_VLAN, VIRTIO_NET_F_CTRL_VQ,
+    VIRTIO_NET_F_GUEST_ANNOUNCE, VIRTIO_NET_F_GUEST_CSUM, VIRTIO_NET_F_GUEST_ECN,
+    VIRTIO_NET_F_GUEST_TSO4, VIRTIO_NET_F_GUEST_TSO6, VIRTIO_NET_F_GUEST_USO4,
+    VIRTIO_NET_F_GUEST_USO6, VIRTIO_NET_F_HOST_ECN, VIRTIO_NET_F_HOST_TSO4, VIRTIO_NET_F_HOST_TSO6,
+    VIRTIO_NET_F_HOST_USO, VIRTIO_NET_F_MAC, VIRTIO_NET_F_MQ, VIRTIO_NET_F_MRG_RXBUF,
+    VIRTIO_NET_F_MTU, VIRTIO_NET_F_STATUS,
 };
 
 use crate::mac::Mac;
 
 /// VIRTIO_F_VERSION_1; queue-worker offers it for every device.
 pub const VIRTIO_F_VERSION_1: u32 = 32;
+
+/// Least MTU that a guest may be told (virtio 1.3, 5.1.4.1).
+pub const MIN_MTU: u16 = 68;
 
 /// Most queue pairs of one device.
 pub const MAX_PAIRS: u16 = 8;
@@ -68,6 +71,7 @@ impl Identity {
             | 1 << VIRTIO_NET_F_HOST_ECN
             | 1 << VIRTIO_NET_F_MRG_RXBUF
             | 1 << VIRTIO_NET_F_STATUS
+            | 1 << VIRTIO_NET_F_GUEST_ANNOUNCE
             | 1 << VIRTIO_NET_F_CTRL_VQ
             | 1 << VIRTIO_NET_F_CTRL_RX
             | 1 << VIRTIO_NET_F_CTRL_VLAN
@@ -99,21 +103,29 @@ impl Identity {
 /// are not offered.
 pub const CONFIG_LEN: usize = 12;
 
-/// The configuration space as the guest would read it now.
+/// What the configuration space says.
+#[derive(Debug, Clone, Copy)]
+pub struct ConfigSpace {
+    /// The device's address, if it has one.
+    pub mac: Option<Mac>,
+    /// VIRTIO_NET_S_* bits.
+    pub status: u16,
+    /// Queue pairs.
+    pub pairs: u16,
+    /// The MTU, if the guest is told.
+    pub mtu: Option<u16>,
+}
+
+/// The bytes of it.
 #[must_use]
-pub fn config_space(mac: Option<Mac>, link_up: bool, identity: &Identity) -> [u8; CONFIG_LEN] {
+pub fn config_space(space: &ConfigSpace) -> [u8; CONFIG_LEN] {
     let mut bytes = [0; CONFIG_LEN];
-    if let Some(mac) = mac {
+    if let Some(mac) = space.mac {
         bytes[..6].copy_from_slice(&mac.0);
     }
-    let status = if link_up {
-        VIRTIO_NET_S_LINK_UP as u16
-    } else {
-        0
-    };
-    bytes[6..8].copy_from_slice(&status.to_le_bytes());
-    bytes[8..10].copy_from_slice(&identity.pairs.to_le_bytes());
-    bytes[10..].copy_from_slice(&identity.mtu.unwrap_or(0).to_le_bytes());
+    bytes[6..8].copy_from_slice(&space.status.to_le_bytes());
+    bytes[8..10].copy_from_slice(&space.pairs.to_le_bytes());
+    bytes[10..].copy_from_slice(&space.mtu.unwrap_or(0).to_le_bytes());
     bytes
 }
 
@@ -191,10 +203,21 @@ mod tests {
 
     #[test]
     fn config_space_layout() {
-        let space = config_space(FULL.mac, true, &FULL);
-        assert_eq!(space, [2, 0, 0, 0, 0, 1, 1, 0, 4, 0, 0x28, 0x23]);
-        let space = config_space(None, false, &PLAIN);
-        assert_eq!(space, [0, 0, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0]);
+        let full = ConfigSpace {
+            mac: FULL.mac,
+            status: 3,
+            pairs: 4,
+            mtu: Some(9000),
+        };
+        let space = config_space(&full);
+        assert_eq!(space, [2, 0, 0, 0, 0, 1, 3, 0, 4, 0, 0x28, 0x23]);
+        let plain = ConfigSpace {
+            mac: None,
+            status: 0,
+            pairs: 1,
+            mtu: None,
+        };
+        assert_eq!(config_space(&plain), [0, 0, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0]);
     }
 
     #[test]

@@ -41,7 +41,10 @@ fn run(config: Config) -> Result<(), Box<dyn std::error::Error>> {
         }
         PortConfig::Fds(fds) => Tap::from_fds(fds)?,
     };
-    let device = NetDevice::new(config.settings, Arc::new(tap));
+    let mut settings = config.settings;
+    let carries = tap.mtu().and_then(|mtu| u16::try_from(mtu).ok());
+    settings.identity.mtu = settings.identity.mtu.or(carries);
+    let device = NetDevice::new(settings, Arc::new(tap));
     berth_queue_worker::run(&config.daemon, device)?;
     Ok(())
 }

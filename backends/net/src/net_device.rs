@@ -62,7 +62,7 @@ impl Device for NetDevice {
     }
 
     fn protocol_features(&self) -> u64 {
-        protocol::RARP
+        protocol::RARP | protocol::NET_MTU
     }
 
     fn syscalls(&self) -> Vec<Syscall> {
@@ -125,6 +125,10 @@ impl Device for NetDevice {
         self.state.end_session();
     }
 
+    fn set_mtu(&self, mtu: u16) -> io::Result<()> {
+        self.state.set_mtu(mtu)
+    }
+
     fn send_rarp(&self, mac: [u8; 6]) -> io::Result<()> {
         self.state.announce(Mac(mac))
     }
@@ -158,6 +162,17 @@ impl QueueWorker for NetQueue {
             Self::Rx(queue) => queue.process(ring, ready),
             Self::Tx(queue) => queue.process(ring, ready),
             Self::Ctrl(queue) => queue.process(ring, ready),
+        }
+    }
+
+    fn discards(&self) -> bool {
+        matches!(self, Self::Tx(_))
+    }
+
+    fn discard(&mut self, ring: &mut Ring) -> Result<Interest, QueueError> {
+        match self {
+            Self::Tx(queue) => queue.discard(ring),
+            Self::Rx(_) | Self::Ctrl(_) => Ok(Interest::sources(0)),
         }
     }
 

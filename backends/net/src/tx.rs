@@ -332,6 +332,23 @@ impl QueueWorker for TxQueue {
         Ok(Interest::KICK)
     }
 
+    fn discards(&self) -> bool {
+        true
+    }
+
+    fn discard(&mut self, ring: &mut Ring) -> Result<Interest, QueueError> {
+        let chain = &mut self.slots[0].chain;
+        for _ in 0..MAX_BATCH {
+            if !ring.pop_into(chain)? {
+                break;
+            }
+            ring.push_used(chain.head(), 0)?;
+            self.counters.dropped.add(1);
+        }
+        chain.release();
+        Ok(Interest::KICK)
+    }
+
     fn drain(&mut self, ring: &mut Ring) -> Result<(), QueueError> {
         if std::mem::take(&mut self.held) {
             ring.put_back(1);

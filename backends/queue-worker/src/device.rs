@@ -168,6 +168,20 @@ pub trait QueueWorker {
     /// the driver at most once, and sleeps until what the returned [`Interest`] names.
     fn process(&mut self, ring: &mut Ring, ready: Ready) -> Result<Interest, QueueError>;
 
+    /// Whether chains of a disabled ring are to be taken and thrown away by
+    /// [`discard`](QueueWorker::discard), as a network card must do with frames of its guest
+    /// (vhost-user, "Ring states"). Asked once, after creation. Others wait in the ring.
+    fn discards(&self) -> bool {
+        false
+    }
+
+    /// What [`process`](QueueWorker::process) is while the ring is disabled, for a worker that
+    /// [`discards`](QueueWorker::discards): without any effect but used entries.
+    fn discard(&mut self, ring: &mut Ring) -> Result<Interest, QueueError> {
+        let _ = ring;
+        Ok(Interest::sources(0))
+    }
+
     /// Whether `process` would find something other than new chains, such as completions. Called
     /// in a tight loop while the library looks for work before it sleeps: it must cost next to
     /// nothing, so no system call. Sources that it says nothing of (a timer) are noticed when the
@@ -202,6 +216,12 @@ impl QueueWorker for Box<dyn QueueWorker> {
     }
     fn arm(&mut self) -> bool {
         (**self).arm()
+    }
+    fn discards(&self) -> bool {
+        (**self).discards()
+    }
+    fn discard(&mut self, ring: &mut Ring) -> Result<Interest, QueueError> {
+        (**self).discard(ring)
     }
     fn drain(&mut self, ring: &mut Ring) -> Result<(), QueueError> {
         (**self).drain(ring)

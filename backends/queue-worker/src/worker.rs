@@ -57,6 +57,8 @@ struct Running<W> {
     sources: Vec<Source>,
     notifiers: Notifiers,
     enabled: bool,
+    /// The worker empties the ring while it is disabled.
+    discards: bool,
     broken: bool,
     /// Call `process` before the next sleep.
     pending: Option<Ready>,
@@ -196,6 +198,7 @@ impl<D: Device> QueueThread<D> {
             sources: Vec::new(),
             notifiers: start.notifiers,
             enabled: start.enabled,
+            discards: false,
             broken: false,
             pending: Some(Ready::default()),
             interest: Interest::KICK,
@@ -205,6 +208,7 @@ impl<D: Device> QueueThread<D> {
         };
         match self.device.new_worker(&start.queue) {
             Ok(worker) => {
+                running.discards = worker.discards();
                 running.sources = worker.sources();
                 running.sources.truncate(31);
                 running.worker = Some(worker);
@@ -265,7 +269,7 @@ impl<D: Device> QueueThread<D> {
 
 impl<W: QueueWorker> Running<W> {
     fn is_active(&self) -> bool {
-        self.enabled && !self.broken
+        (self.enabled || self.discards) && !self.broken
     }
 
     fn take_pending(&mut self) -> Option<Ready> {
@@ -330,7 +334,11 @@ impl<W: QueueWorker> Running<W> {
         };
         self.ring.begin_batch();
         self.ring.disable_notification()?;
-        self.interest = worker.process(&mut self.ring, ready)?;
+        self.interest = if self.enabled {
+            worker.process(&mut self.ring, ready)?
+        } else {
+            worker.discard(&mut self.ring)?
+        };
         self.finish_batch()
     }
 

@@ -146,3 +146,39 @@ fn a_port_that_is_full_after_all_loses_none() {
     }
     assert_eq!(guest.dropped(1), 0);
 }
+
+#[test]
+fn a_disabled_queue_takes_frames_and_throws_them_away() {
+    // Arrange
+    let mut guest = Guest::on_roomy(&[], 128);
+    guest.offer(&frame(PLAIN, OWN, 100, 1), &[]);
+    guest.driver.queues[TX].wait_used();
+    assert!(guest.sent() == frame(PLAIN, OWN, 100, 1));
+    // Act
+    guest.driver.frontend.set_enable(1, false);
+    for n in 0..100 {
+        guest.offer(&frame(PLAIN, OWN, 100, n), &[]);
+    }
+    // Assert
+    for _ in 0..100 {
+        guest.driver.queues[TX].wait_used();
+    }
+    assert_eq!(guest.dropped(1), 100);
+    assert_eq!(
+        guest.port.take(0).unwrap_err().kind(),
+        io::ErrorKind::WouldBlock
+    );
+    // Act, assert: frames to the guest wait meanwhile
+    guest.driver.frontend.set_enable(0, false);
+    guest.port.inject(0, &frame(PLAIN, OWN, 66, 2)).unwrap();
+    let buffers = guest.post(4, 2048);
+    guest.driver.frontend.set_enable(1, true);
+    guest.offer(&frame(PLAIN, OWN, 100, 3), &[]);
+    guest.driver.queues[TX].wait_used();
+    assert!(guest.sent() == frame(PLAIN, OWN, 100, 3));
+    assert_eq!(guest.driver.queues[RX].poll_used(), None);
+    guest.driver.frontend.set_enable(0, true);
+    assert_eq!(guest.driver.queues[RX].wait_used().1, 66);
+    let got = guest.driver.ram.read(buffers[0], 66);
+    assert!(got[12..] == frame(PLAIN, OWN, 66, 2)[12..]);
+}

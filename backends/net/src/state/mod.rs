@@ -23,10 +23,15 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, Once, PoisonError};
 
 use berth_queue_worker::{RateLimit, RateLimiter, SessionHandle};
-use virtio_bindings::virtio_net::{VIRTIO_NET_F_CTRL_VQ, VIRTIO_NET_F_MQ};
+use virtio_bindings::virtio_net::{
+    VIRTIO_NET_F_CTRL_VQ, VIRTIO_NET_F_GUEST_ANNOUNCE, VIRTIO_NET_F_MQ, VIRTIO_NET_S_ANNOUNCE,
+    VIRTIO_NET_S_LINK_UP,
+};
 
 use crate::ctrl::Command;
-use crate::device::{CONFIG_LEN, GUEST_OFFLOADS, Identity, config_space, has};
+use crate::device::{
+    CONFIG_LEN, ConfigSpace, GUEST_OFFLOADS, Identity, MIN_MTU, config_space, has,
+};
 use crate::filter::RxFilter;
 use crate::header::{HDR_LEN, header_len};
 use crate::mac::Mac;
@@ -64,6 +69,12 @@ struct Driver {
     /// The device's address before the driver changes it: `--mac`, or what the frontend chose.
     initial_mac: Option<Mac>,
     mac: Option<Mac>,
+    /// The MTU that the frontend wants the guest to be told.
+    mtu: Option<u16>,
+    /// The guest is asked to announce itself, and has not yet said that it did.
+    announce: bool,
+    /// The guest goes on from an earlier session; it was asked once.
+    resumed: bool,
     session: Option<SessionHandle>,
 }
 
@@ -93,6 +104,9 @@ impl DeviceState {
                 features: 0,
                 initial_mac: identity.mac,
                 mac: identity.mac,
+                mtu: None,
+                announce: false,
+                resumed: false,
                 session: None,
             }),
             pairs: Mutex::new(Pairs {
@@ -151,7 +165,20 @@ impl DeviceState {
             .as_ref()
             .is_some_and(SessionHandle::has_channel);
         let link_up = !hears || self.link_up.load(Ordering::Relaxed);
-        config_space(driver.mac, link_up, self.identity())
+        let mut status = 0;
+        if link_up {
+            status |= VIRTIO_NET_S_LINK_UP as u16;
+        }
+        if driver.announce {
+            status |= VIRTIO_NET_S_ANNOUNCE as u16;
+        }
+        let identity = self.identity();
+        config_space(&ConfigSpace {
+            mac: driver.mac,
+            status,
+            pairs: identity.pairs,
+            mtu: driver.mtu.or(identity.mtu),
+        })
     }
 
     /// A frontend connected.
@@ -165,6 +192,8 @@ impl DeviceState {
             let mut driver = lock(&self.driver);
             driver.session = None;
             driver.initial_mac = self.settings.identity.mac;
+            driver.mtu = None;
+            driver.resumed = false;
         }
         self.set_features(0);
     }
@@ -198,6 +227,7 @@ impl DeviceState {
         let (features, mac) = {
             let mut driver = lock(&self.driver);
             driver.mac = driver.initial_mac;
+            driver.announce = false;
             (driver.features, driver.mac)
         };
         self.update_filter(|filter| *filter = RxFilter::new(features, mac));
@@ -229,7 +259,7 @@ impl DeviceState {
             }
             Command::SetPairs(active) => self.change_pairs(|pairs, _| pairs.active = active),
             Command::SetGuestOffloads(offloads) => self.set_offloads(offloads)?,
-            Command::AnnounceAck => {}
+            Command::AnnounceAck => lock(&self.driver).announce = false,
         }
         Ok(())
     }
@@ -244,11 +274,45 @@ impl DeviceState {
         self.update_filter(|filter| filter.set_own(mac));
     }
 
-    /// Announces `mac` on the network in the guest's stead.
+    /// The frontend wants the guest to be told this MTU.
+    ///
+    /// # Errors
+    /// The port cannot carry so much, or it is less than IP needs.
+    pub fn set_mtu(&self, mtu: u16) -> io::Result<()> {
+        let most = self.identity().mtu.unwrap_or(u16::MAX);
+        if !(MIN_MTU..=most).contains(&mtu) {
+            return Err(io::ErrorKind::InvalidInput.into());
+        }
+        lock(&self.driver).mtu = Some(mtu);
+        Ok(())
+    }
+
+    /// Asks the guest to announce itself, if it knows how.
+    fn ask_for_announcement(&self) {
+        let asked = {
+            let mut driver = lock(&self.driver);
+            driver.announce = has(driver.features, VIRTIO_NET_F_GUEST_ANNOUNCE);
+            driver.announce
+        };
+        if asked {
+            self.notify_config_changed();
+        }
+    }
+
+    /// A guest goes on where an earlier process, or another host, left it: the network may have
+    /// forgotten where it is, or never have known. Once a session.
+    fn resume(&self) {
+        if !std::mem::replace(&mut lock(&self.driver).resumed, true) {
+            self.ask_for_announcement();
+        }
+    }
+
+    /// Announces `mac` on the network in the guest's stead, and asks the guest to do it better.
     ///
     /// # Errors
     /// The port does not take it.
     pub fn announce(&self, mac: Mac) -> io::Result<()> {
+        self.ask_for_announcement();
         let header_len = header_len(lock(&self.driver).features);
         let mut header = [0; HDR_LEN];
         let mut announcement = rarp::announcement(mac);
@@ -286,6 +350,9 @@ impl DeviceState {
                 pairs.active = pairs.active.max(pair + 1);
             }
         });
+        if resumed {
+            self.resume();
+        }
     }
 
     /// The receive queue of `pair` does not run any more.
@@ -368,105 +435,4 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::port::testing::{Event, SocketPort};
-    use virtio_bindings::virtio_net::{VIRTIO_NET_F_CTRL_RX, VIRTIO_NET_F_GUEST_CSUM};
-
-    const MQ: u64 = 1 << VIRTIO_NET_F_MQ;
-    const CTRL_VQ: u64 = 1 << VIRTIO_NET_F_CTRL_VQ;
-
-    impl DeviceState {
-        fn uses(&self, pair: u16) -> bool {
-            lock(&self.pairs).is_attached(pair)
-        }
-    }
-
-    fn device(pairs: u16) -> (Arc<SocketPort>, DeviceState) {
-        let port = Arc::new(SocketPort::new(pairs).unwrap());
-        let mac = Some(Mac([2, 0, 0, 0, 0, 1]));
-        let identity = Identity {
-            mac,
-            mtu: None,
-            pairs,
-        };
-        let state = DeviceState::new(identity, port.clone());
-        (port, state)
-    }
-
-    #[test]
-    fn pairs_follow_the_control_queue() {
-        // Arrange: a driver with MQ and the control queue; both receive queues run
-        let (port, state) = device(2);
-        state.set_features(MQ | CTRL_VQ);
-        state.start_pair(0, false);
-        state.start_pair(1, false);
-        port.events();
-        assert!(state.uses(0) && !state.uses(1));
-        // Act, assert
-        state.apply(Command::SetPairs(2)).unwrap();
-        assert_eq!(port.events(), [Event::Attached(1, true)]);
-        state.apply(Command::SetPairs(1)).unwrap();
-        assert_eq!(port.events(), [Event::Attached(1, false)]);
-        state.stop_pair(1);
-        assert_eq!(port.events(), []);
-    }
-
-    #[test]
-    fn without_control_queue_running_is_enough() {
-        let (port, state) = device(2);
-        state.set_features(MQ);
-        port.events();
-        state.start_pair(1, false);
-        assert_eq!(port.events(), [Event::Attached(1, true)]);
-        state.stop_pair(1);
-        assert_eq!(port.events(), [Event::Attached(1, false)]);
-    }
-
-    #[test]
-    fn a_resumed_receive_queue_was_in_use() {
-        let (_, state) = device(3);
-        state.set_features(MQ | CTRL_VQ);
-        state.start_pair(1, true);
-        assert!(state.uses(1));
-        state.start_pair(2, false);
-        assert!(!state.uses(2));
-    }
-
-    #[test]
-    fn the_same_features_again_keep_what_the_driver_set() {
-        // Arrange
-        let (port, state) = device(1);
-        let features = CTRL_VQ | 1 << VIRTIO_NET_F_CTRL_RX | 1 << VIRTIO_NET_F_GUEST_CSUM;
-        state.set_features(features);
-        state
-            .apply(Command::SetMac(Mac([2, 9, 9, 9, 9, 9])))
-            .unwrap();
-        state.apply(Command::Promisc(false)).unwrap();
-        state.apply(Command::SetGuestOffloads(0)).unwrap();
-        port.events();
-        // Act
-        state.set_features(features);
-        // Assert
-        assert_eq!(port.events(), []);
-        assert_eq!(state.config()[..6], [2, 9, 9, 9, 9, 9]);
-        assert!(!FilterView::new(&state).filter().passes_all());
-        // Act: a reset
-        state.forget_driver();
-        // Assert
-        assert_eq!(state.config()[..6], [2, 0, 0, 0, 0, 1]);
-        assert!(FilterView::new(&state).filter().passes_all());
-        assert_eq!(state.offloads(), 1 << VIRTIO_NET_F_GUEST_CSUM);
-    }
-
-    #[test]
-    fn a_view_takes_over_changes_when_refreshed() {
-        let (_, state) = device(1);
-        state.set_features(1 << VIRTIO_NET_F_CTRL_RX);
-        let mut view = FilterView::new(&state);
-        state.apply(Command::Promisc(false)).unwrap();
-        assert!(view.filter().passes_all());
-        view.refresh(&state);
-        assert!(!view.filter().passes_all());
-    }
-}
+mod tests;

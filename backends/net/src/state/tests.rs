@@ -1,0 +1,150 @@
+//! The driver's choices, seen from the port and the configuration space.
+
+use super::*;
+use crate::port::testing::{Event, SocketPort};
+use virtio_bindings::virtio_net::{
+    VIRTIO_NET_F_CTRL_RX, VIRTIO_NET_F_GUEST_ANNOUNCE, VIRTIO_NET_F_GUEST_CSUM,
+};
+
+const MQ: u64 = 1 << VIRTIO_NET_F_MQ;
+const CTRL_VQ: u64 = 1 << VIRTIO_NET_F_CTRL_VQ;
+
+impl DeviceState {
+    fn uses(&self, pair: u16) -> bool {
+        lock(&self.pairs).is_attached(pair)
+    }
+}
+
+fn device(pairs: u16) -> (Arc<SocketPort>, DeviceState) {
+    let port = Arc::new(SocketPort::new(pairs).unwrap());
+    let mac = Some(Mac([2, 0, 0, 0, 0, 1]));
+    let identity = Identity {
+        mac,
+        mtu: None,
+        pairs,
+    };
+    let state = DeviceState::new(identity, port.clone());
+    (port, state)
+}
+
+#[test]
+fn pairs_follow_the_control_queue() {
+    // Arrange: a driver with MQ and the control queue; both receive queues run
+    let (port, state) = device(2);
+    state.set_features(MQ | CTRL_VQ);
+    state.start_pair(0, false);
+    state.start_pair(1, false);
+    port.events();
+    assert!(state.uses(0) && !state.uses(1));
+    // Act, assert
+    state.apply(Command::SetPairs(2)).unwrap();
+    assert_eq!(port.events(), [Event::Attached(1, true)]);
+    state.apply(Command::SetPairs(1)).unwrap();
+    assert_eq!(port.events(), [Event::Attached(1, false)]);
+    state.stop_pair(1);
+    assert_eq!(port.events(), []);
+}
+
+#[test]
+fn without_control_queue_running_is_enough() {
+    let (port, state) = device(2);
+    state.set_features(MQ);
+    port.events();
+    state.start_pair(1, false);
+    assert_eq!(port.events(), [Event::Attached(1, true)]);
+    state.stop_pair(1);
+    assert_eq!(port.events(), [Event::Attached(1, false)]);
+}
+
+#[test]
+fn a_resumed_receive_queue_was_in_use() {
+    let (_, state) = device(3);
+    state.set_features(MQ | CTRL_VQ);
+    state.start_pair(1, true);
+    assert!(state.uses(1));
+    state.start_pair(2, false);
+    assert!(!state.uses(2));
+}
+
+#[test]
+fn the_same_features_again_keep_what_the_driver_set() {
+    // Arrange
+    let (port, state) = device(1);
+    let features = CTRL_VQ | 1 << VIRTIO_NET_F_CTRL_RX | 1 << VIRTIO_NET_F_GUEST_CSUM;
+    state.set_features(features);
+    state
+        .apply(Command::SetMac(Mac([2, 9, 9, 9, 9, 9])))
+        .unwrap();
+    state.apply(Command::Promisc(false)).unwrap();
+    state.apply(Command::SetGuestOffloads(0)).unwrap();
+    port.events();
+    // Act
+    state.set_features(features);
+    // Assert
+    assert_eq!(port.events(), []);
+    assert_eq!(state.config()[..6], [2, 9, 9, 9, 9, 9]);
+    assert!(!FilterView::new(&state).filter().passes_all());
+    // Act: a reset
+    state.forget_driver();
+    // Assert
+    assert_eq!(state.config()[..6], [2, 0, 0, 0, 0, 1]);
+    assert!(FilterView::new(&state).filter().passes_all());
+    assert_eq!(state.offloads(), 1 << VIRTIO_NET_F_GUEST_CSUM);
+}
+
+#[test]
+fn a_view_takes_over_changes_when_refreshed() {
+    let (_, state) = device(1);
+    state.set_features(1 << VIRTIO_NET_F_CTRL_RX);
+    let mut view = FilterView::new(&state);
+    state.apply(Command::Promisc(false)).unwrap();
+    assert!(view.filter().passes_all());
+    view.refresh(&state);
+    assert!(!view.filter().passes_all());
+}
+
+#[test]
+fn a_guest_that_goes_on_is_asked_to_announce_itself_until_it_did() {
+    // Arrange
+    let (_, state) = device(2);
+    state.set_features(CTRL_VQ | 1 << VIRTIO_NET_F_GUEST_ANNOUNCE);
+    let asked = |state: &DeviceState| state.config()[6] & 2 != 0;
+    // Act, assert: not one that begins
+    state.start_pair(0, false);
+    assert!(!asked(&state));
+    state.start_pair(0, true);
+    assert!(asked(&state));
+    state.apply(Command::AnnounceAck).unwrap();
+    assert!(!asked(&state));
+    // Act, assert: once a session
+    state.start_pair(1, true);
+    assert!(!asked(&state));
+    // Act, assert: the frontend asks, for this guest and for one that cannot
+    let mac = Mac([2, 0, 0, 0, 0, 1]);
+    state.announce(mac).unwrap();
+    assert!(asked(&state));
+    state.set_features(CTRL_VQ);
+    state.announce(mac).unwrap();
+    assert!(!asked(&state));
+}
+
+#[test]
+fn the_frontend_may_choose_an_mtu_that_the_port_can_carry() {
+    let port = Arc::new(SocketPort::new(1).unwrap());
+    let identity = Identity {
+        mac: None,
+        mtu: Some(9000),
+        pairs: 1,
+    };
+    let state = DeviceState::new(identity, port);
+    let told = |state: &DeviceState| u16::from_le_bytes(state.config()[10..].try_into().unwrap());
+    assert_eq!(told(&state), 9000);
+    state.set_mtu(1400).unwrap();
+    assert_eq!(told(&state), 1400);
+    for wrong in [0, 67, 9001] {
+        state.set_mtu(wrong).unwrap_err();
+    }
+    assert_eq!(told(&state), 1400);
+    state.end_session();
+    assert_eq!(told(&state), 9000);
+}
