@@ -3,15 +3,17 @@
 #![allow(clippy::unwrap_used, missing_docs)]
 
 use std::collections::BTreeMap;
-use std::os::fd::OwnedFd;
 use std::rc::Rc;
 use std::sync::Arc;
 
 use berth_queue_worker::guest_memory::{Region, RegionInfo};
 use berth_queue_worker::inflight::{self, InflightRegion};
 use berth_queue_worker::protocol::message::InflightInfo;
-use berth_queue_worker::testing::{Buffer, DriverQueue, GuestRam};
-use berth_queue_worker::{Chain, GuestMemory, Ring, RingError, RingLayout};
+use berth_queue_worker::session::SessionError;
+use berth_queue_worker::testing::{
+    Buffer, DriverQueue, Echo, FakeDriver, GuestRam, Inflight, Setup, serve,
+};
+use berth_queue_worker::{Chain, Device, GuestMemory, Metrics, Ring, RingError, RingLayout};
 
 const SIZE: u16 = 8;
 
@@ -19,11 +21,25 @@ const SIZE: u16 = 8;
 struct Bench {
     ram: Arc<GuestRam>,
     queue: DriverQueue,
-    file: OwnedFd,
-    info: InflightInfo,
+    region: Inflight,
     /// Requests offered, by head.
     waiting: BTreeMap<u16, u64>,
     offered: u64,
+}
+
+/// What a backend that has just started makes of a ring; frontends give the used index as base.
+fn take_over(ram: &GuestRam, queue: &DriverQueue, region: &Inflight) -> Result<Ring, RingError> {
+    let memory = Region::map(ram.info(), &ram.fd().try_clone_to_owned().unwrap()).unwrap();
+    let memory = GuestMemory::default().with(memory).unwrap();
+    let [desc_uva, avail_uva, used_uva] = queue.uvas();
+    let layout = RingLayout {
+        size: queue.size(),
+        desc_uva,
+        avail_uva,
+        used_uva,
+    };
+    let region = InflightRegion::map(region.info, &region.file).unwrap();
+    Ring::new(layout, queue.used_idx(), 0, Rc::new(memory))?.tracked(Arc::new(region), 0)
 }
 
 impl Bench {
@@ -33,30 +49,15 @@ impl Bench {
         Bench {
             queue: DriverQueue::new(&ram, 0, SIZE, 0),
             ram,
-            file,
-            info,
+            region: Inflight { file, info },
             waiting: BTreeMap::new(),
             offered: 0,
         }
     }
 
-    /// What a backend that has just started makes of it; frontends give the used index as base.
+    /// What a backend that has just started makes of it.
     fn try_ring(&self) -> Result<Ring, RingError> {
-        let region = Region::map(
-            self.ram.info(),
-            &self.ram.fd().try_clone_to_owned().unwrap(),
-        );
-        let memory = GuestMemory::default().with(region.unwrap()).unwrap();
-        let [desc_uva, avail_uva, used_uva] = self.queue.uvas();
-        let layout = RingLayout {
-            size: SIZE,
-            desc_uva,
-            avail_uva,
-            used_uva,
-        };
-        let base = self.queue.used_idx();
-        let inflight = InflightRegion::map(self.info, &self.file).unwrap();
-        Ring::new(layout, base, 0, Rc::new(memory))?.tracked(Arc::new(inflight), 0)
+        take_over(&self.ram, &self.queue, &self.region)
     }
 
     fn ring(&self) -> Ring {
@@ -97,11 +98,11 @@ impl Bench {
     fn bytes(&self) -> Region {
         let place = RegionInfo {
             gpa: 0,
-            size: self.info.map_size,
+            size: self.region.info.map_size,
             uva: 0,
             file_offset: 0,
         };
-        Region::map(place, &self.file).unwrap()
+        Region::map(place, &self.region.file).unwrap()
     }
 }
 
@@ -197,7 +198,7 @@ fn ring_that_was_run_without_a_region_can_be_given_one() {
         ring.publish().unwrap();
         bench.answered();
     }
-    (bench.file, bench.info) = inflight::allocate(1, SIZE).unwrap();
+    (bench.region.file, bench.region.info) = inflight::allocate(1, SIZE).unwrap();
     let mut ring = bench.ring();
     assert_eq!(ring.next_avail(), 20);
     bench.offer();
@@ -273,7 +274,72 @@ fn hostile_regions_break_the_ring_or_do_nothing() {
 #[test]
 fn ring_larger_than_its_part_of_the_region_is_refused() {
     let mut bench = Bench::new();
-    (bench.file, bench.info) = inflight::allocate(1, SIZE / 2).unwrap();
+    (bench.region.file, bench.region.info) = inflight::allocate(1, SIZE / 2).unwrap();
     let error = bench.try_ring().unwrap_err();
     assert!(matches!(error, RingError::Inflight(_)), "{error}");
+}
+
+#[test]
+fn in_flight_region_that_is_cut_off_ends_its_session_only() {
+    let (device, metrics) = (Echo::new(1), Metrics::new(Echo::NAME, 1));
+    for _ in 0..3 {
+        let mut driver = FakeDriver::start(Arc::clone(&device), &metrics, Setup::default());
+        driver.frontend.stop_queue(0);
+        // A region that the frontend made itself, and did not seal.
+        let memory = GuestRam::new(0, 0x4000);
+        let region = Inflight {
+            file: memory.fd().try_clone_to_owned().unwrap(),
+            info: InflightInfo {
+                map_size: 0x4000,
+                map_offset: 0,
+                num_queues: 1,
+                queue_size: 128,
+            },
+        };
+        assert_eq!(driver.frontend.set_inflight(&region), 0);
+        let features = driver.features;
+        driver.frontend.start_queue(&driver.queues[0], 0, features);
+        driver.queues[0].run(&[Buffer::writable(driver.ram.info().gpa, 8)]);
+        memory.truncate();
+        driver.queues[0].add(&[Buffer::writable(0, 0)]).unwrap();
+        driver.queues[0].kick();
+        assert!(driver.frontend.is_closed());
+        let error = driver.finish().unwrap();
+        assert!(matches!(error, SessionError::MemoryLost), "{error}");
+    }
+}
+
+#[test]
+fn ring_that_is_stopped_has_nothing_in_flight_even_of_an_earlier_process() {
+    let setup = Setup {
+        inflight: true,
+        ..Setup::default()
+    };
+    for round in 0..20 {
+        let (device, metrics) = (Echo::new(1), Metrics::new(Echo::NAME, 1));
+        let mut driver = FakeDriver::start(Arc::clone(&device), &metrics, setup);
+        driver.frontend.stop_queue(0);
+        driver.queues[0].reset();
+        for _ in 0..4 {
+            let out = driver.ram.alloc(8, 8);
+            driver.queues[0].add(&[Buffer::writable(out, 8)]).unwrap();
+        }
+        // A process took all four, answered the second and died.
+        {
+            let region = driver.inflight.insert(driver.frontend.get_inflight(1, 128));
+            let mut ring = take_over(&driver.ram, &driver.queues[0], region).unwrap();
+            let taken: Vec<_> = std::iter::from_fn(|| ring.pop().unwrap()).collect();
+            ring.push_used(taken[1].head(), 0).unwrap();
+            ring.publish().unwrap();
+        }
+        assert!(driver.queues[0].poll_used().is_some());
+        let (frontend, session) = serve(Arc::clone(&device), &metrics);
+        driver.resume(frontend);
+        assert_eq!(driver.frontend.stop_queue(0), 4, "round {round}");
+        assert_eq!(driver.queues[0].used_idx(), 4, "round {round}");
+        let left = std::iter::from_fn(|| driver.queues[0].poll_used()).count();
+        assert_eq!(left, 3);
+        driver.frontend.disconnect();
+        session.join().unwrap();
+    }
 }
