@@ -4,7 +4,7 @@
 use std::fs;
 use std::time::Duration;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 use serde_json::{Value, json};
 
 use crate::args::BlkArgs;
@@ -12,11 +12,12 @@ use crate::backing::{self, Backing, Disk};
 use crate::cells::{self, Cell};
 use crate::idle::{self, Idle};
 use crate::janitor::Janitor;
-use crate::measure::{self, CellResult, Setup};
+use crate::measure::{self, Setup};
 use crate::progress::Progress;
 use crate::report;
+use crate::rounds::CellResult;
 use crate::spinner::Spinners;
-use crate::subject::{self, Kind, Programs, Subject};
+use crate::subject::{self, Programs, Subject};
 use crate::target::Window;
 
 /// Measures, prints, and clears up.
@@ -54,15 +55,7 @@ pub fn run(args: &BlkArgs) -> Result<()> {
         fs::write(path, format!("{json:#}\n"))
             .with_context(|| format!("cannot write {}", path.display()))?;
     }
-    let failed = results.iter().filter_map(|result| {
-        let ours = result.series(report::OURS)?;
-        ours.failure.as_ref().map(|_| result.cell.name())
-    });
-    let failed: Vec<String> = failed.collect();
-    if !failed.is_empty() {
-        bail!("{} failed in {}", report::OURS, failed.join(", "));
-    }
-    Ok(())
+    report::failures(&results)
 }
 
 fn list(cells: &[Cell], subjects: &[Subject]) {
@@ -107,7 +100,12 @@ fn measure_all(
     };
     let disks = disks(args, cells, &setup, janitor)?;
     let _awake = Spinners::start(&[args.client_cpu, args.daemon_cpu])?;
-    let mut progress = Progress::new(cells.iter().map(|cell| steps(&setup, cell, subjects)).sum());
+    let mut progress = Progress::new(
+        cells
+            .iter()
+            .map(|cell| measure::steps(&setup, cell, subjects))
+            .sum(),
+    );
     let mut results = Vec::new();
     for cell in cells {
         let disk = disks.iter().find(|disk| disk.backing == cell.backing);
@@ -123,16 +121,6 @@ fn measure_all(
         idle::watch(subjects, args.daemon_cpu, &setup.directory)?
     };
     Ok((results, idle))
-}
-
-/// Runs of a cell.
-fn steps(setup: &Setup, cell: &Cell, subjects: &[Subject]) -> usize {
-    let fitting = subjects.iter().filter(|subject| subject.fits(cell.backing));
-    let runs = |subject: &Subject| {
-        let counted = setup.count && subject.kind != Kind::Fio;
-        setup.rounds as usize + usize::from(counted)
-    };
-    fitting.map(runs).sum()
 }
 
 /// The disks that the cells need.

@@ -8,7 +8,8 @@ use anyhow::{Context, Result, bail};
 use serde_json::Value;
 
 use crate::backing::Disk;
-use crate::measure::{Run, Setup};
+use crate::measure::Setup;
+use crate::rounds::{Latency, Run};
 use crate::subject::Subject;
 use crate::sys;
 use crate::target::{Direction, Load};
@@ -72,10 +73,12 @@ fn parse(json: &Value, direction: Direction) -> Option<Run> {
         Some(ns / 1000.0)
     };
     Some(Run {
-        iops: side["iops"].as_f64().filter(|&iops| iops > 0.0)?,
-        p50_us: latency("50.000000")?,
-        p99_us: latency("99.000000")?,
-        p999_us: latency("99.900000")?,
+        rate: side["iops"].as_f64().filter(|&iops| iops > 0.0)?,
+        latency: Some(Latency {
+            p50_us: latency("50.000000")?,
+            p99_us: latency("99.000000")?,
+            p999_us: latency("99.900000")?,
+        }),
         cpu_us: None,
         lost: None,
     })
@@ -93,7 +96,11 @@ mod tests {
         let write = json!({"iops": 1000.5, "clat_ns": {"percentile": percentile}});
         let json = json!({"jobs": [{"read": {"iops": 0.0}, "write": write}]});
         let run = parse(&json, Direction::Write).unwrap();
-        assert_eq!((run.iops, run.p50_us, run.p999_us), (1000.5, 1.5, 9.0));
+        let latency = run.latency.unwrap();
+        assert_eq!(
+            (run.rate, latency.p50_us, latency.p999_us),
+            (1000.5, 1.5, 9.0)
+        );
         assert!(parse(&json, Direction::Read).is_none());
     }
 }

@@ -6,7 +6,7 @@
 //!  both: a SCHED_IDLE spinner           janitor: removes the disks when we are gone
 //! ```
 //!
-//! args → cells × subjects → measure (interleaved) → report. One thing runs at a time; the main
+//! args → cells × subjects → rounds (interleaved) of measure → report. One thing runs at a time; the main
 //! thread waits for it. README.md says how to read what comes out.
 
 pub mod args;
@@ -24,6 +24,7 @@ pub mod measure;
 pub mod proc;
 pub mod progress;
 pub mod report;
+pub mod rounds;
 pub mod spinner;
 pub mod subject;
 pub mod sys;

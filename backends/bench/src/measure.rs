@@ -1,5 +1,4 @@
-//! Runs the cells: every subject in turn, and that several times over, so that a drift of the
-//! machine meets all alike.
+//! Runs of the disk table: one subject on one disk, timed, or counted.
 #![forbid(unsafe_code)]
 
 use std::path::{Path, PathBuf};
@@ -15,6 +14,7 @@ use crate::daemon::Daemon;
 use crate::fio;
 use crate::proc;
 use crate::progress::Progress;
+use crate::rounds::{self, CellResult, Latency, PerRequest, Plan, Row, Run};
 use crate::subject::{self, Direct, Kind, Subject};
 use crate::sys;
 use crate::target::aio::AioTarget;
@@ -23,6 +23,8 @@ use crate::target::uring::UringTarget;
 use crate::target::virtio::VirtioTarget;
 use crate::target::{self, Load, Outcome, Target, Window};
 
+/// Whose goals the cells have.
+pub const OURS: &str = "berth-blk";
 /// How much longer than its window a run may take.
 const PATIENCE: Duration = Duration::from_secs(15);
 
@@ -45,62 +47,11 @@ pub struct Setup {
     pub directory: PathBuf,
 }
 
-/// One run.
-#[derive(Clone, Copy, Debug)]
-pub struct Run {
-    /// Requests a second.
-    pub iops: f64,
-    /// Median latency.
-    pub p50_us: f64,
-    /// 99th percentile.
-    pub p99_us: f64,
-    /// 99.9th percentile.
-    pub p999_us: f64,
-    /// CPU time of daemon or limit per request, kernel workers included; not known of fio.
-    pub cpu_us: Option<f64>,
-    /// Share of both cores that neither we nor the daemon had: somebody else was there, or the
-    /// hypervisor took them. Not known of fio.
-    pub lost: Option<f64>,
-}
-
 /// CPU time of a run.
 #[derive(Clone, Copy, Debug)]
 struct Used {
     served: Duration,
     lost: f64,
-}
-
-/// Counted in a run of its own.
-#[derive(Clone, Copy, Debug)]
-pub struct PerRequest {
-    /// System calls of the daemon or of the limit.
-    pub system_calls: f64,
-    /// io_uring requests that went to a kernel worker.
-    pub hand_offs: f64,
-}
-
-/// All runs of a subject in a cell.
-#[derive(Clone, Debug)]
-pub struct Series {
-    /// Whose.
-    pub subject: String,
-    /// One per round.
-    pub runs: Vec<Run>,
-    /// Unless nobody counted.
-    pub counts: Option<PerRequest>,
-    /// Why there are no more.
-    pub failure: Option<String>,
-}
-
-/// A cell with all who took part.
-#[derive(Clone, Debug)]
-pub struct CellResult {
-    /// Which.
-    pub cell: Cell,
-    /// The subject that the others are shares of.
-    pub limit: String,
-    /// In the order of running.
-    pub series: Vec<Series>,
 }
 
 /// Measures one cell.
@@ -111,63 +62,51 @@ pub fn cell(
     subjects: &[Subject],
     progress: &mut Progress,
 ) -> Result<CellResult> {
-    let taking_part: Vec<&Subject> = subjects
-        .iter()
-        .filter(|subject| subject.fits(cell.backing))
-        .collect();
-    let mut series: Vec<Series> = taking_part
-        .iter()
-        .map(|subject| Series {
-            subject: subject.name.clone(),
-            runs: Vec::new(),
-            counts: None,
-            failure: None,
-        })
-        .collect();
-    for _ in 0..setup.rounds {
-        for (subject, series) in taking_part.iter().zip(&mut series) {
-            if series.failure.is_some() {
-                progress.skip();
-                continue;
-            }
-            match run(setup, cell, disk, subject) {
-                Ok(run) => {
-                    progress.step(&format!(
-                        "{} {}: {:.0}/s",
-                        cell.name(),
-                        subject.name,
-                        run.iops
-                    ));
-                    series.runs.push(run);
-                }
-                Err(error) => {
-                    progress.step(&format!("{} {}: {error:#}", cell.name(), subject.name));
-                    series.failure = Some(format!("{error:#}"));
-                }
-            }
-            if cell.writes() {
-                backing::settle(disk)?;
-            }
-        }
-    }
-    let counted = taking_part.iter().zip(&mut series);
-    for (subject, series) in counted.filter(|(subject, _)| setup.count && subject.kind != Kind::Fio)
-    {
-        if series.failure.is_some() {
-            progress.skip();
-            continue;
-        }
-        match count(setup, cell, disk, subject) {
-            Ok(counts) => series.counts = Some(counts),
-            Err(error) => series.failure = Some(format!("counting: {error:#}")),
-        }
-        progress.step(&format!("{} {}: counted", cell.name(), subject.name));
-    }
-    Ok(CellResult {
-        cell: *cell,
+    let fitting = subjects.iter().filter(|subject| subject.fits(cell.backing));
+    let taking_part: Vec<&Subject> = fitting.collect();
+    let plan = Plan {
+        row: Row {
+            name: cell.name(),
+            title: cell.title(),
+            goal: cell.goal,
+            cpu_goal_us: cell.cpu_goal_us,
+            ours: OURS,
+        },
         limit: setup.limit.clone(),
-        series,
-    })
+        subjects: taking_part.iter().map(|s| s.name.clone()).collect(),
+        rounds: setup.rounds,
+    };
+    let settle = || match cell.writes() {
+        true => backing::settle(disk),
+        false => Ok(()),
+    };
+    let run = |subject: usize| {
+        let run = run(setup, cell, disk, taking_part[subject])?;
+        settle()?;
+        Ok(run)
+    };
+    let count = |subject: usize| {
+        if !counted(setup, taking_part[subject]) {
+            return Ok(None);
+        }
+        let counts = count(setup, cell, disk, taking_part[subject])?;
+        settle()?;
+        Ok(Some(counts))
+    };
+    Ok(rounds::interleave(plan, progress, run, count))
+}
+
+/// Steps of [`cell`].
+pub fn steps(setup: &Setup, cell: &Cell, subjects: &[Subject]) -> usize {
+    let fitting = subjects.iter().filter(|subject| subject.fits(cell.backing));
+    fitting
+        .map(|subject| setup.rounds as usize + usize::from(counted(setup, subject)))
+        .sum()
+}
+
+/// Whether a run more counts for it.
+fn counted(setup: &Setup, subject: &Subject) -> bool {
+    setup.count && subject.kind != Kind::Fio
 }
 
 fn run(setup: &Setup, cell: &Cell, disk: &Disk, subject: &Subject) -> Result<Run> {
@@ -180,10 +119,12 @@ fn run(setup: &Setup, cell: &Cell, disk: &Disk, subject: &Subject) -> Result<Run
         bail!("not one request completed in a run");
     }
     Ok(Run {
-        iops: count as f64 / outcome.elapsed.as_secs_f64(),
-        p50_us: outcome.latency.quantile_us(0.5),
-        p99_us: outcome.latency.quantile_us(0.99),
-        p999_us: outcome.latency.quantile_us(0.999),
+        rate: count as f64 / outcome.elapsed.as_secs_f64(),
+        latency: Some(Latency {
+            p50_us: outcome.latency.quantile_us(0.5),
+            p99_us: outcome.latency.quantile_us(0.99),
+            p999_us: outcome.latency.quantile_us(0.999),
+        }),
         cpu_us: Some(used.served.as_secs_f64() * 1e6 / count as f64),
         lost: Some(used.lost),
     })

@@ -3,18 +3,17 @@
 
 use std::fmt::Write;
 
-use anyhow::Result;
+use anyhow::{Result, bail};
 use serde_json::{Value, json};
 
 use crate::idle::{self, Idle};
-use crate::measure::{CellResult, Run, Series};
+use crate::measure;
+use crate::rounds::{CellResult, Latency, Run, Series};
 
 /// Share of the cores that may go elsewhere without a word.
 const DISTURBED: f64 = 0.03;
 /// Private memory of an idle daemon of ours.
 const MEMORY_GOAL_KIB: u64 = 3072;
-/// The name of our daemon as it comes.
-pub const OURS: &str = "berth-blk";
 
 /// Smallest, middle and largest of some numbers.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -46,7 +45,7 @@ impl Spread {
 /// A subject's runs as shares of the limit's in the same round.
 pub fn shares(series: &Series, limit: &Series) -> Option<Spread> {
     let pairs = series.runs.iter().zip(&limit.runs);
-    Spread::of(pairs.map(|(run, limit)| run.iops / limit.iops))
+    Spread::of(pairs.map(|(run, limit)| run.rate / limit.rate))
 }
 
 fn of(series: &Series, pick: impl Fn(&Run) -> f64) -> Option<Spread> {
@@ -74,16 +73,32 @@ impl CellResult {
     }
 }
 
+/// An error where our own daemon has failed; that a peer has is in the table.
+pub fn failures(results: &[CellResult]) -> Result<()> {
+    let failed = results.iter().filter_map(|result| {
+        let failure = result.series(result.row.ours)?.failure.as_ref()?;
+        Some(format!(
+            "{} in {}: {failure}",
+            result.row.ours, result.row.name
+        ))
+    });
+    let failed: Vec<String> = failed.collect();
+    if !failed.is_empty() {
+        bail!("{}", failed.join("; "));
+    }
+    Ok(())
+}
+
 /// Every subject of every cell.
 pub fn details(results: &[CellResult]) -> String {
     let mut out = String::new();
     for result in results {
-        let _ = writeln!(out, "\n{}", result.cell.title());
+        let _ = writeln!(out, "\n{}", result.row.title);
         let _ = writeln!(
             out,
             "  {:<18} {:>9} {:>7} {:>13} {:>8} {:>8} {:>9} {:>8} {:>6} {:>6} {:>6}",
             "",
-            "IOPS",
+            "per s",
             "share",
             "(spread)",
             "p50 µs",
@@ -103,7 +118,7 @@ pub fn details(results: &[CellResult]) -> String {
 
 fn detail(out: &mut String, result: &CellResult, series: &Series) {
     let _ = write!(out, "  {:<18}", series.subject);
-    let Some(iops) = of(series, |run| run.iops) else {
+    let Some(iops) = of(series, |run| run.rate) else {
         let why = series.failure.as_deref().unwrap_or("not run");
         let _ = writeln!(out, " failed: {why}");
         return;
@@ -121,14 +136,17 @@ fn detail(out: &mut String, result: &CellResult, series: &Series) {
             let _ = write!(out, " {:>7} {:>13}", "", "");
         }
     }
-    let median = |pick: fn(&Run) -> f64| of(series, pick).map_or(f64::NAN, |spread| spread.median);
+    let latency = |pick: fn(Latency) -> f64| {
+        let all = series.runs.iter().filter_map(|run| run.latency.map(pick));
+        Spread::of(all).map_or_else(|| "–".to_owned(), |spread| format!("{:.1}", spread.median))
+    };
     let counts = series.counts;
     let _ = writeln!(
         out,
-        " {:>8.1} {:>8.1} {:>9.1} {:>8} {:>6} {:>6} {:>6}",
-        median(|run| run.p50_us),
-        median(|run| run.p99_us),
-        median(|run| run.p999_us),
+        " {:>8} {:>8} {:>9} {:>8} {:>6} {:>6} {:>6}",
+        latency(|latency| latency.p50_us),
+        latency(|latency| latency.p99_us),
+        latency(|latency| latency.p999_us),
         hundredths(cpu_us(series)),
         hundredths(counts.map(|counts| counts.system_calls)),
         hundredths(counts.map(|counts| counts.hand_offs)),
@@ -141,27 +159,30 @@ fn detail(out: &mut String, result: &CellResult, series: &Series) {
 
 /// One line per cell: limit, everybody's share, the goal, and whether it was met.
 pub fn summary(results: &[CellResult]) -> String {
-    let limit = results.first().map_or("", |result| result.limit.as_str());
+    let Some(first) = results.first() else {
+        return String::new();
+    };
+    let (limit, ours) = (first.limit.as_str(), first.row.ours);
     let mut names: Vec<&str> = Vec::new();
     for series in results.iter().flat_map(|result| &result.series) {
         let name = series.subject.as_str();
-        if name != limit && name != OURS && !names.contains(&name) {
+        if name != limit && name != ours && !names.contains(&name) {
             names.push(name);
         }
     }
-    let mut out = format!("\n| cell | {limit}, IOPS |");
+    let mut out = format!("\n| cell | {limit}, per s |");
     for name in &names {
         let _ = write!(out, " {name} |");
     }
-    let _ = writeln!(out, " **{OURS}** | goal | |");
+    let _ = writeln!(out, " **{ours}** | goal | |");
     out.push_str(&"|---".repeat(names.len() + 5));
     out.push_str("|\n");
     for result in results {
         let limit = result
             .series(&result.limit)
-            .and_then(|limit| of(limit, |run| run.iops));
+            .and_then(|limit| of(limit, |run| run.rate));
         let limit = limit.map_or_else(|| "–".to_owned(), |limit| thousands(limit.median));
-        let _ = write!(out, "| {} | {limit} |", result.cell.title());
+        let _ = write!(out, "| {} | {limit} |", result.row.title);
         let share = |name: &str| {
             let share = result.share(name);
             share.map_or_else(|| "–".to_owned(), |share| format!("{share:.2}"))
@@ -169,13 +190,13 @@ pub fn summary(results: &[CellResult]) -> String {
         for name in &names {
             let _ = write!(out, " {} |", share(name));
         }
-        let goal = result.cell.goal;
+        let goal = result.row.goal;
         let goal_text = goal.map_or_else(|| "–".to_owned(), |goal| format!("≥ {goal:.2}"));
         let _ = writeln!(
             out,
             " **{}** | {goal_text} | {} |",
-            share(OURS),
-            verdict(result.share(OURS), goal)
+            share(ours),
+            verdict(result.share(ours), goal)
         );
         cpu_line(&mut out, result, &names);
     }
@@ -203,7 +224,7 @@ fn disturbance(out: &mut String, results: &[CellResult]) {
 
 /// Daemon CPU per request, for the cells that have a goal for it.
 fn cpu_line(out: &mut String, result: &CellResult, names: &[&str]) {
-    let Some(goal) = result.cell.cpu_goal_us else {
+    let Some(goal) = result.row.cpu_goal_us else {
         return;
     };
     let cpu = |name: &str| result.series(name).and_then(cpu_us);
@@ -216,12 +237,16 @@ fn cpu_line(out: &mut String, result: &CellResult, names: &[&str]) {
     for name in names {
         let _ = write!(out, " {} |", text(name));
     }
-    let met = match cpu(OURS) {
+    let met = match cpu(result.row.ours) {
         Some(us) if us <= goal => "met",
         Some(_) => "missed",
         None => "",
     };
-    let _ = writeln!(out, " **{}** | ≤ {goal:.1} | {met} |", text(OURS));
+    let _ = writeln!(
+        out,
+        " **{}** | ≤ {goal:.1} | {met} |",
+        text(result.row.ours)
+    );
 }
 
 fn verdict(share: Option<f64>, goal: Option<f64>) -> &'static str {
@@ -258,7 +283,7 @@ pub fn idle_table(idle: &[Result<Idle>]) -> String {
         match idle {
             Ok(idle) => {
                 let cpu_ms = idle.cpu.as_secs_f64() * 1000.0;
-                let (goal, verdict) = if idle.subject == OURS {
+                let (goal, verdict) = if idle.subject == measure::OURS {
                     let met = idle.cpu.is_zero() && idle.private_kib <= MEMORY_GOAL_KIB;
                     ("0 ms, ≤ 3072 KiB", if met { "met" } else { "missed" })
                 } else {
@@ -311,7 +336,7 @@ fn cell_json(result: &CellResult) -> Value {
             let share = limit.and_then(|limit| shares(series, limit));
             json!({
                 "subject": series.subject,
-                "iops": of(series, |run| run.iops).map(spread_json),
+                "rate": of(series, |run| run.rate).map(spread_json),
                 "share_of_limit": share.map(spread_json),
                 "runs": runs,
                 "system_calls_per_request": series.counts.map(|counts| counts.system_calls),
@@ -321,10 +346,10 @@ fn cell_json(result: &CellResult) -> Value {
         })
         .collect();
     json!({
-        "name": result.cell.name(),
+        "name": result.row.name,
         "limit": result.limit,
-        "goal_share": result.cell.goal,
-        "goal_cpu_us": result.cell.cpu_goal_us,
+        "goal_share": result.row.goal,
+        "goal_cpu_us": result.row.cpu_goal_us,
         "subjects": series,
     })
 }
@@ -335,10 +360,10 @@ fn spread_json(spread: Spread) -> Value {
 
 fn run_json(run: &Run) -> Value {
     json!({
-        "iops": run.iops,
-        "p50_us": run.p50_us,
-        "p99_us": run.p99_us,
-        "p999_us": run.p999_us,
+        "rate": run.rate,
+        "p50_us": run.latency.map(|latency| latency.p50_us),
+        "p99_us": run.latency.map(|latency| latency.p99_us),
+        "p999_us": run.latency.map(|latency| latency.p999_us),
         "cpu_us": run.cpu_us,
         "lost": run.lost,
     })
@@ -347,29 +372,34 @@ fn run_json(run: &Run) -> Value {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::cells;
+    use crate::rounds::Row;
 
-    fn series(subject: &str, iops: &[f64]) -> Series {
-        let run = |&iops: &f64| Run {
-            iops,
-            p50_us: 1.0,
-            p99_us: 2.0,
-            p999_us: 3.0,
+    const OURS: &str = "ours";
+
+    fn series(subject: &str, rates: &[f64]) -> Series {
+        let run = |&rate: &f64| Run {
+            rate,
+            latency: None,
             cpu_us: Some(7.0),
             lost: Some(0.01),
         };
         Series {
             subject: subject.to_owned(),
-            runs: iops.iter().map(run).collect(),
+            runs: rates.iter().map(run).collect(),
             counts: None,
             failure: None,
         }
     }
 
     fn result(ours: &[f64]) -> CellResult {
-        let wanted = ["zram-randread-4k-qd32".to_owned()];
         CellResult {
-            cell: cells::select(&wanted, false).unwrap()[0],
+            row: Row {
+                name: "qd32".to_owned(),
+                title: "zram QD32".to_owned(),
+                goal: Some(0.95),
+                cpu_goal_us: Some(6.0),
+                ours: OURS,
+            },
             limit: "loop-io_uring".to_owned(),
             series: vec![
                 series("loop-io_uring", &[100_000.0, 200_000.0, 100_000.0]),
@@ -391,8 +421,7 @@ mod tests {
     #[test]
     fn the_summary_says_met_or_missed() {
         let met = summary(&[result(&[95_000.0, 190_000.0, 95_000.0])]);
-        let line =
-            "| zram 4k randread QD32, client sleeps | 100 000 | 0.50 | **0.95** | ≥ 0.95 | met |";
+        let line = "| zram QD32 | 100 000 | 0.50 | **0.95** | ≥ 0.95 | met |";
         assert!(met.contains(line), "{met}");
         assert!(
             met.contains("| 7.0 | 7.0 | **7.0** | ≤ 6.0 | missed |"),
@@ -415,7 +444,10 @@ mod tests {
     fn a_subject_that_failed_says_why() {
         let mut broken = result(&[]);
         broken.series[1].failure = Some("it died".to_owned());
-        assert!(details(&[broken]).contains("failed: it died"));
+        assert!(details(&[broken.clone()]).contains("failed: it died"));
+        let error = failures(&[result(&[1.0]), broken]).unwrap_err().to_string();
+        assert_eq!(error, "ours in qd32: it died");
+        assert!(failures(&[result(&[1.0])]).is_ok());
     }
 
     #[test]
