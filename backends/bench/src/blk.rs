@@ -2,7 +2,6 @@
 #![forbid(unsafe_code)]
 
 use std::fs;
-use std::time::Duration;
 
 use anyhow::{Context, Result};
 use serde_json::{Value, json};
@@ -18,25 +17,25 @@ use crate::report;
 use crate::rounds::CellResult;
 use crate::spinner::Spinners;
 use crate::subject::{self, Programs, Subject};
-use crate::target::Window;
 
 /// Measures, prints, and clears up.
 pub fn run(args: &BlkArgs) -> Result<()> {
-    let cells = cells::select(&args.cell, args.quick)?;
+    let common = &args.common;
+    let cells = cells::select(&common.cell, common.quick)?;
     let programs = Programs {
         berth: args.berth_blk.clone(),
         cloud_hypervisor: args.cloud_hypervisor.clone(),
     };
-    let (subjects, absent) = subject::all(&programs, &args.variant)?;
-    let mut wanted = args.subject.clone();
+    let (subjects, absent) = subject::all(&programs, &common.variant)?;
+    let mut wanted = common.subject.clone();
     if !wanted.is_empty() {
-        wanted.extend(args.variant.iter().map(|variant| variant.name.clone()));
+        wanted.extend(common.variant.iter().map(|variant| variant.name.clone()));
     }
-    let (subjects, limit) = subject::select(subjects, &wanted, args.limit.as_deref())?;
+    let (subjects, limit) = subject::select(subjects, &wanted, common.limit.as_deref())?;
     for line in &absent {
         eprintln!("absent: {line}");
     }
-    if args.list {
+    if common.list {
         list(&cells, &subjects);
         return Ok(());
     }
@@ -50,7 +49,7 @@ pub fn run(args: &BlkArgs) -> Result<()> {
         report::summary(&results),
         report::idle_table(&idle)
     );
-    if let Some(path) = &args.json {
+    if let Some(path) = &common.json {
         let json = report::as_json(&results, &idle, &host(), &absent);
         fs::write(path, format!("{json:#}\n"))
             .with_context(|| format!("cannot write {}", path.display()))?;
@@ -77,29 +76,18 @@ fn measure_all(
     limit: String,
     janitor: &mut Janitor,
 ) -> Result<(Vec<CellResult>, Vec<Result<Idle>>)> {
-    let directory = args.dir.join(format!("berth-bench-{}", std::process::id()));
-    fs::create_dir(&directory).with_context(|| format!("cannot create {}", directory.display()))?;
-    janitor.directory(&directory)?;
-    let default_ms = if args.quick { 500 } else { 1500 };
-    let measured = Duration::from_millis(args.run_ms.unwrap_or(default_ms));
-    let perf = subject::on_path("perf").is_some();
-    if !perf && !args.no_counts {
-        eprintln!("absent: perf, so nobody counts system calls: install Debian's linux-perf");
-    }
+    let common = &args.common;
     let setup = Setup {
-        client_cpu: args.client_cpu,
-        daemon_cpu: args.daemon_cpu,
-        window: Window {
-            warmup: measured / 5,
-            measured,
-        },
-        rounds: args.rounds,
+        client_cpu: common.client_cpu,
+        daemon_cpu: common.daemon_cpu,
+        window: common.window(),
+        rounds: common.rounds,
         limit,
-        count: !args.no_counts && perf,
-        directory,
+        count: common.counts(),
+        directory: common.make_directory(janitor)?,
     };
     let disks = disks(args, cells, &setup, janitor)?;
-    let _awake = Spinners::start(&[args.client_cpu, args.daemon_cpu])?;
+    let _awake = Spinners::start(&[common.client_cpu, common.daemon_cpu])?;
     let mut progress = Progress::new(
         cells
             .iter()
@@ -114,11 +102,11 @@ fn measure_all(
         results.push(result);
     }
     progress.finish();
-    let idle = if args.no_idle || args.quick {
+    let idle = if args.no_idle || common.quick {
         Vec::new()
     } else {
         eprintln!("watching idle daemons for {} s", idle::WATCHED.as_secs());
-        idle::watch(subjects, args.daemon_cpu, &setup.directory)?
+        idle::watch(subjects, common.daemon_cpu, &setup.directory)?
     };
     Ok((results, idle))
 }
@@ -148,7 +136,7 @@ fn disks(
 }
 
 /// Where it was measured.
-fn host() -> Value {
+pub fn host() -> Value {
     let kernel = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
     let info = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
     let model = info

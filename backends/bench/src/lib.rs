@@ -21,6 +21,7 @@ pub mod histogram;
 pub mod idle;
 pub mod janitor;
 pub mod measure;
+pub mod net;
 pub mod proc;
 pub mod progress;
 pub mod report;

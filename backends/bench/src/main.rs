@@ -4,12 +4,13 @@
 use std::process::ExitCode;
 
 use berth_bench::args::{Args, What};
-use berth_bench::{blk, janitor};
+use berth_bench::{blk, janitor, net};
 use clap::Parser;
 
 fn main() -> ExitCode {
     let result = match Args::parse().what {
         What::Blk(args) => blk::run(&args),
+        What::Net(args) => net::run(&args),
         What::Janitor => janitor::run(),
     };
     match result {

@@ -74,6 +74,22 @@ pub fn signal(pid: u32, signal: libc::c_int) {
     unsafe { libc::kill(pid.cast_signed(), signal) };
 }
 
+/// Moves the calling thread, and all it starts from now on, to a network namespace of its own,
+/// without IPv6, whose announcements would be frames among ours.
+pub fn own_network() -> Result<()> {
+    // SAFETY: no pointers.
+    check(unsafe { libc::unshare(libc::CLONE_NEWNET) })?;
+    for file in ["all", "default"] {
+        let path = format!("/proc/sys/net/ipv6/conf/{file}/disable_ipv6");
+        match std::fs::write(path, "1") {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(error),
+            // A kernel without IPv6 has nothing to turn off.
+            _ => {}
+        }
+    }
+    Ok(())
+}
+
 /// Makes reads of `fd` wait, whoever has made them not to.
 pub fn set_blocking(fd: BorrowedFd) -> Result<()> {
     // SAFETY: no pointers.

@@ -1,0 +1,70 @@
+//! Plain reads and writes on a tap: one system call a frame, no virtio.
+#![forbid(unsafe_code)]
+
+use std::io::{ErrorKind, Read, Write};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::thread;
+
+use anyhow::{Context, Result, anyhow};
+
+use super::cells::{Cell, Way};
+use super::tap::{self, Sender};
+use crate::sys;
+
+/// Frames that go round where they come from the tap: less than its queue takes.
+pub(super) const CIRCULATING: u64 = 256;
+
+/// Moves frames on `cpu` until `watch` returns, on the thread that called.
+pub(super) fn run<T>(
+    cell: &Cell,
+    daemon_cpu: usize,
+    client_cpu: usize,
+    watch: impl FnOnce() -> Result<T>,
+) -> Result<T> {
+    let mut tap = tap::create().context("cannot make a tap")?;
+    let stop = AtomicBool::new(false);
+    let moved = AtomicU64::new(0);
+    let frame = tap::frame(cell.frame);
+    let running = || !stop.load(Ordering::Relaxed);
+    thread::scope(|scope| {
+        let worker = scope.spawn(|| {
+            sys::pin_thread(daemon_cpu)?;
+            let mut buffer = vec![0; 2048];
+            while running() {
+                let done = match cell.way {
+                    Way::ToTap => tap.write(&frame),
+                    Way::FromTap => tap.read(&mut buffer),
+                };
+                match done {
+                    Ok(_) => moved.store(moved.load(Ordering::Relaxed) + 1, Ordering::Relaxed),
+                    Err(error) if error.kind() == ErrorKind::WouldBlock => {}
+                    Err(error) => return Err(error),
+                }
+            }
+            Ok(())
+        });
+        let sender = (cell.way == Way::FromTap).then(|| {
+            scope.spawn(|| {
+                sys::pin_thread(client_cpu)?;
+                let sender = Sender::new()?;
+                let mut sent = 0;
+                while running() {
+                    let room = CIRCULATING - (sent - moved.load(Ordering::Relaxed));
+                    if room > 0 {
+                        sent += sender.send(&frame, room as usize)? as u64;
+                    }
+                }
+                Ok::<(), std::io::Error>(())
+            })
+        });
+        let result = watch();
+        stop.store(true, Ordering::Relaxed);
+        for thread in [Some(worker), sender].into_iter().flatten() {
+            thread
+                .join()
+                .map_err(|_| anyhow!("a thread on the tap panicked"))?
+                .context("on the tap")?;
+        }
+        result
+    })
+}
