@@ -69,6 +69,17 @@ impl Device for NetDevice {
         [&IO_URING[..], &self.state.port().syscalls()].concat()
     }
 
+    fn metrics(&self) -> String {
+        let Some(drops) = self.state.port().host_drops() else {
+            return String::new();
+        };
+        format!(
+            "# HELP berth_host_dropped_total Frames for the guest that found the tap's queue full.\n\
+             # TYPE berth_host_dropped_total counter\n\
+             berth_host_dropped_total{{device=\"net\"}} {drops}\n"
+        )
+    }
+
     fn num_queues(&self) -> u16 {
         self.state.identity().num_queues()
     }

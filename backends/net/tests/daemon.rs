@@ -6,6 +6,7 @@
 
 mod support;
 
+use std::io::Read as _;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
@@ -14,7 +15,7 @@ use berth_queue_worker::protocol::message::FrontendReq;
 use support::guest::{ETH, Guest, HDR, frame, tcp, tso4};
 use support::{
     Daemon, PacketSocket, VNET_HDR, attach, describe, ended_by, exists, in_namespace, ip,
-    wait_until_gone,
+    socket_path, wait_until_gone,
 };
 use virtio_bindings::virtio_net::{VIRTIO_NET_F_GUEST_CSUM, VIRTIO_NET_F_GUEST_TSO4};
 
@@ -201,6 +202,33 @@ fn frames_wait_in_the_tap_for_receive_buffers() {
                 let len = 100 + 20 * batch + n;
                 assert_eq!(guest.receive(0).len(), HDR + len);
             }
+        }
+    });
+}
+
+#[test]
+fn frames_that_the_tap_has_no_room_for_are_counted() {
+    in_namespace(|| {
+        // Arrange: room for ten, and a guest that gives no buffers
+        let metrics = socket_path();
+        let metrics_arg = format!("--metrics-socket={}", metrics.display());
+        let daemon = start_on_tap("", &[&metrics_arg]);
+        ip("link set tap0 txqueuelen 10");
+        let host = PacketSocket::new("tap0", EXPERIMENT);
+        let mut guest = Guest::connect(daemon.socket(), 1, &[]);
+        // Act
+        for _ in 0..100 {
+            host.send(&from_host(PLAIN, &frame(GUEST, HOST, EXPERIMENT, 90)));
+        }
+        // Assert
+        let mut text = String::new();
+        let mut stream = UnixStream::connect(metrics).unwrap();
+        stream.read_to_string(&mut text).unwrap();
+        let line = "berth_host_dropped_total{device=\"net\"} 90\n";
+        assert!(text.contains(line), "{text}");
+        guest.post(0, 10);
+        for _ in 0..10 {
+            assert_eq!(guest.receive(0).len(), HDR + 90);
         }
     });
 }

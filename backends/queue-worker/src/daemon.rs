@@ -130,8 +130,9 @@ pub fn run<D: Device>(args: &DaemonArgs, device: D) -> Result<(), DaemonError> {
         sockets: sockets.made(),
     };
     sandbox::enter(args.sandbox, &plan)?;
-    let metrics = Metrics::new(D::NAME, device.num_queues());
     let device = Arc::new(device);
+    let of_device = Arc::clone(&device);
+    let metrics = Metrics::new(D::NAME, device.num_queues()).with(move || of_device.metrics());
     let has_frontend = Arc::new(AtomicBool::new(false));
     let no_thread = |source| DaemonError::System {
         what: "start a thread",

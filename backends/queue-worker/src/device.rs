@@ -86,6 +86,12 @@ pub trait Device: Send + Sync + 'static {
         let _ = features;
     }
 
+    /// Metrics of the device's own, as Prometheus text: whole families, which come after those of
+    /// the queues. **Called on the thread of the metrics socket.**
+    fn metrics(&self) -> String {
+        String::new()
+    }
+
     /// Makes the handler of one queue, each time its ring starts. **Called on the worker thread**,
     /// before anything is taken from the ring. An error stops the queue.
     fn new_worker(&self, start: &QueueStart) -> io::Result<Self::Worker>;

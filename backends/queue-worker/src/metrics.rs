@@ -78,13 +78,35 @@ pub struct QueueCounters {
 pub struct Metrics {
     device: &'static str,
     queues: Arc<[Arc<QueueCounters>]>,
+    more: Option<More>,
+}
+
+/// Further text, asked for each time.
+#[derive(Clone)]
+struct More(Arc<dyn Fn() -> String + Send + Sync>);
+
+impl std::fmt::Debug for More {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("More")
+    }
 }
 
 impl Metrics {
     /// Counters for `num_queues` queues of the device called `device`.
     pub fn new(device: &'static str, num_queues: u16) -> Metrics {
         let queues = (0..num_queues).map(|_| Arc::default()).collect();
-        Metrics { device, queues }
+        Metrics {
+            device,
+            queues,
+            more: None,
+        }
+    }
+
+    /// The same with whatever `more` says behind it, called on the thread that asks.
+    #[must_use]
+    pub fn with(mut self, more: impl Fn() -> String + Send + Sync + 'static) -> Metrics {
+        self.more = Some(More(Arc::new(more)));
+        self
     }
 
     /// The counters of one queue.
@@ -118,6 +140,9 @@ impl Metrics {
             |c| &c.bytes_from_guest,
         );
         self.latency(&mut text);
+        if let Some(More(more)) = &self.more {
+            text.push_str(&more());
+        }
         text
     }
 

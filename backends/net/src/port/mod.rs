@@ -6,6 +6,7 @@
 
 mod attach;
 pub mod batch;
+mod drops;
 pub mod frame;
 pub mod link;
 mod sys;
@@ -39,6 +40,11 @@ pub trait NetPort: Send + Sync + 'static {
     /// Whether there is always room for another frame, short of the kernel's memory. Where there is
     /// not, frames go one by one, so that none overtakes another that found no room.
     fn is_roomy(&self) -> bool;
+
+    /// Frames for the guest that the host dropped before they got here, where it says. Any thread.
+    fn host_drops(&self) -> Option<u64> {
+        None
+    }
 
     /// Longest frame without segmentation that comes in, header included, as of now; none where
     /// that is not known.

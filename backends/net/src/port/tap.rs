@@ -33,6 +33,7 @@ use virtio_bindings::virtio_net::{
 };
 
 use super::attach::{attach, attach_first, check_name};
+use super::drops::Drops;
 use super::frame::Frame;
 use super::link::LinkWatch;
 use super::{NetPort, sys};
@@ -105,6 +106,8 @@ pub struct Tap {
     /// None where the tap may live in another network namespace, so that its name means nothing,
     /// or where the kernel does not tell.
     link: Option<LinkWatch>,
+    /// None in the same cases.
+    drops: Option<Drops>,
 }
 
 impl Tap {
@@ -131,6 +134,7 @@ impl Tap {
                 tracing::warn!(%error, "cannot follow the tap's link; the guest is told that it is up");
             }
         }
+        tap.drops = Drops::open(name).ok();
         if !exists {
             tap.set_up(mtu)?;
             tracing::info!(tap = name, "tap created; it goes when this process ends");
@@ -182,6 +186,7 @@ impl Tap {
             roomy: false,
             mtu: Arc::default(),
             link: None,
+            drops: None,
         };
         let name = tap.name.clone();
         let first = tap
@@ -256,6 +261,10 @@ impl NetPort for Tap {
 
     fn is_roomy(&self) -> bool {
         self.roomy
+    }
+
+    fn host_drops(&self) -> Option<u64> {
+        self.drops.as_ref().and_then(|drops| drops.count().ok())
     }
 
     fn max_plain_frame(&self) -> Option<usize> {
