@@ -154,6 +154,11 @@ pub struct Ring {
     published_used: u16,
     /// used.idx when the driver's wish to be signalled was last looked at.
     signalled_used: u16,
+    /// Whether it was, since the ring was started: until then nobody knows what the driver was
+    /// signalled for, and a wish that lies behind us may be one that was never fulfilled.
+    signalled: bool,
+    /// The ring goes on from where a predecessor left it.
+    resumed: bool,
     latency: Option<Latency>,
     /// Where requests in flight are noted, if the frontend gave us a region.
     tracker: Option<Tracker>,
@@ -187,6 +192,8 @@ impl Ring {
             next_used: 0,
             published_used: 0,
             signalled_used: 0,
+            signalled: false,
+            resumed: false,
             latency: None,
             tracker: None,
             resubmits: Vec::new(),
@@ -198,6 +205,7 @@ impl Ring {
         ring.next_used = u16::from_le(ring.used_idx()?.load(Ordering::Acquire));
         ring.published_used = ring.next_used;
         ring.signalled_used = ring.next_used;
+        ring.resumed = base != 0 || ring.next_used != 0;
         Ok(ring)
     }
 
@@ -544,12 +552,15 @@ impl Ring {
         Ok(true)
     }
 
-    /// Whether the driver wants a signal for what was published since this was last asked.
+    /// Whether the driver wants a signal for what was published since this was last asked. The
+    /// first one of a ring that goes on is for what a predecessor published last.
     pub fn needs_signal(&mut self) -> Result<bool, RingError> {
         let (old, new) = (self.signalled_used, self.published_used);
-        if old == new {
+        let first = !self.signalled;
+        if old == new && !(first && self.resumed) {
             return Ok(false);
         }
+        self.signalled = true;
         self.signalled_used = new;
         // SeqCst: the index is visible before the driver's wish is read; the driver does it the
         // other way round (virtio 1.3, 2.7.7.2).
@@ -558,7 +569,8 @@ impl Ring {
         if self.event_idx {
             let offset = 4 + 2 * usize::from(self.layout.size);
             let event = u16::from_le(avail.atomic_u16(offset)?.load(Ordering::Relaxed));
-            Ok(new.wrapping_sub(event).wrapping_sub(1) < new.wrapping_sub(old))
+            let passed = new.wrapping_sub(event).wrapping_sub(1) < new.wrapping_sub(old);
+            Ok(first || passed)
         } else {
             let flags = u16::from_le(avail.atomic_u16(0)?.load(Ordering::Relaxed));
             Ok(u32::from(flags) & VRING_AVAIL_F_NO_INTERRUPT == 0)

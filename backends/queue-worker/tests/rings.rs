@@ -313,3 +313,26 @@ fn ring_that_does_not_lie_in_memory_breaks_its_queue() {
     }
     driver.finish();
 }
+
+#[test]
+fn signal_that_a_predecessor_still_owed_is_made_up_for() {
+    let (mut driver, _) = echo(Setup::default());
+    let features = driver.features;
+    let queue = &mut driver.queues[0];
+    let out = driver.ram.alloc(8, 8);
+    queue.run(&[Buffer::writable(out, 8)]);
+    // Published, but the signal for it went astray: the driver asked for one and waits.
+    queue.add(&[Buffer::writable(out, 8)]).unwrap();
+    queue.kick();
+    queue.spin_used();
+    assert_eq!(driver.frontend.stop_queue(0), 2);
+    queue.take_calls();
+    driver.frontend.start_queue(queue, 2, features);
+    queue.wait_call();
+    // Once is enough.
+    driver.frontend.set_enable(0, false);
+    driver.frontend.set_enable(0, true);
+    driver.frontend.set_enable(0, false);
+    assert_eq!(queue.take_calls(), 0);
+    driver.finish();
+}

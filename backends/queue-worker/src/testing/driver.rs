@@ -311,6 +311,12 @@ impl DriverQueue {
         let _ = sys::read_event(self.err.as_fd());
     }
 
+    /// Waits for a call, and takes it.
+    pub fn wait_call(&self) {
+        assert!(wait_readable(&self.call, TIMEOUT), "no call in time");
+        let _ = sys::read_event(self.call.as_fd());
+    }
+
     /// Calls since this was asked last.
     pub fn take_calls(&self) -> u64 {
         sys::read_event(self.call.as_fd()).unwrap_or(0)
