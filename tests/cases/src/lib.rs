@@ -16,6 +16,7 @@ pub mod interop_dpdk;
 pub mod interop_qemu;
 pub mod kill_storm;
 mod memory;
+pub mod migration;
 pub mod net;
 pub mod net_control;
 pub mod pci;
@@ -40,6 +41,7 @@ pub fn stories() -> Vec<Story> {
         kill_storm::STORIES,
         interop_qemu::STORIES,
         interop_dpdk::STORIES,
+        migration::STORIES,
         bad_input::STORIES,
     ]
     .concat()

@@ -31,6 +31,8 @@ pub mod net;
 pub mod peer;
 pub mod process;
 pub mod qemu;
+pub mod qmp;
+pub mod relay;
 pub mod story;
 mod sys;
 pub mod vmm;

@@ -1,12 +1,13 @@
 //! The same guest under QEMU's software CPU, with our daemons as its devices: needs no KVM.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::Result;
 
 use crate::console::Console;
 use crate::process::Process;
+use crate::qmp::Qmp;
 use crate::story::Context;
 use crate::vmm::BOOT_LIMIT;
 use crate::wait::seconds;
@@ -18,6 +19,7 @@ pub struct Qemu {
     pub console: Console,
     /// QEMU.
     pub process: Process,
+    qmp: PathBuf,
 }
 
 /// QEMU's arguments for devices that other processes serve.
@@ -56,13 +58,42 @@ impl Devices {
     }
 }
 
+/// How to start QEMU.
+#[derive(Debug, Default)]
+pub struct Settings<'a> {
+    /// Words added to the guest's kernel command line.
+    pub append: &'a str,
+    /// Waits for a migrated guest, instead of booting one; `migrate-incoming` will say where.
+    pub incoming: bool,
+}
+
 impl Qemu {
     /// Boots the test guest with two CPUs and waits for its agent.
     ///
     /// # Errors
     /// It does not come up.
     pub fn boot(context: &Context, name: &str, devices: &Devices) -> Result<Self> {
+        let mut qemu = Self::start(context, name, devices, &Settings::default())?;
+        qemu.console.wait_ready(BOOT_LIMIT)?;
+        Ok(qemu)
+    }
+
+    /// Starts QEMU with the test guest in two CPUs.
+    ///
+    /// # Errors
+    /// It does not come up.
+    pub fn start(
+        context: &Context,
+        name: &str,
+        devices: &Devices,
+        settings: &Settings<'_>,
+    ) -> Result<Self> {
         let serial = context.scratch(&format!("{name}.serial"));
+        let qmp = context.scratch(&format!("{name}.qmp"));
+        let append = format!(
+            "console=ttyS0 quiet panic=-1 mitigations=off {}",
+            settings.append
+        );
         let mut command = Command::new("qemu-system-x86_64");
         command
             .args([
@@ -79,19 +110,37 @@ impl Qemu {
             .arg(context.asset("vmlinux"))
             .arg("-initrd")
             .arg(context.asset("guest-initramfs.cpio"))
-            .args(["-append", "console=ttyS0 quiet panic=-1 mitigations=off"])
+            .args(["-append", &append])
             .args([
                 "-chardev",
                 &format!("socket,id=serial,path={},server=on", serial.display()),
             ])
             .args(["-serial", "chardev:serial"])
+            .args([
+                "-qmp",
+                &format!("unix:{},server=on,wait=off", qmp.display()),
+            ])
             .args(&devices.0);
+        if settings.incoming {
+            command.args(["-incoming", "defer"]);
+        }
         let process = Process::spawn(name, command, &context.log(name))?;
         // server=on waits for us before the guest starts, so that no line is lost.
         let stream = process.connect(&serial, seconds(30))?;
-        let mut console = Console::new(stream, &context.log(&format!("{name}-serial")))?;
-        console.wait_ready(BOOT_LIMIT)?;
-        Ok(Self { console, process })
+        let console = Console::new(stream, &context.log(&format!("{name}-serial")))?;
+        Ok(Self {
+            console,
+            process,
+            qmp,
+        })
+    }
+
+    /// Its control socket, for one at a time.
+    ///
+    /// # Errors
+    /// QEMU is gone.
+    pub fn control(&self) -> Result<Qmp> {
+        Qmp::new(self.process.connect(&self.qmp, seconds(30))?)
     }
 
     /// The guest powers itself off; QEMU must end with 0.
