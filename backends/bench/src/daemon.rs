@@ -28,7 +28,8 @@ impl Daemon {
         let _ = fs::remove_file(socket);
         let out = File::create(log).with_context(|| format!("cannot create {}", log.display()))?;
         command
-            .stdin(Stdio::null())
+            // Kept open: some end when it ends.
+            .stdin(Stdio::piped())
             .stdout(out.try_clone()?)
             .stderr(out);
         sys::tie_child(&mut command, Some(cpu));
@@ -56,6 +57,11 @@ impl Daemon {
     /// Its process.
     pub fn pid(&self) -> u32 {
         self.child.id()
+    }
+
+    /// Whether it still runs.
+    pub fn lives(&mut self) -> bool {
+        matches!(self.child.try_wait(), Ok(None))
     }
 
     /// The last line that it wrote.

@@ -3,6 +3,7 @@
 
 use std::io::{ErrorKind, Read, Write};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::mpsc::channel;
 use std::thread;
 
 use anyhow::{Context, Result, anyhow};
@@ -14,25 +15,31 @@ use crate::sys;
 /// Frames that go round where they come from the tap: less than its queue takes.
 pub(super) const CIRCULATING: u64 = 256;
 
-/// Moves frames on `cpu` until `watch` returns, on the thread that called.
+/// Moves frames until `watch` returns, which is told the number of the thread that reads or writes.
 pub(super) fn run<T>(
     cell: &Cell,
     daemon_cpu: usize,
     client_cpu: usize,
-    watch: impl FnOnce() -> Result<T>,
+    watch: impl FnOnce(u32) -> Result<T>,
 ) -> Result<T> {
-    let mut tap = tap::create().context("cannot make a tap")?;
+    let tap = tap::create().context("cannot make a tap")?;
     let stop = AtomicBool::new(false);
     let moved = AtomicU64::new(0);
     let frame = tap::frame(cell.frame);
+    let (stop, moved) = (&stop, &moved);
     let running = || !stop.load(Ordering::Relaxed);
+    let (tell, told) = channel();
     thread::scope(|scope| {
-        let worker = scope.spawn(|| {
+        let frame = &frame;
+        let mut tap = &tap;
+        let worker = scope.spawn(move || {
+            tell.send(sys::thread_number())
+                .map_err(std::io::Error::other)?;
             sys::pin_thread(daemon_cpu)?;
             let mut buffer = vec![0; 2048];
             while running() {
                 let done = match cell.way {
-                    Way::ToTap => tap.write(&frame),
+                    Way::ToTap => tap.write(frame),
                     Way::FromTap => tap.read(&mut buffer),
                 };
                 match done {
@@ -51,13 +58,13 @@ pub(super) fn run<T>(
                 while running() {
                     let room = CIRCULATING - (sent - moved.load(Ordering::Relaxed));
                     if room > 0 {
-                        sent += sender.send(&frame, room as usize)? as u64;
+                        sent += sender.send(frame, room as usize)? as u64;
                     }
                 }
                 Ok::<(), std::io::Error>(())
             })
         });
-        let result = watch();
+        let result = told.recv().map_err(anyhow::Error::from).and_then(watch);
         stop.store(true, Ordering::Relaxed);
         for thread in [Some(worker), sender].into_iter().flatten() {
             thread

@@ -113,12 +113,11 @@ fn once<W>(
 ) -> Result<(Moved, W)> {
     let us = std::process::id();
     if subject.kind == Kind::Limit {
-        return limit::run(cell, setup.daemon_cpu, setup.client_cpu, || {
+        return limit::run(cell, setup.daemon_cpu, setup.client_cpu, |thread| {
             wait_for_flow(cell, || Ok(()), || true)?;
             let before = frames(cell)?;
             let watched = watch(us)?;
-            // Of our own threads only one serves; it takes its core to itself.
-            let moved = window(setup, cell, before, None, &[us])?;
+            let moved = window(setup, cell, before, || sys::thread_cpu_of(thread), &[us])?;
             Ok((moved, watched))
         });
     }
@@ -127,7 +126,7 @@ fn once<W>(
     let Some(command) = subject.command(&socket, setup.daemon_cpu) else {
         bail!("a subject without a daemon");
     };
-    let daemon = Daemon::start(command, setup.daemon_cpu, &socket, &log)?;
+    let mut daemon = Daemon::start(command, setup.daemon_cpu, &socket, &log)?;
     let guest_log = setup.directory.join("guest.log");
     let mut guest = Guest::start(cell, &socket, setup.client_cpu, &guest_log)?;
     let mut sender = None;
@@ -142,7 +141,7 @@ fn once<W>(
         }
         Ok(())
     };
-    wait_for_flow(cell, nudge, || guest.lives())?;
+    wait_for_flow(cell, nudge, || guest.lives() && daemon.lives())?;
     if let Some(sender) = &sender {
         let mut left = CIRCULATING as usize;
         while left > 0 {
@@ -151,8 +150,9 @@ fn once<W>(
     }
     let before = frames(cell)?;
     let watched = watch(daemon.pid())?;
-    let all = [us, daemon.pid(), guest.pid()];
-    let moved = window(setup, cell, before, Some(daemon.pid()), &all)?;
+    let pid = daemon.pid();
+    let all = [us, pid, guest.pid()];
+    let moved = window(setup, cell, before, || sys::process_cpu(pid), &all)?;
     Ok((moved, watched))
 }
 
@@ -173,7 +173,7 @@ fn wait_for_flow(
         }
         last = now;
         if !lives() {
-            bail!("testpmd ended (its log is gone with the run; try its command by hand)");
+            bail!("testpmd or the daemon ended");
         }
         if Instant::now() >= deadline {
             bail!("no frames flow");
@@ -190,12 +190,12 @@ fn frames(cell: &Cell) -> Result<u64> {
     })
 }
 
-/// `serves`: the process whose CPU time counts; without one the whole of its core.
+/// `served` tells the CPU time so far of the one who serves.
 fn window(
     setup: &Setup,
     cell: &Cell,
     before: u64,
-    serves: Option<u32>,
+    served: impl Fn() -> std::io::Result<Duration>,
     all: &[u32],
 ) -> Result<Moved> {
     let read = || -> Result<(Instant, u64, Duration, Duration)> {
@@ -203,8 +203,7 @@ fn window(
         for &pid in all {
             ours += sys::process_cpu(pid)?;
         }
-        let served = serves.map_or(Ok(Duration::ZERO), sys::process_cpu)?;
-        Ok((Instant::now(), frames(cell)?, served, ours))
+        Ok((Instant::now(), frames(cell)?, served()?, ours))
     };
     thread::sleep(setup.window.warmup);
     let (began, first, served_before, ours_before) = read()?;
@@ -217,10 +216,7 @@ fn window(
     Ok(Moved {
         frames: last - first,
         elapsed,
-        served: match serves {
-            Some(_) => served_after.saturating_sub(served_before),
-            None => elapsed,
-        },
+        served: served_after.saturating_sub(served_before),
         ours: ours_after.saturating_sub(ours_before),
         all_frames: last - before,
     })
