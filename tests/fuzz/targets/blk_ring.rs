@@ -1,7 +1,7 @@
 //! A hostile guest of the disk: the ring, its descriptors and all request bytes are the input.
 //!
 //! Input: one byte (bit 0 EVENT_IDX, bit 1 INDIRECT_DESC, bit 2 read-only, bit 3 direct I/O, bit 4
-//! the system call engine), then the start of guest memory:
+//! the system call engine, bit 5 a rate limit), then the start of guest memory:
 //!
 //! ```text
 //!   0x000 descriptors (16)   0x100 avail   0x200 used   0x400 … anything
@@ -68,6 +68,11 @@ fuzz_target!(|data: &[u8]| {
         } else {
             EngineChoice::Best
         },
+        // Enough for some requests; the rest waits until it is drained.
+        rate_limit: (flags & 32 != 0).then(|| {
+            let limit = "bw_size=8192,bw_refill_time=60000,ops_size=3,ops_refill_time=60000";
+            limit.parse().expect("a rate limit")
+        }),
     };
     let device = BlkDevice::new(disk.expect("open the image"), &config);
     let mut bits = features::COMMON | device.features();

@@ -45,5 +45,6 @@ fuzz_target!(|data: &[u8]| {
     let _ = ours.shutdown(std::net::Shutdown::Write);
     let device = Echo::new(2);
     let metrics = Metrics::new(Echo::NAME, device.num_queues());
-    serve_connection(device, metrics, theirs, SessionOptions::default()).expect("session could begin");
+    serve_connection(device, metrics, theirs, SessionOptions::default())
+        .expect("session could begin");
 });
