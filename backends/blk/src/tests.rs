@@ -17,6 +17,7 @@ use crate::engine::EngineChoice;
 use crate::image::{Cache, Disk, ImageError, LockTime, OpenOptions};
 use crate::{BlkConfig, BlkDevice};
 
+mod dirty;
 mod limits;
 
 const OK: u8 = 0;
