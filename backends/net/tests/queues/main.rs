@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, reason = "tests fail by panicking")]
 
 mod control;
+mod dirty;
 mod guest;
 mod limits;
 mod receive;
