@@ -102,6 +102,15 @@ fn every_thread_is_confined_unless_told_otherwise() {
             }
             std::thread::yield_now();
         }
+        if mode == "on" {
+            let limits = std::fs::read_to_string(format!("/proc/{}/limits", daemon.pid()));
+            let limits = limits.unwrap();
+            let locked = limits
+                .lines()
+                .find(|line| line.starts_with("Max locked memory"));
+            let [soft, hard] = [3, 4].map(|at| locked.unwrap().split_whitespace().nth(at));
+            assert_eq!(soft, hard, "rings may need to lock memory");
+        }
         driver.finish();
         daemon.terminate();
     }

@@ -14,7 +14,7 @@
 //!
 //! The list of calls, and why each is there, is in [`syscalls`]; docs/sandbox.md is the operator's
 //! view. Kernel: Documentation/userspace-api/seccomp_filter.rst, landlock.rst; capabilities(7).
-#![expect(unsafe_code, reason = "prctl and capset")]
+#![expect(unsafe_code, reason = "prctl, setrlimit and capset")]
 
 mod files;
 mod filter;
@@ -117,6 +117,7 @@ pub fn enter(mode: Mode, plan: &Plan) -> Result<(), SandboxError> {
     }
     forbid_new_privileges().map_err(privileges("set no_new_privs"))?;
     if mode == Mode::On {
+        raise_memory_lock_limit();
         drop_capabilities().map_err(privileges("drop capabilities"))?;
         report_files(confine_files(&plan.sockets)?);
     }
@@ -176,6 +177,25 @@ fn check(result: libc::c_long) -> io::Result<()> {
 fn forbid_new_privileges() -> io::Result<()> {
     // SAFETY: integers only.
     check(unsafe { libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) }.into())
+}
+
+/// An io_uring's memory and registered buffers count against RLIMIT_MEMLOCK where CAP_IPC_LOCK is
+/// missing, which it will be. As much as we may; what is refused is refused to the ring later.
+fn raise_memory_lock_limit() {
+    let mut limit = libc::rlimit {
+        rlim_cur: libc::RLIM_INFINITY,
+        rlim_max: libc::RLIM_INFINITY,
+    };
+    // SAFETY: each call reads or writes one rlimit, which `limit` is.
+    unsafe {
+        if libc::setrlimit(libc::RLIMIT_MEMLOCK, &raw const limit) == 0
+            || libc::getrlimit(libc::RLIMIT_MEMLOCK, &raw mut limit) != 0
+        {
+            return;
+        }
+        limit.rlim_cur = limit.rlim_max;
+        libc::setrlimit(libc::RLIMIT_MEMLOCK, &raw const limit);
+    }
 }
 
 /// Gives up all capabilities of this thread. The user stays: root without a capability is an owner
