@@ -29,6 +29,12 @@ struct Bench {
 
 /// What a backend that has just started makes of a ring; frontends give the used index as base.
 fn take_over(ram: &GuestRam, queue: &DriverQueue, region: &Inflight) -> Result<Ring, RingError> {
+    let region = InflightRegion::map(region.info, &region.file).unwrap();
+    untracked(ram, queue)?.tracked(Arc::new(region), 0)
+}
+
+/// The same without a region.
+fn untracked(ram: &GuestRam, queue: &DriverQueue) -> Result<Ring, RingError> {
     let memory = Region::map(ram.info(), &ram.fd().try_clone_to_owned().unwrap()).unwrap();
     let memory = GuestMemory::default().with(memory).unwrap();
     let [desc_uva, avail_uva, used_uva] = queue.uvas();
@@ -38,8 +44,7 @@ fn take_over(ram: &GuestRam, queue: &DriverQueue, region: &Inflight) -> Result<R
         avail_uva,
         used_uva,
     };
-    let region = InflightRegion::map(region.info, &region.file).unwrap();
-    Ring::new(layout, queue.used_idx(), 0, Rc::new(memory))?.tracked(Arc::new(region), 0)
+    Ring::new(layout, queue.used_idx(), 0, Rc::new(memory))
 }
 
 impl Bench {
@@ -342,4 +347,40 @@ fn ring_that_is_stopped_has_nothing_in_flight_even_of_an_earlier_process() {
         driver.frontend.disconnect();
         session.join().unwrap();
     }
+}
+
+#[test]
+#[ignore = "a measurement: run it alone, in release"]
+fn what_noting_costs() {
+    const BATCH: u16 = 128;
+    const ROUNDS: u32 = 20_000;
+    let ram = Arc::new(GuestRam::new(0x10_0000, 1 << 20));
+    let mut queues = [0, 1].map(|n| DriverQueue::new(&ram, n, BATCH, 0));
+    let (file, info) = inflight::allocate(1, BATCH).unwrap();
+    let region = Inflight { file, info };
+    let mut rings = [
+        untracked(&ram, &queues[0]).unwrap(),
+        take_over(&ram, &queues[1], &region).unwrap(),
+    ];
+    let mut chains: Vec<Chain> = (0..BATCH).map(|_| Chain::new()).collect();
+    let mut spent = [std::time::Duration::ZERO; 2];
+    for round in 0..2 * ROUNDS {
+        let which = (round % 2) as usize;
+        let (queue, ring) = (&mut queues[which], &mut rings[which]);
+        for _ in 0..BATCH {
+            queue.add(&[Buffer::writable(ram.info().gpa, 8)]).unwrap();
+        }
+        let begin = std::time::Instant::now();
+        for chain in &mut chains {
+            assert!(ring.pop_into(chain).unwrap());
+        }
+        for chain in &chains {
+            ring.push_used(chain.head(), 8).unwrap();
+        }
+        ring.publish().unwrap();
+        spent[which] += begin.elapsed();
+        while queue.poll_used().is_some() {}
+    }
+    let each = spent.map(|time| time.as_secs_f64() * 1e9 / f64::from(ROUNDS * u32::from(BATCH)));
+    println!("a request costs {:.1} ns, noted {:.1} ns", each[0], each[1]);
 }
