@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
+use berth_queue_worker::protocol::message::FrontendReq;
 use berth_queue_worker::testing::{Buffer, DriverQueue, FakeDriver, GuestRam, Setup};
 use berth_queue_worker::{Device, Metrics};
 use virtio_bindings::virtio_blk::{
@@ -19,6 +20,7 @@ use crate::{BlkConfig, BlkDevice};
 
 mod dirty;
 mod limits;
+mod live;
 
 const OK: u8 = 0;
 const IOERR: u8 = 1;

@@ -93,7 +93,8 @@ impl FakeFrontend {
         u64::from_ne_bytes(reply.try_into().expect("reply of 8 bytes"))
     }
 
-    fn read_reply(&mut self, request: FrontendReq) -> Vec<u8> {
+    /// Reads the payload of the reply to a request that was sent already.
+    pub fn read_reply(&mut self, request: FrontendReq) -> Vec<u8> {
         let mut header = [0; HEADER_SIZE];
         let mut have = 0;
         while have < HEADER_SIZE {
