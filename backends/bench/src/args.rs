@@ -9,6 +9,7 @@ use anyhow::{Context, Result};
 
 use crate::janitor::Janitor;
 use crate::subject::{Variant, on_path};
+use crate::sys;
 use crate::target::Window;
 
 const EXAMPLES: &str = "\
@@ -89,11 +90,11 @@ pub struct Common {
     pub no_counts: bool,
 
     /// CPU of the client
-    #[arg(long, value_name = "CPU", default_value_t = 0)]
+    #[arg(long, value_name = "CPU", default_value_t = 0, value_parser = cpu)]
     pub client_cpu: usize,
 
     /// CPU of the daemon, and of the limit
-    #[arg(long, value_name = "CPU", default_value_t = 1)]
+    #[arg(long, value_name = "CPU", default_value_t = 1, value_parser = cpu)]
     pub daemon_cpu: usize,
 
     /// Where files and sockets go, in a directory of their own: not a tmpfs
@@ -179,4 +180,13 @@ pub struct BlkArgs {
     /// Cloud Hypervisor's vhost_user_block [default: from the PATH]
     #[arg(long, value_name = "PROGRAM")]
     pub cloud_hypervisor: Option<PathBuf>,
+}
+
+/// A CPU that this process may use.
+fn cpu(text: &str) -> Result<usize, String> {
+    let cpu: usize = text.parse().map_err(|_| "not a number".to_owned())?;
+    if sys::may_run_on(cpu) {
+        return Ok(cpu);
+    }
+    Err("there is no such CPU for us".to_owned())
 }

@@ -54,7 +54,7 @@ pub struct Subject {
 /// fio's io_uring engine.
 const FIO: &str = "fio-io_uring";
 /// Our own loop over io_uring, which batches more than fio does.
-const LOOP: &str = "loop-io_uring";
+pub const LOOP: &str = "loop-io_uring";
 
 impl Subject {
     /// Whether it is a daemon.

@@ -27,6 +27,15 @@ fn cpu_set(cpu: usize) -> libc::cpu_set_t {
     set
 }
 
+/// Whether the calling thread may be pinned to this CPU.
+pub fn may_run_on(cpu: usize) -> bool {
+    let mut set = cpu_set(0);
+    // SAFETY: `set` is a complete cpu_set_t that lives through the call.
+    let known = unsafe { libc::sched_getaffinity(0, size_of_val(&set), &raw mut set) } == 0;
+    // SAFETY: the index is checked against the array's length first.
+    known && cpu < libc::CPU_SETSIZE as usize && unsafe { libc::CPU_ISSET(cpu, &set) }
+}
+
 /// Keeps the calling thread on one CPU.
 pub fn pin_thread(cpu: usize) -> Result<()> {
     let set = cpu_set(cpu);
