@@ -4,7 +4,8 @@
 //! (virtio 1.3, 5.1.6.5: MQ and offloads ask for that).
 //!
 //! Threads: the queue's own. A ring that starts at 0 belongs to a driver that has just begun: what
-//! an earlier one set is forgotten.
+//! an earlier one set is forgotten. One that goes on finds what it had set, even if it had told an
+//! earlier process, where the frontend keeps an in-flight region: it is saved there.
 
 #![forbid(unsafe_code)]
 
@@ -49,6 +50,19 @@ impl CtrlQueue {
         }
     }
 
+    /// A driver that begins, or one that goes on.
+    fn begin(&self, ring: &mut Ring) -> Result<(), QueueError> {
+        if ring.next_avail() == 0 {
+            self.state.forget_driver();
+            ring.save_state(&[])?;
+        } else if self.state.restore(&ring.load_state()?) {
+            tracing::info!(
+                "the guest goes on with the filter, address and offloads that it had set"
+            );
+        }
+        Ok(())
+    }
+
     /// Does what the chain asks for; true if it worked.
     fn execute(&mut self) -> bool {
         let len = self.chain.readable_len();
@@ -78,14 +92,16 @@ impl CtrlQueue {
 
 impl QueueWorker for CtrlQueue {
     fn process(&mut self, ring: &mut Ring, _ready: Ready) -> Result<Interest, QueueError> {
-        if !std::mem::replace(&mut self.begun, true) && ring.next_avail() == 0 {
-            self.state.forget_driver();
+        if !std::mem::replace(&mut self.begun, true) {
+            self.begin(ring)?;
         }
+        let mut changed = false;
         for _ in 0..BATCH {
             if !ring.pop_into(&mut self.chain)? {
                 break;
             }
             let done = self.execute();
+            changed |= done;
             let answer = if done { VIRTIO_NET_OK } else { VIRTIO_NET_ERR } as u8;
             let answered = self.chain.writer().write(&[answer]);
             ring.push_used(self.chain.head(), answered as u32)?;
@@ -95,6 +111,10 @@ impl QueueWorker for CtrlQueue {
                 &self.counters.errors
             };
             counter.add(1);
+        }
+        if changed {
+            // Before the driver sees the answers, which come when this returns.
+            ring.save_state(&self.state.saved())?;
         }
         Ok(Interest::KICK)
     }

@@ -13,7 +13,7 @@
 
 use virtio_bindings::virtio_net::{VIRTIO_NET_F_CTRL_RX, VIRTIO_NET_F_CTRL_VLAN};
 
-use crate::ctrl::MacTable;
+use crate::ctrl::{MAX_LISTED, MacSet, MacTable};
 use crate::device::has;
 use crate::mac::Mac;
 
@@ -72,6 +72,57 @@ impl RxFilter {
         self.own = Some(own);
     }
 
+    /// The filter as bytes, for a successor of this process; without the guest's own address.
+    pub fn encode(&self, bytes: &mut Vec<u8>) {
+        let sets = [&self.table.unicast, &self.table.multicast];
+        let all = |set| matches!(set, &MacSet::Everything);
+        let flags = [
+            self.promisc,
+            self.all_multicast,
+            all(sets[0]),
+            all(sets[1]),
+            self.vlans.is_some(),
+        ];
+        let bits = flags.iter().enumerate();
+        bytes.push(bits.fold(0, |byte, (bit, on)| byte | u8::from(*on) << bit));
+        for set in sets {
+            let list = match set {
+                MacSet::Listed(list) => &list[..],
+                MacSet::Everything => &[],
+            };
+            // At most MAX_LISTED.
+            bytes.push(list.len() as u8);
+            bytes.extend(list.iter().flat_map(|mac| mac.0));
+        }
+        for word in self.vlans.iter().flat_map(|words| words.iter()) {
+            bytes.extend(word.to_le_bytes());
+        }
+    }
+
+    /// A filter for these features from such bytes; none if they are not what `encode` makes.
+    #[must_use]
+    pub fn decode(features: u64, own: Option<Mac>, bytes: &[u8]) -> Option<Self> {
+        let mut filter = Self::new(features, own);
+        let (&flags, rest) = bytes.split_first()?;
+        let flag = |bit: u8| flags & 1 << bit != 0;
+        let (unicast, rest) = decode_set(flag(2), rest)?;
+        let (multicast, rest) = decode_set(flag(3), rest)?;
+        filter.promisc = flag(0) && filter.by_address;
+        filter.all_multicast = flag(1);
+        filter.table = MacTable { unicast, multicast };
+        if flag(4) != filter.vlans.is_some() {
+            return None;
+        }
+        let words = filter.vlans.iter_mut().flat_map(|words| words.iter_mut());
+        let mut rest = rest;
+        for word in words {
+            let (bytes, after) = rest.split_first_chunk()?;
+            *word = u64::from_le_bytes(*bytes);
+            rest = after;
+        }
+        rest.is_empty().then_some(filter)
+    }
+
     /// Lets frames of VLAN `vid` (below 4096) pass, or stops them.
     pub fn set_vlan(&mut self, vid: u16, on: bool) {
         let Some(vlans) = &mut self.vlans else { return };
@@ -126,10 +177,26 @@ impl RxFilter {
     }
 }
 
+fn decode_set(everything: bool, bytes: &[u8]) -> Option<(MacSet, &[u8])> {
+    let (&count, rest) = bytes.split_first()?;
+    let count = usize::from(count);
+    let (list, rest) = rest.split_at_checked(6 * count)?;
+    if count > MAX_LISTED {
+        return None;
+    }
+    if everything {
+        return Some((MacSet::Everything, rest));
+    }
+    let (macs, _) = list.as_chunks::<6>();
+    Some((
+        MacSet::Listed(macs.iter().copied().map(Mac).collect()),
+        rest,
+    ))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::ctrl::MacSet;
 
     const OWN: Mac = Mac([0x52, 0x54, 0, 0, 0, 1]);
     const OTHER: Mac = Mac([0x52, 0x54, 0, 0, 0, 2]);
@@ -224,5 +291,32 @@ mod tests {
         assert!(!filter.accepts(&frame(OWN, Some(5))));
         filter.set_promisc(true);
         assert!(filter.accepts(&frame(OTHER, Some(5))));
+    }
+
+    #[test]
+    fn a_filter_survives_as_bytes() {
+        let mut filter = strict(RX | VLAN);
+        filter.set_all_multicast(true);
+        filter.set_vlan(4095, true);
+        filter.set_table(MacTable {
+            unicast: MacSet::Listed(vec![OTHER; MAX_LISTED]),
+            multicast: MacSet::Listed(vec![GROUP; MAX_LISTED]),
+        });
+        let decode = |features, bytes: &[u8]| RxFilter::decode(features, Some(OWN), bytes);
+        let mut bytes = Vec::new();
+        filter.encode(&mut bytes);
+        assert_eq!(decode(RX | VLAN, &bytes), Some(filter.clone()));
+        assert_eq!(decode(RX, &bytes), None, "VLANs were not negotiated");
+        for len in 0..bytes.len() {
+            assert_eq!(decode(RX | VLAN, &bytes[..len]), None, "{len}");
+        }
+        filter.set_table(MacTable {
+            unicast: MacSet::Everything,
+            multicast: MacSet::Everything,
+        });
+        let mut bytes = Vec::new();
+        filter.encode(&mut bytes);
+        assert_eq!(decode(RX | VLAN, &bytes), Some(filter));
+        assert_eq!(decode(RX, &[0, 65]), None);
     }
 }

@@ -332,6 +332,39 @@ fn a_tap_of_a_daemon_that_was_killed_is_waited_for() {
 }
 
 #[test]
+fn what_the_driver_has_set_outlives_the_daemon() {
+    in_namespace(|| {
+        // Arrange: the guest has another address, a filter, and takes no long segments
+        let daemon = start_on_tap("", &[MAC]);
+        let mut guest = Guest::connect(daemon.socket(), 1, &[]);
+        guest.post(0, 100);
+        let own = [2, 7, 7, 7, 7, 7];
+        let csum = 1_u64 << VIRTIO_NET_F_GUEST_CSUM;
+        assert!(guest.command(&[0, 0, 0]), "promiscuous mode off");
+        assert!(guest.command(&[&[1, 1], &own[..]].concat()));
+        assert!(guest.command(&[&[5, 0], &csum.to_le_bytes()[..]].concat()));
+        // Act
+        assert!(ended_by(daemon.end(libc::SIGKILL), libc::SIGKILL));
+        let daemon = Daemon::start(&["--tap=tap0", MAC]);
+        guest.driver.reconnect(daemon.socket());
+        daemon.wait_for_line("the guest goes on");
+        // Assert: its address, its filter, its offloads
+        assert_eq!(guest.driver.frontend.get_config(0, 6), own);
+        ip("link set tap0 down");
+        ip("link set tap0 up");
+        let host = PacketSocket::new("tap0", IPV4);
+        let long = |to| from_host(tso4(1000), &tcp(to, HOST, (1000, 2000), 3054));
+        host.send(&long(GUEST));
+        host.send(&long(own));
+        for _ in 0..3 {
+            let got = guest.receive(0);
+            assert_eq!(got.len(), HDR + 1054);
+            assert_eq!(got[HDR..HDR + 6], own);
+        }
+    });
+}
+
+#[test]
 fn create_takes_a_tap_that_is_there_and_leaves_it() {
     in_namespace(|| {
         let daemon = start_on_tap("", &["--create"]);

@@ -3,7 +3,8 @@
 //! ```text
 //!   region (a memfd that the frontend keeps) = one part per queue, each 64-byte aligned:
 //!   ┌ features u64 │ version u16 │ desc_num u16 │ last_batch_head u16 │ used_idx u16 ┐
-//!   └ desc_num × { inflight u8, padding [u8; 5], next u16, counter u64 }            ┘
+//!   ├ desc_num × { inflight u8, padding [u8; 5], next u16, counter u64 }            ┤
+//!   └ room, at the end of the part, for a state of the device's (saved_state)       ┘
 //!
 //!   pop      desc[head].counter = n++, then .inflight = 1
 //!   push     desc[head].next = last_batch_head, then last_batch_head = head
@@ -31,6 +32,7 @@ use std::sync::atomic::{Ordering, compiler_fence};
 
 use crate::guest_memory::{GuestSlice, MemoryError, RawSlice, Region, RegionInfo};
 use crate::protocol::message::InflightInfo;
+use crate::saved_state::AREA_SIZE;
 use crate::sys;
 
 const HEADER_SIZE: usize = 16;
@@ -101,7 +103,7 @@ pub enum InflightError {
 /// A new region for `num_queues` rings of up to `entries` each, sealed: the fd, and what the
 /// frontend is told of it.
 pub fn allocate(num_queues: u16, entries: u16) -> io::Result<(OwnedFd, InflightInfo)> {
-    let one = (HEADER_SIZE + ENTRY_SIZE * usize::from(entries)) as u64;
+    let one = (HEADER_SIZE + ENTRY_SIZE * usize::from(entries) + AREA_SIZE) as u64;
     let map_size = one.next_multiple_of(QUEUE_ALIGN) * u64::from(num_queues);
     let file = sys::sealed_memfd(c"berth-inflight", map_size)?;
     let info = InflightInfo {
@@ -157,6 +159,19 @@ impl InflightRegion {
     /// Whether the file was truncated under us.
     pub fn is_lost(&self) -> bool {
         self.region.is_lost()
+    }
+
+    /// Room for the saved state of `queue`, whose ring has `size` entries, if there is.
+    pub(crate) fn state_area(&self, queue: u16, size: u16) -> Option<RawSlice> {
+        let marks = HEADER_SIZE + ENTRY_SIZE * usize::from(size);
+        let room = self.stride.checked_sub(AREA_SIZE)?;
+        // Values are accessed at multiples of eight.
+        if queue >= self.num_queues || room < marks || !room.is_multiple_of(8) {
+            return None;
+        }
+        let all = self.region.as_slice();
+        let area = all.sub(usize::from(queue) * self.stride + room, AREA_SIZE);
+        area.ok().map(|area| area.raw())
     }
 
     /// The part of `queue`, whose ring has `size` entries.

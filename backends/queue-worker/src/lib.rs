@@ -99,6 +99,7 @@ mod polling;
 pub mod protocol;
 pub mod rate_limit;
 pub mod sandbox;
+pub mod saved_state;
 pub mod session;
 mod sigbus;
 mod signals;

@@ -30,6 +30,7 @@ use crate::inflight::{InflightError, InflightRegion, Tracker};
 use crate::latency::Latency;
 use crate::log::{LogError, QueueLog, RingLog};
 use crate::metrics::QueueCounters;
+use crate::saved_state::SavedState;
 
 /// Longest chain taken, indirect descriptors included. The specification's limit is the queue
 /// size; drivers that size indirect tables by seg_max go somewhat above it.
@@ -162,6 +163,8 @@ pub struct Ring {
     latency: Option<Latency>,
     /// Where requests in flight are noted, if the frontend gave us a region.
     tracker: Option<Tracker>,
+    /// Where the device may keep a little, in the same region.
+    saved: Option<SavedState>,
     /// What an earlier process left in flight, to be popped first, and how many of it have been.
     resubmits: Vec<u16>,
     resubmitted: usize,
@@ -196,6 +199,7 @@ impl Ring {
             resumed: false,
             latency: None,
             tracker: None,
+            saved: None,
             resubmits: Vec::new(),
             resubmitted: 0,
             fresh: 0,
@@ -225,6 +229,7 @@ impl Ring {
     /// an earlier process noted some, this ring begins with these, and after that with the first
     /// chain that was not taken, whatever base it was given.
     pub fn tracked(mut self, region: Arc<InflightRegion>, queue: u16) -> Result<Ring, RingError> {
+        self.saved = SavedState::of(&region, queue, self.layout.size);
         let mut tracker = Tracker::new(region, queue, self.layout.size)?;
         if let Some(heads) = tracker.recover(self.next_used)? {
             if self.are_next(&heads)? {
@@ -263,6 +268,24 @@ impl Ring {
 
     fn slot(&self, index: u16) -> usize {
         usize::from(index & (self.layout.size - 1))
+    }
+
+    /// What [`save_state`](Ring::save_state) was last given, by this process or one before it;
+    /// nothing where there was nothing, or no region. Foreign bytes.
+    pub fn load_state(&self) -> Result<Vec<u8>, RingError> {
+        match &self.saved {
+            Some(saved) => Ok(saved.load()?),
+            None => Ok(Vec::new()),
+        }
+    }
+
+    /// Keeps `bytes`, at most [`MAX_STATE`](crate::saved_state::MAX_STATE), for a successor of
+    /// this process, where the frontend keeps an in-flight region.
+    pub fn save_state(&mut self, bytes: &[u8]) -> Result<(), RingError> {
+        match &self.saved {
+            Some(saved) => Ok(saved.save(bytes)?),
+            None => Ok(()),
+        }
     }
 
     /// Whether guest memory, the in-flight region or the dirty log was truncated under us.

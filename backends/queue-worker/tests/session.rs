@@ -271,8 +271,8 @@ fn in_flight_region_is_sealed_has_room_and_comes_back() {
     let (mut frontend, session) = frontend();
     frontend.negotiate(u64::MAX);
     let region = frontend.get_inflight(2, 128);
-    // The device takes rings of 1024, so that is what there is room for.
-    assert_eq!(region.info.map_size, 2 * (16 + 16 * 1024 + 48));
+    // The device takes rings of 1024, so that is what there is room for, and for a saved state.
+    assert_eq!(region.info.map_size, 2 * (16 + 16 * 1024 + 48 + 4096));
     assert_eq!((region.info.num_queues, region.info.queue_size), (2, 128));
     let file = std::fs::File::from(region.file.try_clone().unwrap());
     assert_eq!(file.metadata().unwrap().len(), region.info.map_size);

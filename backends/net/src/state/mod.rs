@@ -18,6 +18,8 @@
 
 #![forbid(unsafe_code)]
 
+mod saved;
+
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, Once, PoisonError};

@@ -4,6 +4,7 @@ use super::*;
 use crate::port::testing::{Event, SocketPort};
 use virtio_bindings::virtio_net::{
     VIRTIO_NET_F_CTRL_RX, VIRTIO_NET_F_GUEST_ANNOUNCE, VIRTIO_NET_F_GUEST_CSUM,
+    VIRTIO_NET_F_GUEST_TSO4,
 };
 
 const MQ: u64 = 1 << VIRTIO_NET_F_MQ;
@@ -147,4 +148,50 @@ fn the_frontend_may_choose_an_mtu_that_the_port_can_carry() {
     assert_eq!(told(&state), 1400);
     state.end_session();
     assert_eq!(told(&state), 9000);
+}
+
+#[test]
+fn a_successor_goes_on_with_what_the_driver_had_set() {
+    // Arrange
+    let features = MQ
+        | CTRL_VQ
+        | 1 << VIRTIO_NET_F_CTRL_RX
+        | 1 << VIRTIO_NET_F_GUEST_CSUM
+        | 1 << VIRTIO_NET_F_GUEST_TSO4;
+    let (_, state) = device(4);
+    state.set_features(features);
+    let csum = 1 << VIRTIO_NET_F_GUEST_CSUM;
+    for command in [
+        Command::SetMac(Mac([2, 9, 9, 9, 9, 9])),
+        Command::Promisc(false),
+        Command::SetGuestOffloads(csum),
+        Command::SetPairs(3),
+    ] {
+        state.apply(command).unwrap();
+    }
+    let bytes = state.saved();
+    assert!(bytes.len() <= berth_queue_worker::saved_state::MAX_STATE);
+    // Act
+    let (port, successor) = device(4);
+    successor.set_features(features);
+    port.events();
+    assert!(successor.restore(&bytes));
+    // Assert
+    assert_eq!(successor.saved(), bytes);
+    assert_eq!(port.events(), [Event::Offloads(csum)]);
+    assert_eq!(successor.config()[..6], [2, 9, 9, 9, 9, 9]);
+    assert!(!FilterView::new(&successor).filter().passes_all());
+    // Act, assert: another driver, fewer pairs, half of it, nonsense
+    let (_, other) = device(4);
+    other.set_features(features & !MQ);
+    assert!(!other.restore(&bytes));
+    let (_, small) = device(2);
+    small.set_features(features);
+    assert!(!small.restore(&bytes));
+    for len in 0..bytes.len() {
+        assert!(!successor.restore(&bytes[..len]));
+    }
+    let mut more_offloads = bytes.clone();
+    more_offloads[16] |= 1 << 2;
+    assert!(!successor.restore(&more_offloads));
 }
