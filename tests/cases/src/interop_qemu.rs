@@ -15,7 +15,7 @@ use berth_tests_framework::vmm::{self, VmBuilder};
 
 use crate::disk;
 use crate::kill_storm::guest::{add_program, finish_load, kill_under_load, start_load};
-use crate::net::{frames_over_mtu, ping, transfer};
+use crate::net::{frames_over_mtu, killed_in_transfers, ping, transfer};
 
 /// Stories of this file.
 pub const STORIES: &[Story] = &[
@@ -33,6 +33,7 @@ pub const STORIES: &[Story] = &[
             "qemu.net_mac_and_ping",
             "qemu.net_transfer_100mb_each_way",
             "qemu.net_tso_both_ways",
+            "qemu.net_killed_3_times_in_transfers",
             "qemu.power_off",
             "qemu.disk_clean_from_outside",
             "qemu.second_guest_is_served",
@@ -68,7 +69,8 @@ fn qemu_guest(context: &Context) -> Result<()> {
         ..Default::default()
     };
     let read_only = Daemon::blk(context, "blk-read-only", &fixed, settings)?;
-    let card = Daemon::net(context, "net", "tap0", &["--create".to_owned()])?;
+    net::make_tap("tap0")?;
+    let mut card = Daemon::net(context, "net", "tap0", &[])?;
     net::bring_up("tap0", HOST)?;
     let devices = Devices::default()
         .disk("writable", writable.socket(), 2)
@@ -108,6 +110,9 @@ fn qemu_guest(context: &Context) -> Result<()> {
         transfer(context, console, [HOST, GUEST], 100 << 20)
     })?;
     context.check("qemu.net_tso_both_ways", || frames_over_mtu(frames))?;
+    context.check("qemu.net_killed_3_times_in_transfers", || {
+        killed_in_transfers(context, console, HOST, &mut card, 3)
+    })?;
     context.check("qemu.power_off", || {
         guest.console.sh("umount /mnt")?;
         guest.power_off()
@@ -116,14 +121,19 @@ fn qemu_guest(context: &Context) -> Result<()> {
         image::require_clean(&image)
     })?;
     context.check("qemu.second_guest_is_served", || {
-        let mut second = Qemu::boot(context, "qemu-second", &devices)?;
-        second.console.sh("mount -t ext4 /dev/vda /mnt")?;
-        disk::verify(&mut second.console)?;
-        vmm::bring_up(&mut second.console, "eth0", GUEST)?;
-        ping(&mut second.console, HOST)?;
-        second.console.sh("umount /mnt")?;
-        second.power_off()
+        second_guest(context, &devices)
     })
+}
+
+/// The daemons serve the next guest too, which finds what the first has written.
+fn second_guest(context: &Context, devices: &Devices) -> Result<()> {
+    let mut second = Qemu::boot(context, "qemu-second", devices)?;
+    second.console.sh("mount -t ext4 /dev/vda /mnt")?;
+    disk::verify(&mut second.console)?;
+    vmm::bring_up(&mut second.console, "eth0", GUEST)?;
+    ping(&mut second.console, HOST)?;
+    second.console.sh("umount /mnt")?;
+    second.power_off()
 }
 
 /// An image of a file whose checksum is returned, and of the program that makes load.

@@ -26,6 +26,7 @@ pub const STORIES: &[Story] = &[Story {
         "rng.present",
         "api.pause_and_resume",
         "backend.net_restarted_while_idle",
+        "backend.net_killed_3_times_in_transfers",
         "power.off_by_guest",
     ],
     run: two_cards,
@@ -85,7 +86,47 @@ fn two_cards(context: &Context) -> Result<()> {
         })?;
         transfer(context, &mut vm.console, [HOST[0], GUEST[0]], 1 << 20)
     })?;
+    context.check("backend.net_killed_3_times_in_transfers", || {
+        killed_in_transfers(context, &mut vm.console, HOST[0], &mut first, 3)
+    })?;
     context.check("power.off_by_guest", || vm.power_off())
+}
+
+/// The guest fetches a page again and again while the card's daemon dies `kills` times; every page that
+/// arrives is whole, and one does after the last kill.
+pub(crate) fn killed_in_transfers(
+    context: &Context,
+    console: &mut Console,
+    host: Ipv4Addr,
+    daemon: &mut Daemon,
+    kills: u32,
+) -> Result<()> {
+    let page = context.scratch("page");
+    image::random(&page, 16 << 20, 21)?;
+    let (sum, server) = (image::md5(&page)?, PageServer::start(host, &page)?);
+    console.sh(&format!(
+        "rm -f /tmp/calm
+         (while :; do
+            wget -q -O /tmp/page {} || {{ usleep 100000; continue; }}
+            md5sum </tmp/page | grep -q {sum} && echo whole || echo wrong
+            [ ! -e /tmp/calm ] || break
+          done; echo end) >/tmp/pages 2>/dev/null &",
+        server.url()
+    ))?;
+    for kill in 0..kills {
+        until(&format!("traffic before kill {kill}"), seconds(60), || {
+            Ok((daemon.total("berth_bytes_to_guest_total")? >= 1 << 20).then_some(()))
+        })?;
+        daemon.kill();
+        daemon.start_again()?;
+    }
+    let wait = "touch /tmp/calm; until grep -q end /tmp/pages; do usleep 50000; done; sort /tmp/pages | uniq -c";
+    let pages = console.sh_within(wait, seconds(120))?;
+    ensure!(
+        pages.contains("whole") && !pages.contains("wrong"),
+        "pages in the guest: {pages:?}"
+    );
+    Ok(())
 }
 
 /// The guest reaches a host.
