@@ -107,9 +107,11 @@ impl Frames {
         Err(format!("frame {number} came twice"))
     }
 
-    /// The daemon died: what is on its way may be lost, or come late or again.
-    fn excuse(&mut self) {
+    /// The daemon died: what is on its way may be lost, or come late or again; and so may `unused`, which the
+    /// daemon had not answered for, whether they have arrived or not.
+    fn excuse(&mut self, unused: impl Iterator<Item = u64>) {
         self.excused.append(&mut self.under_way);
+        self.excused.extend(unused);
     }
 
     /// Frames that never came.
@@ -230,8 +232,9 @@ impl Card {
             daemon.kill();
             self.tally.kills += 1;
             self.collect()?;
-            self.out.excuse();
-            self.back.excuse();
+            let unused = self.buffers[TX].iter().flatten();
+            self.out.excuse(unused.map(|(_, number)| *number));
+            self.back.excuse(std::iter::empty());
             daemon.start_again()?;
             self.dial(daemon.socket())
                 .with_context(|| format!("after kill {kill}"))?;
@@ -442,11 +445,14 @@ mod tests {
         assert_eq!(frames.arrive(one), Ok(false));
         assert!(frames.arrive(one).is_err(), "nobody died");
         assert!(frames.arrive(3).is_err(), "never sent");
-        frames.excuse();
+        let three = frames.begin();
+        assert_eq!(frames.arrive(three), Ok(false));
+        frames.excuse([three].into_iter());
         assert_eq!(frames.lost(), 1);
         assert_eq!(frames.arrive(two), Ok(false));
         assert_eq!(frames.arrive(two), Ok(true));
-        assert!(frames.arrive(one).is_err(), "it had arrived before");
+        assert_eq!(frames.arrive(three), Ok(true), "it had no used entry");
+        assert!(frames.arrive(one).is_err(), "it was over and done with");
         assert_eq!(frames.lost(), 0);
     }
 
