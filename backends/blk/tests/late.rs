@@ -5,14 +5,17 @@
 //!   berth-blk ─▶ loop device ─▶ file on an ext4 of our own ─▶ file
 //!                                  │ fsfreeze: writes wait here, for as long as we like
 //! ```
+#![expect(unsafe_code, reason = "fcntl with F_OFD_SETLK")]
 #![allow(clippy::unwrap_used, missing_docs)]
 
 mod support;
 
 use std::fs::File;
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -27,8 +30,9 @@ fn run(program: &str, args: &[&str]) -> bool {
     output.is_ok_and(|output| output.status.success())
 }
 
-/// A file system whose writes can be held up. Thawed and unmounted when dropped.
-struct Frost(PathBuf);
+/// A file system whose writes can be held up. Thawed and unmounted when dropped, and also when this
+/// process is killed: a frozen one would hold up every `sync` of the machine.
+struct Frost(PathBuf, Child);
 
 impl Frost {
     fn mount(dir: &TempDir) -> Option<Frost> {
@@ -42,7 +46,19 @@ impl Frost {
             eprintln!("skipped: cannot mount an ext4");
             return None;
         }
-        Some(Frost(at))
+        // Its standard input ends with this process.
+        let keeper = Command::new("sh")
+            .args([
+                "-c",
+                "cat; fsfreeze --unfreeze \"$0\"; umount -l \"$0\"",
+                &place,
+            ])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .process_group(0)
+            .spawn();
+        Some(Frost(at, keeper.unwrap()))
     }
 
     fn set(&self, flag: &str) -> bool {
@@ -60,8 +76,8 @@ impl Frost {
 
 impl Drop for Frost {
     fn drop(&mut self) {
-        let _ = self.set("--unfreeze");
-        let _ = run("umount", &["-l", &self.0.display().to_string()]);
+        drop(self.1.stdin.take());
+        let _ = self.1.wait();
     }
 }
 
@@ -214,4 +230,41 @@ fn told_to_stop_with_writes_on_the_medium_it_answers_them_first() {
     }
     assert_eq!(bench.driver.queues[0].outstanding(), 0);
     bench.assert_written([2, 3, 4]);
+}
+
+/// The mark that a daemon has on its image for as long as its I/O lasts (`image/marker.rs`); that of a
+/// living process is the byte after it.
+fn mark_io(file: &File) {
+    let lock = libc::flock {
+        l_type: libc::F_RDLCK as libc::c_short,
+        l_whence: libc::SEEK_SET as libc::c_short,
+        l_start: 1 << 60,
+        l_len: 1,
+        l_pid: 0,
+    };
+    // SAFETY: lock is a valid flock, read by the call.
+    let taken = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_SETLK, &lock) };
+    assert_eq!(taken, 0);
+}
+
+#[test]
+fn reader_waits_for_the_last_reads_of_a_dead_reader() {
+    // Late reads would land in memory that the guest uses for something else by then.
+    let dir = TempDir::new();
+    let image = dir.image("disk.img", MIB);
+    let (first, second) = (dir.path("first.sock"), dir.path("second.sock"));
+    // Readers that live do not wait for each other.
+    let other = Daemon::serve(&first, &image, &["--read-only"]);
+    let left = File::open(&image).unwrap();
+    mark_io(&left);
+    let mut more = command();
+    more.arg(format!("--socket-path={}", second.display()))
+        .arg(format!("--blk-file={}", image.display()))
+        .arg("--read-only");
+    let mut daemon = Daemon::spawn(more);
+    daemon.wait_for("still locked by I/O of a process that has gone");
+    drop(left);
+    daemon.wait_for("ready for a frontend");
+    daemon.terminate();
+    other.terminate();
 }
