@@ -61,6 +61,10 @@ pub struct Args {
     #[arg(long, value_enum, default_value = "always")]
     pub lock: LockTime,
 
+    /// What does the I/O
+    #[arg(long, value_enum, default_value = "auto")]
+    pub engine: EngineChoice,
+
     /// Number of virtqueues
     #[arg(long, value_name = "N", default_value_t = 1,
           value_parser = clap::value_parser!(u16).range(1..=i64::from(MAX_QUEUES)))]
@@ -110,7 +114,7 @@ impl Args {
             serial,
             num_queues: self.num_queues,
             queue_size: self.queue_size,
-            engine: EngineChoice::Best,
+            engine: self.engine,
             rate_limit: self.rate_limit,
         }
     }

@@ -18,7 +18,7 @@ use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_F_TOPOLOGY, VIRTIO_BLK_F_WRITE_ZEROES, VIRTIO_BLK_ID_BYTES,
 };
 
-use crate::engine::EngineChoice;
+use crate::engine::{EngineChoice, Plan};
 use crate::image::Disk;
 use crate::image::raw::{BLKDISCARD, BLKGETSIZE64};
 use crate::request::{MAX_RANGE_SECTORS, MAX_RANGES, SECTOR_SIZE};
@@ -46,7 +46,7 @@ const CONFIG_SIZE: usize = 60;
 pub struct Shared {
     disk: Disk,
     serial: [u8; SERIAL_LEN],
-    engine: EngineChoice,
+    engine: Plan,
     /// The driver's choice, if it negotiated CONFIG_WCE: true for write-back. One writer, the
     /// control thread; a request that is taken at the same moment may see either value.
     write_cache: AtomicBool,
@@ -65,8 +65,8 @@ impl Shared {
     }
 
     /// What does the I/O.
-    pub fn engine(&self) -> EngineChoice {
-        self.engine
+    pub fn engine(&self) -> &Plan {
+        &self.engine
     }
 
     /// What all queues together are held to.
@@ -107,11 +107,12 @@ pub struct BlkDevice {
 impl BlkDevice {
     /// A device on `disk`.
     pub fn new(disk: Disk, config: &BlkConfig) -> Self {
+        let engine = Plan::new(&disk, config.engine);
         BlkDevice {
             shared: Arc::new(Shared {
                 disk,
                 serial: config.serial,
-                engine: config.engine,
+                engine,
                 write_cache: AtomicBool::new(true),
                 limiter: config
                     .rate_limit

@@ -80,7 +80,7 @@ fn serial() -> [u8; 20] {
 
 /// A disk on `image`, driven.
 fn drive(options: &OpenOptions, setup: Setup) -> (FakeDriver, Metrics) {
-    drive_with(options, setup, EngineChoice::Best)
+    drive_with(options, setup, EngineChoice::Auto)
 }
 
 fn drive_with(options: &OpenOptions, setup: Setup, engine: EngineChoice) -> (FakeDriver, Metrics) {
@@ -169,8 +169,8 @@ fn pattern(len: usize, seed: u8) -> Vec<u8> {
 #[test]
 fn what_is_written_is_read_back_and_is_in_the_file() {
     for (cache, engine) in [
-        (Cache::Writeback, EngineChoice::Best),
-        (Cache::None, EngineChoice::Best),
+        (Cache::Writeback, EngineChoice::Auto),
+        (Cache::None, EngineChoice::Auto),
         (Cache::Writeback, EngineChoice::Sync),
         (Cache::None, EngineChoice::Sync),
     ] {
@@ -262,7 +262,7 @@ fn header_and_status_may_be_cut_into_any_descriptors() {
 
 #[test]
 fn discard_frees_blocks_and_write_zeroes_keeps_or_frees_them() {
-    for engine in [EngineChoice::Best, EngineChoice::Sync] {
+    for engine in [EngineChoice::Auto, EngineChoice::Sync] {
         discard_and_write_zeroes(engine);
     }
 }
@@ -314,7 +314,7 @@ fn zeros_are_written_where_the_file_system_cannot_make_them() {
         eprintln!("skipped: no /dev/shm");
         return;
     }
-    for engine in [EngineChoice::Best, EngineChoice::Sync] {
+    for engine in [EngineChoice::Auto, EngineChoice::Sync] {
         let image = TempImage::at(shm, 4 * MIB);
         image.file().write_all_at(&vec![7; 4 << 20], 0).unwrap();
         let (mut driver, _) = drive_with(&image.options(), Setup::default(), engine);

@@ -31,6 +31,10 @@ use crate::task::{Page, Ranges, Transfer, status_of};
 /// Most operations in flight for one queue; further requests wait in the ring.
 const MAX_DEPTH: u16 = 256;
 
+/// Operations that the engine did at once before their answers go out: the driver works on them
+/// while the next ones are done.
+const HERE_BATCH: usize = 8;
+
 /// What a slot is doing.
 #[derive(Debug)]
 enum Task {
@@ -145,6 +149,9 @@ impl BlkWorker {
                 return may_go;
             }
             self.begin_or_answer(ring, index)?;
+            if self.engine.done_here() >= HERE_BATCH {
+                return Ok(false);
+            }
         }
         Ok(false)
     }
@@ -341,9 +348,13 @@ impl QueueWorker for BlkWorker {
         let emptied = loop {
             let emptied = self.fill(ring)?;
             submit(self.engine.as_mut())?;
+            let here = self.engine.done_here();
             // What completed at once may have more steps, and makes room for what waits.
             if !self.reap(ring)? {
                 break emptied;
+            }
+            if here >= HERE_BATCH {
+                break self.held.is_none();
             }
         };
         let in_engine = self.in_flight() - usize::from(self.held.is_some());

@@ -66,7 +66,7 @@ fuzz_target!(|data: &[u8]| {
         engine: if flags & 16 != 0 {
             EngineChoice::Sync
         } else {
-            EngineChoice::Best
+            EngineChoice::Auto
         },
         // Enough for some requests; the rest waits until it is drained.
         rate_limit: (flags & 32 != 0).then(|| {

@@ -11,6 +11,8 @@
     reason = "the trait's method that takes buffers by address is unsafe"
 )]
 
+mod inline;
+mod probe;
 pub mod sync;
 pub mod uring;
 
@@ -71,6 +73,11 @@ pub trait DiskEngine {
     /// Calls `each` with the tag and the result (bytes, or -errno) of what has completed.
     fn take_completions(&mut self, each: &mut dyn FnMut(u64, i32)) -> io::Result<()>;
 
+    /// Completions that can be taken because `start` did the operation itself.
+    fn done_here(&self) -> usize {
+        0
+    }
+
     /// Whether a completion can be taken. No system call.
     fn is_ready(&mut self) -> bool;
 
@@ -91,21 +98,46 @@ pub trait DiskEngine {
 }
 
 /// Which engine the queues of a disk use.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 pub enum EngineChoice {
-    /// io_uring; where there is none, system calls.
-    Best,
-    /// System calls.
+    /// io_uring, except where the kernel would hand over to a worker what is done in no time;
+    /// pread and pwrite where there is no io_uring
+    Auto,
+    /// io_uring for everything
+    IoUring,
+    /// pread and pwrite, one request at a time per queue
     Sync,
 }
 
+/// What the queues of a disk do their I/O with: found out once, before the process is confined.
+#[derive(Clone, Copy, Debug)]
+pub struct Plan {
+    choice: EngineChoice,
+    /// Reads, writes: done on the spot while that is faster.
+    on_the_spot: [bool; 2],
+}
+
+impl Plan {
+    /// For `disk`.
+    pub fn new(disk: &Disk, choice: EngineChoice) -> Plan {
+        let on_the_spot = match choice {
+            EngineChoice::Auto => probe::handed_over(disk),
+            EngineChoice::IoUring | EngineChoice::Sync => [false; 2],
+        };
+        Plan {
+            choice,
+            on_the_spot,
+        }
+    }
+}
+
 /// The engine for one queue, with room for `depth` operations.
-pub fn open(disk: &Disk, depth: u16, choice: EngineChoice) -> Box<dyn DiskEngine> {
+pub fn open(disk: &Disk, depth: u16, plan: &Plan) -> Box<dyn DiskEngine> {
     static WARNED: Once = Once::new();
-    if choice == EngineChoice::Sync {
+    if plan.choice == EngineChoice::Sync {
         return Box::new(sync::SyncEngine::new(disk));
     }
-    match uring::UringEngine::new(disk, depth) {
+    match uring::UringEngine::new(disk, depth, plan) {
         Ok(engine) => Box::new(engine),
         Err(error) => {
             WARNED.call_once(|| {

@@ -23,52 +23,57 @@ impl SyncEngine {
             done: Vec::new(),
         }
     }
+}
 
-    /// One system call, repeated after a signal; bytes or -errno.
-    fn run(&self, io: &Io) -> i32 {
-        loop {
-            // Offsets and lengths are within a file, so they fit.
-            // SAFETY: the caller of `start` vouches for the iovecs; the fd is open.
-            let result = unsafe {
-                match *io {
-                    Io::Read { offset, iovecs } => libc::preadv(
-                        self.fd,
-                        iovecs.as_ptr(),
-                        iovecs.len() as libc::c_int,
-                        offset as libc::off_t,
-                    ),
-                    Io::Write {
-                        offset,
-                        iovecs,
-                        durable,
-                    } => libc::pwritev2(
-                        self.fd,
-                        iovecs.as_ptr(),
-                        iovecs.len() as libc::c_int,
-                        offset as libc::off_t,
-                        if durable { libc::RWF_DSYNC } else { 0 },
-                    ),
-                    Io::Sync => libc::fdatasync(self.fd) as isize,
-                    Io::Allocate { mode, offset, len } => {
-                        let (offset, len) = (offset as libc::off_t, len as libc::off_t);
-                        libc::fallocate(self.fd, mode, offset, len) as isize
-                    }
+/// Does `io` on `fd` with one system call, repeated after a signal; bytes or -errno.
+///
+/// # Safety
+///
+/// The iovecs name memory that may be accessed.
+pub(crate) unsafe fn run(fd: RawFd, io: &Io) -> i32 {
+    loop {
+        // Offsets and lengths are within a file, so they fit.
+        // SAFETY: the caller vouches for the iovecs; a bad fd is an error.
+        let result = unsafe {
+            match *io {
+                Io::Read { offset, iovecs } => libc::preadv(
+                    fd,
+                    iovecs.as_ptr(),
+                    iovecs.len() as libc::c_int,
+                    offset as libc::off_t,
+                ),
+                Io::Write {
+                    offset,
+                    iovecs,
+                    durable,
+                } => libc::pwritev2(
+                    fd,
+                    iovecs.as_ptr(),
+                    iovecs.len() as libc::c_int,
+                    offset as libc::off_t,
+                    if durable { libc::RWF_DSYNC } else { 0 },
+                ),
+                Io::Sync => libc::fdatasync(fd) as isize,
+                Io::Allocate { mode, offset, len } => {
+                    let (offset, len) = (offset as libc::off_t, len as libc::off_t);
+                    libc::fallocate(fd, mode, offset, len) as isize
                 }
-            };
-            if result >= 0 {
-                return i32::try_from(result).unwrap_or(i32::MAX);
             }
-            match io::Error::last_os_error().raw_os_error() {
-                Some(libc::EINTR) => {}
-                errno => return -errno.unwrap_or(libc::EIO),
-            }
+        };
+        if result >= 0 {
+            return i32::try_from(result).unwrap_or(i32::MAX);
+        }
+        match io::Error::last_os_error().raw_os_error() {
+            Some(libc::EINTR) => {}
+            errno => return -errno.unwrap_or(libc::EIO),
         }
     }
 }
 
 impl DiskEngine for SyncEngine {
     unsafe fn start(&mut self, tag: u64, io: &Io) -> bool {
-        let result = self.run(io);
+        // SAFETY: the caller's promise.
+        let result = unsafe { run(self.fd, io) };
         self.done.push((tag, result));
         true
     }

@@ -3,11 +3,13 @@
 
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
+use std::time::Instant;
 
 use berth_queue_worker::uring::{IoRing, Setup};
 use io_uring::{opcode, squeue, types};
 
-use super::{DiskEngine, Io};
+use super::inline::{Place, Policy};
+use super::{DiskEngine, Io, Plan, sync};
 use crate::image::Disk;
 
 /// The disk's file in the ring's table.
@@ -23,22 +25,134 @@ const OPCODES: [u8; 6] = [
     opcode::Fallocate::CODE,
 ];
 
-/// I/O through one io_uring.
+/// I/O through one io_uring, and on the spot where [`Policy`] says so.
 #[derive(Debug)]
 pub struct UringEngine {
     ring: IoRing,
+    fd: RawFd,
+    reads: Policy,
+    writes: Policy,
+    /// Done on the spot, not yet taken.
+    done: Vec<(u64, i32)>,
+    /// Waits for `submit`: done on the spot if nothing else has come until then.
+    alone: Option<Alone>,
+    /// The one operation in the ring that is timed.
+    timed: Option<(u64, bool, Instant)>,
+}
+
+/// A transfer that was started and is nowhere yet.
+#[derive(Debug)]
+struct Alone {
+    tag: u64,
+    write: bool,
+    offset: u64,
+    iovecs: *const libc::iovec,
+    count: usize,
 }
 
 impl UringEngine {
     /// A ring with room for `depth` operations, on the thread that will use it.
-    pub fn new(disk: &Disk, depth: u16) -> io::Result<UringEngine> {
+    pub fn new(disk: &Disk, depth: u16, plan: &Plan) -> io::Result<UringEngine> {
+        let fd = disk.file().as_raw_fd();
         let ring = IoRing::new(&Setup {
             entries: u32::from(depth),
-            files: &[disk.file().as_raw_fd()],
+            files: &[fd],
             opcodes: &OPCODES,
             ..Setup::default()
         })?;
-        Ok(UringEngine { ring })
+        let [reads, writes] = plan.on_the_spot;
+        Ok(UringEngine {
+            ring,
+            fd,
+            reads: Policy::new(reads),
+            writes: Policy::new(writes),
+            done: Vec::with_capacity(usize::from(depth)),
+            alone: None,
+            timed: None,
+        })
+    }
+
+    fn policy(&mut self, write: bool) -> &mut Policy {
+        if write {
+            &mut self.writes
+        } else {
+            &mut self.reads
+        }
+    }
+
+    /// Where `io` goes.
+    fn place(&mut self, io: &Io) -> Place {
+        let (write, iovecs) = match *io {
+            Io::Read { iovecs, .. } => (false, iovecs),
+            Io::Write {
+                iovecs,
+                durable: false,
+                ..
+            } => (true, iovecs),
+            _ => return Place::Ring,
+        };
+        let len = iovecs.iter().map(|v| v.iov_len).sum();
+        self.policy(write).place(len)
+    }
+
+    /// Does a transfer now.
+    ///
+    /// # Safety
+    ///
+    /// As for [`DiskEngine::start`].
+    unsafe fn run_here(&mut self, tag: u64, io: &Io) {
+        let begin = Instant::now();
+        // SAFETY: the caller's promise.
+        let result = unsafe { sync::run(self.fd, io) };
+        self.policy(matches!(io, Io::Write { .. }))
+            .took(begin.elapsed());
+        self.done.push((tag, result));
+    }
+
+    /// Puts what waits for `submit` into the ring; false where that is full.
+    fn queue_alone(&mut self) -> bool {
+        let Some(alone) = self.alone.take() else {
+            return true;
+        };
+        // SAFETY: the promise of the `start` that it came with.
+        let pushed = unsafe { self.ring.push(&entry(&alone.io()).user_data(alone.tag)) };
+        if !pushed {
+            self.alone = Some(alone);
+        }
+        pushed
+    }
+}
+
+impl Alone {
+    /// Valid as long as the caller of `start` keeps its promise: until the completion is taken.
+    fn io(&self) -> Io<'_> {
+        // SAFETY: pointer and length are of a slice that the caller of `start` keeps.
+        let iovecs = unsafe { std::slice::from_raw_parts(self.iovecs, self.count) };
+        let offset = self.offset;
+        if self.write {
+            Io::Write {
+                offset,
+                iovecs,
+                durable: false,
+            }
+        } else {
+            Io::Read { offset, iovecs }
+        }
+    }
+
+    fn new(tag: u64, io: &Io) -> Option<Alone> {
+        let (write, offset, iovecs) = match *io {
+            Io::Read { offset, iovecs } => (false, offset, iovecs),
+            Io::Write { offset, iovecs, .. } => (true, offset, iovecs),
+            _ => return None,
+        };
+        Some(Alone {
+            tag,
+            write,
+            offset,
+            iovecs: iovecs.as_ptr(),
+            count: iovecs.len(),
+        })
     }
 }
 
@@ -93,27 +207,78 @@ fn write_flags(durable: bool) -> i32 {
 
 impl DiskEngine for UringEngine {
     unsafe fn start(&mut self, tag: u64, io: &Io) -> bool {
-        let entry = entry(io).user_data(tag);
+        if !self.queue_alone() {
+            return false;
+        }
+        match self.place(io) {
+            Place::Here => {
+                // SAFETY: the caller's promise.
+                unsafe { self.run_here(tag, io) };
+                return true;
+            }
+            Place::HereIfAlone if self.ring.in_flight() == 0 => {
+                self.alone = Alone::new(tag, io);
+                if self.alone.is_some() {
+                    return true;
+                }
+            }
+            Place::RingTimed if self.timed.is_none() => {
+                let write = matches!(io, Io::Write { .. });
+                self.timed = Some((tag, write, Instant::now()));
+            }
+            Place::HereIfAlone | Place::Ring | Place::RingTimed => {}
+        }
         // SAFETY: the caller keeps iovecs and buffers until the completion is taken, or until this
         // engine, and with it the ring, is dropped.
-        unsafe { self.ring.push(&entry) }
+        unsafe { self.ring.push(&entry(io).user_data(tag)) }
     }
 
     fn submit(&mut self) -> io::Result<()> {
+        if let Some(alone) = self.alone.take() {
+            // SAFETY: the promise of the `start` that it came with.
+            unsafe { self.run_here(alone.tag, &alone.io()) };
+        }
         self.ring.submit()
     }
 
     fn take_completions(&mut self, each: &mut dyn FnMut(u64, i32)) -> io::Result<()> {
-        self.ring
-            .take_completions(|done| each(done.user_data, done.result))
+        for (tag, result) in self.done.drain(..) {
+            each(tag, result);
+        }
+        if self.ring.in_flight() == 0 {
+            return Ok(());
+        }
+        let mut time = None;
+        let timed = &self.timed;
+        self.ring.take_completions(|done| {
+            if let Some((tag, write, begin)) = timed
+                && *tag == done.user_data
+            {
+                time = Some((*write, begin.elapsed()));
+            }
+            each(done.user_data, done.result);
+        })?;
+        if let Some((write, time)) = time {
+            self.timed = None;
+            self.policy(write).ring_took(time);
+        }
+        Ok(())
+    }
+
+    fn done_here(&self) -> usize {
+        self.done.len()
     }
 
     fn is_ready(&mut self) -> bool {
-        self.ring.is_ready()
+        !self.done.is_empty() || self.ring.is_ready()
     }
 
     fn wait(&mut self) -> io::Result<()> {
-        self.ring.wait()
+        self.submit()?;
+        if self.done.is_empty() {
+            self.ring.wait()?;
+        }
+        Ok(())
     }
 
     fn completion_fd(&self) -> Option<RawFd> {
@@ -121,7 +286,7 @@ impl DiskEngine for UringEngine {
     }
 
     fn arm(&mut self) -> bool {
-        self.ring.arm()
+        self.ring.arm() || !self.done.is_empty()
     }
 
     fn clear_event(&self) {

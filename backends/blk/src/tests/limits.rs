@@ -40,7 +40,7 @@ fn wait_throttled(metrics: &Metrics, queue: u16, count: u64) {
 
 #[test]
 fn every_request_over_the_limit_waits_and_then_completes() {
-    for engine in [EngineChoice::Best, EngineChoice::Sync] {
+    for engine in [EngineChoice::Auto, EngineChoice::Sync] {
         let image = TempImage::new(4 * MIB);
         // Each request is larger than the bucket, so each must wait, however slow this machine is.
         let limit = "bw_size=8192,bw_refill_time=1";
@@ -76,7 +76,7 @@ fn every_request_over_the_limit_waits_and_then_completes() {
 
 #[test]
 fn queue_that_waits_for_the_limit_stops_with_nothing_lost() {
-    for engine in [EngineChoice::Best, EngineChoice::Sync] {
+    for engine in [EngineChoice::Auto, EngineChoice::Sync] {
         let image = TempImage::new(MIB);
         // One request, and the next one tomorrow.
         let limit = "ops_size=1,ops_refill_time=86400000";
