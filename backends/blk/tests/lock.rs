@@ -71,11 +71,14 @@ fn image_is_handed_over_when_the_last_queue_stops() {
     old.queues[0].wait_err();
     source.wait_for("in use by process");
     old.finish();
-    new.finish();
+    // Answered when the image is free.
+    new.frontend.stop_queue(0);
+    new.frontend.stop_queue(1);
     // Nobody needs it any more.
     let mut old = FakeDriver::connect(&first, two_queues());
     write_and_read(&mut old, 0, 4);
     old.finish();
+    new.finish();
     source.terminate();
     destination.terminate();
 }

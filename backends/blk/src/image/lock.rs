@@ -70,6 +70,10 @@ pub fn lock(file: &File, marker: &Marker, read_only: bool) -> Result<(), LockErr
         if conflict.is_none() && !leftover {
             return Ok(());
         }
+        if conflict.is_some() {
+            // Whoever waits keeps nobody out: two that wait would wait for each other.
+            unlock(file)?;
+        }
         let now = Instant::now();
         if let Some(byte) = conflict
             && now >= search_at
@@ -213,6 +217,25 @@ fn is_lock(line: &str, inode: u64, byte: i64) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn one_that_did_not_get_the_image_keeps_nobody_else_out() {
+        let name = format!("berth-blk-lock-{}", std::process::id());
+        let path = std::env::temp_dir().join(name);
+        let open = || {
+            let mut options = File::options();
+            options.read(true).write(true).create(true).truncate(false);
+            options.open(&path).unwrap()
+        };
+        let (first, refused, third) = (open(), open(), open());
+        let marker = Marker::new(&first, &path).unwrap();
+        lock(&first, &marker, false).unwrap();
+        let error = lock(&refused, &marker, false).unwrap_err();
+        assert!(matches!(error, LockError::InUse { .. }), "{error}");
+        unlock(&first).unwrap();
+        lock(&third, &marker, false).unwrap();
+        std::fs::remove_file(&path).unwrap();
+    }
 
     #[test]
     fn fdinfo_line_of_the_byte_and_inode_is_found() {
