@@ -14,6 +14,7 @@ mod cpu;
 pub mod disk;
 pub mod interop_dpdk;
 pub mod interop_qemu;
+pub mod interop_qemu_img;
 pub mod kill_storm;
 mod memory;
 pub mod migration;
@@ -41,6 +42,7 @@ pub fn stories() -> Vec<Story> {
         kill_storm::STORIES,
         interop_qemu::STORIES,
         interop_dpdk::STORIES,
+        interop_qemu_img::STORIES,
         migration::STORIES,
         bad_input::STORIES,
     ]
