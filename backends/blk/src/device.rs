@@ -144,12 +144,13 @@ impl Device for BlkDevice {
             | 1 << VIRTIO_BLK_F_FLUSH
             | 1 << VIRTIO_BLK_F_CONFIG_WCE
             | 1 << VIRTIO_BLK_F_MQ;
-        bits |= if self.shared.disk.read_only() {
-            1 << VIRTIO_BLK_F_RO
-        } else {
-            1 << VIRTIO_BLK_F_DISCARD | 1 << VIRTIO_BLK_F_WRITE_ZEROES
-        };
-        bits
+        if self.shared.disk.read_only() {
+            return bits | 1 << VIRTIO_BLK_F_RO;
+        }
+        if self.shared.disk.blocks().discard.is_some() {
+            bits |= 1 << VIRTIO_BLK_F_DISCARD;
+        }
+        bits | 1 << VIRTIO_BLK_F_WRITE_ZEROES
     }
 
     fn syscalls(&self) -> Vec<Syscall> {
@@ -176,25 +177,27 @@ impl Device for BlkDevice {
 
     fn config(&self) -> Vec<u8> {
         let disk = &self.shared.disk;
-        let block = disk.block_size();
-        let physical = disk.physical_block_size();
-        let exponent = (physical / block).max(1).ilog2() as u8;
-        let discard_alignment = (physical / SECTOR_SIZE as u32).max(1);
+        let blocks = disk.blocks();
+        let in_blocks = |bytes: u32| bytes / blocks.logical.max(1);
+        let exponent = in_blocks(blocks.physical).max(1).ilog2() as u8;
+        let alignment = u8::try_from(in_blocks(blocks.alignment_offset)).unwrap_or(0);
+        let min_io = u16::try_from(in_blocks(blocks.min_io)).unwrap_or(0).max(1);
+        let discard_unit = blocks.discard.unwrap_or(0) / SECTOR_SIZE as u32;
         let mut config = Config::default();
         config.put(0, &disk.capacity_sectors().to_le_bytes());
         config.put(8, &SIZE_MAX.to_le_bytes());
         let seg_max = SEG_MAX.min(u32::from(self.queue_size.saturating_sub(2)).max(1));
         config.put(12, &seg_max.to_le_bytes());
-        config.put(20, &block.to_le_bytes());
+        config.put(20, &blocks.logical.to_le_bytes());
         // Topology: physical block exponent, alignment offset, minimal and optimal I/O size.
-        config.put(24, &[exponent, 0]);
-        config.put(26, &1u16.to_le_bytes());
-        config.put(28, &0u32.to_le_bytes());
+        config.put(24, &[exponent, alignment]);
+        config.put(26, &min_io.to_le_bytes());
+        config.put(28, &in_blocks(blocks.opt_io).to_le_bytes());
         config.put(32, &[u8::from(self.shared.write_cache_enabled())]);
         config.put(34, &self.num_queues.to_le_bytes());
         config.put(36, &MAX_RANGE_SECTORS.to_le_bytes());
         config.put(40, &(MAX_RANGES as u32).to_le_bytes());
-        config.put(44, &discard_alignment.to_le_bytes());
+        config.put(44, &discard_unit.max(1).to_le_bytes());
         config.put(48, &MAX_RANGE_SECTORS.to_le_bytes());
         config.put(52, &(MAX_RANGES as u32).to_le_bytes());
         config.put(56, &[1]);

@@ -8,7 +8,9 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 
 use berth_queue_worker::testing::{FakeDriver, Setup};
-use support::{Daemon, LoopDevice, TempDir, Watchdog, refused, request, write_and_read};
+use support::{
+    Daemon, LoopDevice, TempDir, Watchdog, in_namespace, refused, request, write_and_read,
+};
 
 const MIB: u64 = 1 << 20;
 
@@ -195,6 +197,95 @@ fn block_device_is_served_discarded_and_locked() {
         ]);
         assert_eq!(code, 1);
         assert!(text.contains("in use by process"), "{text}");
+        driver.finish();
+        daemon.terminate();
+    }
+}
+
+/// A number of a block device's queue.
+fn queue_limit(device: &LoopDevice, name: &str) -> u64 {
+    let disk = device.0.trim_start_matches("/dev/");
+    let path = format!("/sys/block/{disk}/queue/{name}");
+    std::fs::read_to_string(path)
+        .unwrap()
+        .trim()
+        .parse()
+        .unwrap()
+}
+
+#[test]
+fn guest_is_told_the_units_of_the_block_device() {
+    let dir = TempDir::new();
+    let image = dir.image("disk.img", 8 * MIB);
+    let sectors = ["--sector-size", "4096"];
+    let Some(device) = LoopDevice::attach_with(&image, &sectors) else {
+        return;
+    };
+    let socket = dir.path("d.sock");
+    let daemon = Daemon::serve(&socket, Path::new(&device.0), &[]);
+    let mut driver = FakeDriver::connect(&socket, Setup::default());
+    let config = driver.frontend.get_config(0, 60);
+    let number = |at: usize| u32::from_le_bytes(config[at..at + 4].try_into().unwrap());
+    assert_eq!(number(20), 4096, "block size");
+    let physical = queue_limit(&device, "physical_block_size");
+    assert_eq!(4096 << config[24], physical);
+    let min_io = u16::from_le_bytes([config[26], config[27]]);
+    assert_eq!(
+        u64::from(min_io) * 4096,
+        queue_limit(&device, "minimum_io_size")
+    );
+    let opt_io = u64::from(number(28)) * 4096;
+    assert_eq!(opt_io, queue_limit(&device, "optimal_io_size"));
+    let unit = queue_limit(&device, "discard_granularity");
+    assert_eq!(u64::from(number(44)) * 512, unit, "discard alignment");
+    assert!(driver.has(13), "VIRTIO_BLK_F_DISCARD");
+    driver.finish();
+    daemon.terminate();
+}
+
+#[test]
+fn medium_without_discards_offers_none_and_writes_its_zeros() {
+    let dir = TempDir::new();
+    let at = dir.path("small");
+    std::fs::create_dir(&at).unwrap();
+    let at = at.display();
+    // A ramfs cannot punch holes.
+    let script = format!(
+        "mount -t ramfs none {at} && truncate -s 8M {at}/disk && losetup --find --show {at}/disk"
+    );
+    let Some(device) = in_namespace("-m", &script).map(LoopDevice) else {
+        return;
+    };
+    assert_eq!(queue_limit(&device, "discard_max_bytes"), 0);
+    for cache in ["none", "writeback"] {
+        let socket = dir.path("d.sock");
+        let flag = format!("--cache={cache}");
+        let daemon = Daemon::serve(&socket, Path::new(&device.0), &[&flag]);
+        let mut driver = FakeDriver::connect(&socket, Setup::default());
+        assert!(!driver.has(13), "VIRTIO_BLK_F_DISCARD");
+        assert!(driver.has(14), "VIRTIO_BLK_F_WRITE_ZEROES");
+        for unmap in [0u32, 1] {
+            for n in 0..40 {
+                write_and_read(&mut driver, n * 8, 7);
+            }
+            let range = [
+                &8u64.to_le_bytes()[..],
+                &304u32.to_le_bytes(),
+                &unmap.to_le_bytes(),
+            ];
+            assert_eq!(
+                request(&mut driver, 13, 0, &range.concat(), 0).0,
+                0,
+                "{cache}"
+            );
+            let (status, data) = request(&mut driver, 0, 0, &[], 160 << 10);
+            assert_eq!(status, 0);
+            assert!(data[..4096] == [7; 4096] && data[156 << 10..] == [7; 4096]);
+            assert!(data[4096..156 << 10].iter().all(|byte| *byte == 0));
+        }
+        // A driver that asks nevertheless.
+        let range = [&8u64.to_le_bytes()[..], &8u32.to_le_bytes(), &[0; 4]].concat();
+        assert_eq!(request(&mut driver, 11, 0, &range, 0).0, 2, "UNSUPP");
         driver.finish();
         daemon.terminate();
     }

@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use berth_queue_worker::testing::{FakeDriver, Setup};
-use support::{Daemon, LoopDevice, TempDir, request, write_and_read};
+use support::{Daemon, LoopDevice, TempDir, in_namespace, request, write_and_read};
 
 const MIB: u64 = 1 << 20;
 const READ: u32 = 0;
@@ -25,24 +25,6 @@ fn serve(dir: &TempDir, medium: &Path, flags: &[&str]) -> (Daemon, FakeDriver) {
     let daemon = Daemon::serve(&socket, medium, flags);
     let driver = FakeDriver::connect(&socket, Setup::default());
     (daemon, driver)
-}
-
-/// Runs a script in a mount namespace of its own (`-m`, for root) or as root of a user namespace, too
-/// (`-rm`); what it prints, if it could.
-fn in_namespace(flags: &str, script: &str) -> Option<String> {
-    let root = Command::new("unshare")
-        .args([flags, "sh", "-c", script])
-        .output();
-    match root {
-        Ok(output) if output.status.success() => {
-            let text = String::from_utf8(output.stdout).unwrap();
-            Some(text.trim().to_owned())
-        }
-        _ => {
-            eprintln!("skipped: cannot do this here: {script}");
-            None
-        }
-    }
 }
 
 /// A loop device of `size` on a tmpfs with room for less, which nobody else sees.

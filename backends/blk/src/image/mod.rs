@@ -2,6 +2,7 @@
 //! while they are in use ([`size`]), and the locks that keep other writers away ([`lock`]) for as
 //! long as [`holder`] says, and until the last I/O of a dead process has ended ([`marker`]).
 
+pub mod blocks;
 pub mod holder;
 pub mod lock;
 pub mod marker;

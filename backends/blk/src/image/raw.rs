@@ -12,6 +12,7 @@ use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
+use super::blocks::Blocks;
 use super::holder::{Holder, LockTime};
 use super::lock::LockError;
 use super::marker::Marker;
@@ -113,8 +114,7 @@ pub struct Disk {
     read_only: bool,
     block_device: bool,
     direct: Option<Direct>,
-    block_size: u32,
-    physical_block_size: u32,
+    blocks: Blocks,
 }
 
 impl Disk {
@@ -153,8 +153,7 @@ impl Disk {
             read_only: options.read_only,
             block_device,
             direct: None,
-            block_size: SECTOR_SIZE as u32,
-            physical_block_size: 4096,
+            blocks: Blocks::of_file(),
         };
         disk.find_block_sizes(options.cache).map_err(open_error)?;
         Ok(disk)
@@ -162,22 +161,20 @@ impl Disk {
 
     fn find_block_sizes(&mut self, cache: Cache) -> io::Result<()> {
         if self.block_device {
-            self.block_size = ioctl_u32(&self.file, libc::BLKSSZGET)?;
-            self.physical_block_size = ioctl_u32(&self.file, libc::BLKPBSZGET)?;
+            self.blocks = Blocks::of_device(&self.file)?;
         }
         if cache == Cache::None {
             let direct = match direct_limits(&self.file)? {
                 Some(direct) => direct,
                 None => Direct {
                     mem_align: 4096,
-                    offset_align: probe_offset_align(&self.file, self.block_size)?,
+                    offset_align: probe_offset_align(&self.file, self.blocks.logical)?,
                 },
             };
             // The guest must use whole blocks of direct I/O.
-            self.block_size = self.block_size.max(direct.offset_align as u32);
+            self.blocks = self.blocks.at_least(direct.offset_align as u32);
             self.direct = Some(direct);
         }
-        self.physical_block_size = self.physical_block_size.max(self.block_size);
         Ok(())
     }
 
@@ -234,14 +231,9 @@ impl Disk {
         self.direct
     }
 
-    /// Smallest unit of I/O that the guest should use, in bytes.
-    pub fn block_size(&self) -> u32 {
-        self.block_size
-    }
-
-    /// Unit that the medium writes at once, in bytes.
-    pub fn physical_block_size(&self) -> u32 {
-        self.physical_block_size
+    /// The units in which the guest should use it.
+    pub fn blocks(&self) -> &Blocks {
+        &self.blocks
     }
 
     /// Discards a range of a block device whose driver knows no zeroing discard. Blocks.
@@ -303,15 +295,6 @@ fn size_of_image(file: &File, block_device: bool) -> io::Result<u64> {
     // SAFETY: BLKGETSIZE64 writes one u64.
     match unsafe { libc::ioctl(file.as_raw_fd(), BLKGETSIZE64, &mut size) } {
         0 => Ok(size),
-        _ => Err(io::Error::last_os_error()),
-    }
-}
-
-fn ioctl_u32(file: &File, request: libc::Ioctl) -> io::Result<u32> {
-    let mut value: libc::c_int = 0;
-    // SAFETY: BLKSSZGET and BLKPBSZGET write one int.
-    match unsafe { libc::ioctl(file.as_raw_fd(), request, &mut value) } {
-        0 => Ok(u32::try_from(value).unwrap_or(512)),
         _ => Err(io::Error::last_os_error()),
     }
 }

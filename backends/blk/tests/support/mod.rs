@@ -242,8 +242,13 @@ pub struct LoopDevice(pub String);
 
 impl LoopDevice {
     pub fn attach(image: &Path) -> Option<LoopDevice> {
+        LoopDevice::attach_with(image, &[])
+    }
+
+    pub fn attach_with(image: &Path, flags: &[&str]) -> Option<LoopDevice> {
         let output = Command::new("losetup")
             .args(["--find", "--show"])
+            .args(flags)
             .arg(image)
             .output();
         match output {
@@ -262,5 +267,23 @@ impl LoopDevice {
 impl Drop for LoopDevice {
     fn drop(&mut self) {
         let _ = Command::new("losetup").args(["-d", &self.0]).status();
+    }
+}
+
+/// Runs a script in a mount namespace of its own (`-m`, for root) or as root of a user namespace, too
+/// (`-rm`); what it prints, if it could.
+pub fn in_namespace(flags: &str, script: &str) -> Option<String> {
+    let root = Command::new("unshare")
+        .args([flags, "sh", "-c", script])
+        .output();
+    match root {
+        Ok(output) if output.status.success() => {
+            let text = String::from_utf8(output.stdout).unwrap();
+            Some(text.trim().to_owned())
+        }
+        _ => {
+            eprintln!("skipped: cannot do this here: {script}");
+            None
+        }
     }
 }
