@@ -37,6 +37,16 @@ fn flush(driver: &mut FakeDriver) {
     assert_eq!(driver.ram.read(status, 1), [0]);
 }
 
+/// Rings may need to lock memory.
+fn may_lock_all_it_can(pid: i32) {
+    let limits = std::fs::read_to_string(format!("/proc/{pid}/limits")).unwrap();
+    let locked = limits
+        .lines()
+        .find(|line| line.starts_with("Max locked memory"));
+    let [soft, hard] = [3, 4].map(|at| locked.unwrap().split_whitespace().nth(at));
+    assert_eq!(soft, hard);
+}
+
 #[test]
 fn every_thread_is_confined_unless_told_otherwise() {
     let dir = TempDir::new();
@@ -103,13 +113,7 @@ fn every_thread_is_confined_unless_told_otherwise() {
             std::thread::yield_now();
         }
         if mode == "on" {
-            let limits = std::fs::read_to_string(format!("/proc/{}/limits", daemon.pid()));
-            let limits = limits.unwrap();
-            let locked = limits
-                .lines()
-                .find(|line| line.starts_with("Max locked memory"));
-            let [soft, hard] = [3, 4].map(|at| locked.unwrap().split_whitespace().nth(at));
-            assert_eq!(soft, hard, "rings may need to lock memory");
+            may_lock_all_it_can(daemon.pid());
         }
         driver.finish();
         daemon.terminate();
