@@ -91,8 +91,8 @@ fn random_requests(cache: Cache, engine: EngineChoice, seed: u64) {
 
 #[test]
 fn every_byte_that_the_disk_wrote_is_in_the_dirty_log() {
-    random_requests(Cache::Writeback, EngineChoice::Best, 1);
+    random_requests(Cache::Writeback, EngineChoice::Auto, 1);
     random_requests(Cache::Writeback, EngineChoice::Sync, 2);
-    random_requests(Cache::None, EngineChoice::Best, 3);
+    random_requests(Cache::None, EngineChoice::Auto, 3);
     random_requests(Cache::None, EngineChoice::Sync, 4);
 }
