@@ -20,9 +20,9 @@ Examples:
   Four cells in about a minute, while working on the daemon:
     backends/bench/run blk --quick
 
-  One cell, our daemon without polling and an older build beside the current one:
+  One cell, our daemon with more polling and an older build beside the current one:
     backends/bench/run blk --cell=zram-randread-4k-qd1 --subject=berth-blk \\
-      --variant='nopoll=--poll-us 0' --variant='old=/tmp/berth-blk-old'
+      --variant='poll=--poll-us 200' --variant='old=/tmp/berth-blk-old'
 
   Frames from guest to tap, 64 bytes each:
     backends/bench/run net --cell=to-tap-64

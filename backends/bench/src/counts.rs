@@ -50,7 +50,7 @@ impl Counter {
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(Stdio::piped());
-        sys::tie_child(&mut command, None);
+        sys::tie_child(&mut command, &[]);
         let perf = command
             .spawn()
             .context("no perf on the PATH (Debian's package linux-perf)")?;

@@ -32,7 +32,7 @@ impl Daemon {
             .stdin(Stdio::piped())
             .stdout(out.try_clone()?)
             .stderr(out);
-        sys::tie_child(&mut command, Some(cpu));
+        sys::tie_child(&mut command, &[cpu]);
         let program = command.get_program().to_string_lossy().into_owned();
         let child = command
             .spawn()

@@ -23,7 +23,8 @@ pub fn run(setup: &Setup, load: &Load, disk: &Disk, subject: &Subject) -> Result
         .stdin(Stdio::null())
         .stderr(Stdio::null())
         .stdout(Stdio::piped());
-    sys::tie_child(&mut command, Some(setup.daemon_cpu));
+    // Both cores, as a client and its daemon have together: the kernel's workers get one of them.
+    sys::tie_child(&mut command, &[setup.client_cpu, setup.daemon_cpu]);
     let output = command.output().context("cannot start fio")?;
     if !output.status.success() {
         bail!("fio ended with {}", output.status);

@@ -71,6 +71,7 @@ pub fn cell(
             goal: cell.goal,
             cpu_goal_us: cell.cpu_goal_us,
             ours: OURS,
+            ours_by_io_uring: subject::IO_URING_ONLY,
         },
         limit: setup.limit.clone(),
         subjects: taking_part.iter().map(|s| s.name.clone()).collect(),

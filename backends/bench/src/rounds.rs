@@ -19,6 +19,8 @@ pub struct Row {
     pub cpu_goal_us: Option<f64>,
     /// Who is to reach it.
     pub ours: &'static str,
+    /// The same with io_uring for everything: a goal that it misses is met inline only.
+    pub ours_by_io_uring: &'static str,
 }
 
 /// Who takes part in a cell, and how often.
@@ -161,6 +163,7 @@ mod tests {
                 goal: None,
                 cpu_goal_us: None,
                 ours: "b",
+                ours_by_io_uring: "",
             },
             limit: "a".to_owned(),
             subjects: ["a", "b", "c"].map(str::to_owned).to_vec(),

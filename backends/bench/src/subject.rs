@@ -53,6 +53,8 @@ pub struct Subject {
 
 /// fio's io_uring engine.
 const FIO: &str = "fio-io_uring";
+/// Our daemon with io_uring for everything, also where it does some requests on its own thread.
+pub const IO_URING_ONLY: &str = "berth-io_uring";
 /// Our own loop over io_uring, which batches more than fio does.
 pub const LOOP: &str = "loop-io_uring";
 
@@ -164,6 +166,16 @@ pub fn all(programs: &Programs, variants: &[Variant]) -> Result<(Vec<Subject>, V
         );
     }
     add("berth-blk", Kind::Berth(Vec::new()), Some(berth.clone()));
+    for (name, flag) in [
+        (IO_URING_ONLY, "--engine=io-uring"),
+        ("berth-nopoll", "--poll-us=0"),
+    ] {
+        add(
+            name,
+            Kind::Berth(vec![flag.to_owned()]),
+            Some(berth.clone()),
+        );
+    }
     for variant in variants {
         let program = variant.program.as_ref().unwrap_or(&berth).clone();
         add(

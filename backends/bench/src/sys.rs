@@ -19,17 +19,19 @@ fn check(result: libc::c_int) -> Result<libc::c_int> {
     }
 }
 
-fn cpu_set(cpu: usize) -> libc::cpu_set_t {
+fn cpu_set(cpus: &[usize]) -> libc::cpu_set_t {
     // SAFETY: a cpu_set_t is a bit array; all zeroes is the empty set.
     let mut set: libc::cpu_set_t = unsafe { std::mem::zeroed() };
-    // SAFETY: CPU_SET checks the index against the array's length.
-    unsafe { libc::CPU_SET(cpu, &mut set) };
+    for &cpu in cpus {
+        // SAFETY: CPU_SET checks the index against the array's length.
+        unsafe { libc::CPU_SET(cpu, &mut set) };
+    }
     set
 }
 
 /// Whether the calling thread may be pinned to this CPU.
 pub fn may_run_on(cpu: usize) -> bool {
-    let mut set = cpu_set(0);
+    let mut set = cpu_set(&[]);
     // SAFETY: `set` is a complete cpu_set_t that lives through the call.
     let known = unsafe { libc::sched_getaffinity(0, size_of_val(&set), &raw mut set) } == 0;
     // SAFETY: the index is checked against the array's length first.
@@ -38,7 +40,7 @@ pub fn may_run_on(cpu: usize) -> bool {
 
 /// Keeps the calling thread on one CPU.
 pub fn pin_thread(cpu: usize) -> Result<()> {
-    let set = cpu_set(cpu);
+    let set = cpu_set(&[cpu]);
     // SAFETY: `set` is a complete cpu_set_t that lives through the call.
     check(unsafe { libc::sched_setaffinity(0, size_of_val(&set), &raw const set) }).map(drop)
 }
@@ -50,9 +52,10 @@ pub fn set_sched_idle() -> Result<()> {
     check(unsafe { libc::sched_setscheduler(0, libc::SCHED_IDLE, &raw const param) }).map(drop)
 }
 
-/// Makes the child of `command` run on one CPU and die with the thread that spawns it.
-pub fn tie_child(command: &mut Command, cpu: Option<usize>) {
-    let set = cpu.map(cpu_set);
+/// Makes the child of `command` run on `cpus` (anywhere without one) and die with the thread that spawns
+/// it.
+pub fn tie_child(command: &mut Command, cpus: &[usize]) {
+    let set = (!cpus.is_empty()).then(|| cpu_set(cpus));
     let parent = std::process::id();
     let hook = move || {
         // SAFETY: three async-signal-safe system calls; `set` lives in the closure.

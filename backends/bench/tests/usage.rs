@@ -106,7 +106,7 @@ fn help_has_examples() {
     let output = bench(&["blk", "--help"]).output().unwrap();
     assert!(output.status.success());
     let text = String::from_utf8(output.stdout).unwrap();
-    assert!(text.contains("Examples:") && text.contains("--variant='nopoll=--poll-us 0'"));
+    assert!(text.contains("Examples:") && text.contains("--variant='old=/tmp/berth-blk-old'"));
 }
 
 #[test]

@@ -52,6 +52,7 @@ pub(super) fn cell(
             goal: Some(cell.goal),
             cpu_goal_us: None,
             ours: OURS,
+            ours_by_io_uring: "",
         },
         limit: setup.limit.clone(),
         subjects: subjects

@@ -91,7 +91,7 @@ impl Guest {
             .stdin(Stdio::piped())
             .stdout(out.try_clone()?)
             .stderr(out);
-        sys::tie_child(&mut command, None);
+        sys::tie_child(&mut command, &[]);
         let child = command.spawn().context("cannot start dpdk-testpmd")?;
         Ok(Guest { child })
     }
