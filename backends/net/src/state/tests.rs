@@ -1,6 +1,9 @@
 //! The driver's choices, seen from the port and the configuration space.
 
+use std::os::fd::RawFd;
+
 use super::*;
+use crate::port::frame::Frame;
 use crate::port::testing::{Event, SocketPort};
 use virtio_bindings::virtio_net::{
     VIRTIO_NET_F_CTRL_RX, VIRTIO_NET_F_GUEST_ANNOUNCE, VIRTIO_NET_F_GUEST_CSUM,
@@ -194,4 +197,57 @@ fn a_successor_goes_on_with_what_the_driver_had_set() {
     let mut more_offloads = bytes.clone();
     more_offloads[16] |= 1 << 2;
     assert!(!successor.restore(&more_offloads));
+}
+
+/// A port that no ring can be made for, as where io_uring is not allowed.
+struct NoRing(SocketPort);
+
+impl NetPort for NoRing {
+    fn num_queues(&self) -> u16 {
+        self.0.num_queues()
+    }
+    fn has_uso(&self) -> bool {
+        false
+    }
+    fn is_roomy(&self) -> bool {
+        true
+    }
+    fn fd(&self, _queue: u16) -> RawFd {
+        -1
+    }
+    fn recv(&self, queue: u16, frame: &mut Frame<'_, '_>) -> io::Result<usize> {
+        self.0.recv(queue, frame)
+    }
+    fn send(&self, queue: u16, frame: &Frame<'_, '_>) -> io::Result<usize> {
+        self.0.send(queue, frame)
+    }
+    fn set_header_len(&self, len: usize) -> io::Result<()> {
+        self.0.set_header_len(len)
+    }
+    fn set_offloads(&self, features: u64) -> io::Result<()> {
+        self.0.set_offloads(features)
+    }
+    fn set_attached(&self, queue: u16, attached: bool) -> io::Result<()> {
+        self.0.set_attached(queue, attached)
+    }
+}
+
+#[test]
+fn frames_go_one_by_one_where_no_ring_can_be_had_or_is_wanted() {
+    let identity = Identity {
+        mac: None,
+        mtu: None,
+        pairs: 1,
+    };
+    let port = || SocketPort::new(1).unwrap();
+    let best = DeviceState::new(identity, Arc::new(port()));
+    assert!(best.batcher(0).is_some());
+    let none = DeviceState::new(identity, Arc::new(NoRing(port())));
+    assert!(none.batcher(0).is_none());
+    let plain = Settings {
+        io: IoChoice::Plain,
+        ..identity.into()
+    };
+    let plain = DeviceState::new(plain, Arc::new(port()));
+    assert!(plain.batcher(0).is_none());
 }

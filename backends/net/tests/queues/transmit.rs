@@ -2,9 +2,11 @@
 
 use std::io;
 
+use berth_net::port::testing::SocketPort;
+use berth_net::settings::{IoChoice, Settings};
 use virtio_bindings::virtio_net::VIRTIO_NET_F_HOST_TSO4;
 
-use crate::guest::{Guest, OWN, PLAIN, RX, TX, frame};
+use crate::guest::{Guest, OWN, PLAIN, RX, TX, frame, settings};
 
 #[test]
 fn a_frame_from_the_guest_however_it_is_cut() {
@@ -102,9 +104,20 @@ fn nonsense_in_the_ring_stops_that_queue_only() {
 
 #[test]
 fn a_batch_of_frames_goes_out_in_order() {
+    frames_go_out_in_order(IoChoice::Best);
+}
+
+#[test]
+fn frames_that_go_one_by_one_keep_their_order() {
+    frames_go_out_in_order(IoChoice::Plain);
+}
+
+fn frames_go_out_in_order(io: IoChoice) {
     // Arrange: all there at once; some in one piece, some cut, some with a header to be cleared,
     // some that may not be sent
-    let mut guest = Guest::on_roomy(&[VIRTIO_NET_F_HOST_TSO4], 256);
+    let settings = Settings { io, ..settings(1) };
+    let port = SocketPort::roomy(1).unwrap();
+    let mut guest = Guest::on(port, settings, &[VIRTIO_NET_F_HOST_TSO4], 256);
     let meaningless = [2, 0, 0, 0, 0, 0, 0, 0, 0, 0, 7, 7];
     let forbidden = [1, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
     let header = |n: usize| match n % 7 {
