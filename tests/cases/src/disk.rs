@@ -102,7 +102,7 @@ fn two_disks(context: &Context) -> Result<()> {
         discard(&mut vm.console, &image)
     })?;
     context.check("disk.grows_under_the_guest", || {
-        grows(&mut vm, &writable, &image)
+        grows(&mut vm.console, &writable, &image)
     })?;
     context.check("power.reboot", || power::reboots(&mut vm))?;
     context.check("disk.checksums_after_reboot", || {
@@ -194,31 +194,33 @@ pub(crate) fn discard(console: &mut Console, image: &Path) -> Result<()> {
 }
 
 /// The image grows twice, the daemon is told by signal and by command, and the guest has the new size
-/// and reads back what it writes at the new end, its file system mounted all the while.
-fn grows(vm: &mut Vm, daemon: &Daemon, image: &Path) -> Result<()> {
+/// and reads back what it writes at the new end, its file system mounted all the while. Comes after
+/// [`random_writes`].
+pub(crate) fn grows(console: &mut Console, daemon: &Daemon, image: &Path) -> Result<()> {
     const MORE: u64 = 16 << 11;
-    for sectors in [SECTORS + MORE, SECTORS + 2 * MORE] {
+    let before = fs::metadata(image)?.len() / 512;
+    for sectors in [before + MORE, before + 2 * MORE] {
         let file = fs::File::options().write(true).open(image)?;
         file.set_len(sectors * 512)?;
-        if sectors == SECTORS + MORE {
+        if sectors == before + MORE {
             daemon.signal(Signal::Hangup)?;
         } else {
             let answer = daemon.command("resize")?;
             ensure!(answer == format!("{sectors} sectors"), "answer {answer:?}");
         }
         until("the guest to see the new size", seconds(60), || {
-            let seen = vm.sh("cat /sys/block/vda/size")?;
+            let seen = console.sh("cat /sys/block/vda/size")?;
             Ok((seen.trim() == sectors.to_string()).then_some(()))
         })?;
     }
     // The last 256 KiB.
-    let last = (SECTORS + 2 * MORE) / 128 - 4;
-    vm.sh(&format!(
+    let last = (before + 2 * MORE) / 128 - 4;
+    console.sh(&format!(
         "dd if=/tmp/noise of=/dev/vda bs=64k count=4 seek={last} oflag=direct 2>/dev/null &&
          dd if=/dev/vda of=/tmp/end bs=64k count=4 skip={last} iflag=direct 2>/dev/null &&
          dd if=/tmp/noise of=/tmp/start bs=64k count=4 2>/dev/null && cmp /tmp/start /tmp/end"
     ))?;
-    verify(&mut vm.console)
+    verify(console)
 }
 
 /// The daemon of an idle disk dies and comes back: what was there is there, and new data lands.

@@ -28,6 +28,7 @@ pub const STORIES: &[Story] = &[
             "qemu.disk_mkfs_and_mount",
             "qemu.disk_random_writes",
             "qemu.disk_discard_shrinks_file",
+            "qemu.disk_grows_under_the_guest",
             "qemu.disk_read_only_refused",
             "qemu.disk_killed_3_times_under_load",
             "qemu.net_mac_and_ping",
@@ -86,19 +87,7 @@ fn qemu_guest(context: &Context) -> Result<()> {
         Ok(())
     })?;
     let console = &mut guest.console;
-    context.check("qemu.disk_mkfs_and_mount", || {
-        disk::make_and_mount(console, "/dev/vda")
-    })?;
-    context.check("qemu.disk_random_writes", || disk::random_writes(console))?;
-    context.check("qemu.disk_discard_shrinks_file", || {
-        disk::discard(console, &image)
-    })?;
-    context.check("qemu.disk_read_only_refused", || {
-        disk::refuses_writes(console, "/dev/vdb", &sum)
-    })?;
-    context.check("qemu.disk_killed_3_times_under_load", || {
-        killed_under_load(console, &mut writable)
-    })?;
+    use_disks(context, console, &mut writable, &image, &sum)?;
     context.check("qemu.net_mac_and_ping", || {
         let seen = console.sh("cat /sys/class/net/eth0/address")?;
         ensure!(seen.trim() == MAC, "address in the guest: {seen:?}");
@@ -134,6 +123,32 @@ fn second_guest(context: &Context, devices: &Devices) -> Result<()> {
     ping(&mut second.console, HOST)?;
     second.console.sh("umount /mnt")?;
     second.power_off()
+}
+
+/// A writable disk and a read-only one whose file has this checksum.
+fn use_disks(
+    context: &Context,
+    console: &mut Console,
+    writable: &mut Daemon,
+    image: &Path,
+    sum: &str,
+) -> Result<()> {
+    context.check("qemu.disk_mkfs_and_mount", || {
+        disk::make_and_mount(console, "/dev/vda")
+    })?;
+    context.check("qemu.disk_random_writes", || disk::random_writes(console))?;
+    context.check("qemu.disk_discard_shrinks_file", || {
+        disk::discard(console, image)
+    })?;
+    context.check("qemu.disk_grows_under_the_guest", || {
+        disk::grows(console, writable, image)
+    })?;
+    context.check("qemu.disk_read_only_refused", || {
+        disk::refuses_writes(console, "/dev/vdb", sum)
+    })?;
+    context.check("qemu.disk_killed_3_times_under_load", || {
+        killed_under_load(console, writable)
+    })
 }
 
 /// An image of a file whose checksum is returned, and of the program that makes load.
