@@ -65,6 +65,15 @@ pub struct Args {
     #[arg(long, value_enum, default_value = "auto")]
     pub engine: EngineChoice,
 
+    /// io_uring with a kernel thread that takes submissions: no system call while busy, a CPU more
+    #[arg(long, conflicts_with_all = ["engine", "iopoll"])]
+    pub sqpoll: bool,
+
+    /// io_uring that asks the device for completions instead of being interrupted: takes a CPU
+    /// while I/O is in flight; needs --cache=none and a device with poll queues
+    #[arg(long, conflicts_with = "engine")]
+    pub iopoll: bool,
+
     /// Number of virtqueues
     #[arg(long, value_name = "N", default_value_t = 1,
           value_parser = clap::value_parser!(u16).range(1..=i64::from(MAX_QUEUES)))]
@@ -106,6 +115,14 @@ fn serial(text: &str) -> Result<String, String> {
 }
 
 impl Args {
+    fn engine_choice(&self) -> EngineChoice {
+        match (self.sqpoll, self.iopoll) {
+            (true, _) => EngineChoice::SqPoll,
+            (_, true) => EngineChoice::IoPoll,
+            _ => self.engine,
+        }
+    }
+
     /// What the device is told.
     pub fn config(&self) -> BlkConfig {
         let mut serial = [0; SERIAL_LEN];
@@ -114,7 +131,7 @@ impl Args {
             serial,
             num_queues: self.num_queues,
             queue_size: self.queue_size,
-            engine: self.engine,
+            engine: self.engine_choice(),
             rate_limit: self.rate_limit,
         }
     }

@@ -2,9 +2,9 @@
 
 use std::process::ExitCode;
 
-use berth_blk::BlkDevice;
 use berth_blk::args::Args;
 use berth_blk::image::{Disk, OpenOptions};
+use berth_blk::{BlkDevice, engine};
 use berth_queue_worker::{fail, init_logging, parse_args, run};
 
 fn main() -> ExitCode {
@@ -43,6 +43,8 @@ fn serve(args: &Args) -> Result<(), Box<dyn std::error::Error>> {
         cache = ?args.cache,
         "disk opened"
     );
-    run(&args.daemon, BlkDevice::new(disk, &args.config()))?;
+    let config = args.config();
+    engine::check(&disk, config.engine)?;
+    run(&args.daemon, BlkDevice::new(disk, &config))?;
     Ok(())
 }

@@ -171,6 +171,10 @@ fn what_is_written_is_read_back_and_is_in_the_file() {
     for (cache, engine) in [
         (Cache::Writeback, EngineChoice::Auto),
         (Cache::None, EngineChoice::Auto),
+        (Cache::Writeback, EngineChoice::IoUring),
+        (Cache::None, EngineChoice::IoUring),
+        (Cache::Writeback, EngineChoice::SqPoll),
+        (Cache::None, EngineChoice::SqPoll),
         (Cache::Writeback, EngineChoice::Sync),
         (Cache::None, EngineChoice::Sync),
     ] {

@@ -107,6 +107,45 @@ pub enum EngineChoice {
     IoUring,
     /// pread and pwrite, one request at a time per queue
     Sync,
+    /// io_uring for everything, a kernel thread submits.
+    #[value(skip)]
+    SqPoll,
+    /// io_uring for everything, the device is asked for completions of reads and writes.
+    #[value(skip)]
+    IoPoll,
+}
+
+/// Why an image cannot be used with the engine that was asked for.
+#[derive(Debug, thiserror::Error)]
+pub enum EngineError {
+    /// Polled I/O goes past the page cache.
+    #[error("--iopoll needs --cache=none")]
+    Cached,
+    /// The kernel, the file system or the device does not know it.
+    #[error("image {path} cannot be used with {flag}")]
+    Refused {
+        /// The image.
+        path: std::path::PathBuf,
+        /// What was asked for.
+        flag: &'static str,
+        /// What the kernel said.
+        source: io::Error,
+    },
+}
+
+/// Tries what was asked for by name, by one read, so that an operator hears of it before a guest.
+pub fn check(disk: &Disk, choice: EngineChoice) -> Result<(), EngineError> {
+    let flag = match choice {
+        EngineChoice::Auto | EngineChoice::IoUring | EngineChoice::Sync => return Ok(()),
+        EngineChoice::SqPoll => "--sqpoll",
+        EngineChoice::IoPoll if disk.direct().is_none() => return Err(EngineError::Cached),
+        EngineChoice::IoPoll => "--iopoll",
+    };
+    probe::read(disk, &Plan::new(disk, choice)).map_err(|source| EngineError::Refused {
+        path: disk.path().to_owned(),
+        flag,
+        source,
+    })
 }
 
 /// What the queues of a disk do their I/O with: found out once, before the process is confined.
@@ -122,7 +161,7 @@ impl Plan {
     pub fn new(disk: &Disk, choice: EngineChoice) -> Plan {
         let on_the_spot = match choice {
             EngineChoice::Auto => probe::handed_over(disk),
-            EngineChoice::IoUring | EngineChoice::Sync => [false; 2],
+            _ => [false; 2],
         };
         Plan {
             choice,

@@ -5,8 +5,11 @@
 #![expect(unsafe_code, reason = "preadv2 and fstatfs")]
 
 use std::fs::File;
+use std::io;
 use std::os::fd::AsRawFd;
 
+use super::uring::UringEngine;
+use super::{DiskEngine, Io, Plan};
 use crate::image::Disk;
 
 /// Aligned for any direct I/O.
@@ -24,6 +27,32 @@ pub(crate) fn handed_over(disk: &Disk) -> [bool; 2] {
     ]
 }
 
+/// Reads the first bytes of the disk with the engine of `plan`.
+pub(crate) fn read(disk: &Disk, plan: &Plan) -> io::Result<()> {
+    let mut page = Page([0; 4096]);
+    let iovecs = [libc::iovec {
+        iov_base: page.0.as_mut_ptr().cast(),
+        iov_len: disk.blocks().logical.min(4096) as usize,
+    }];
+    let mut engine = UringEngine::new(disk, 1, plan)?;
+    let io = Io::Read {
+        offset: 0,
+        iovecs: &iovecs,
+    };
+    // SAFETY: iovecs and page outlive the engine, whose drop waits.
+    if !unsafe { engine.start(0, &io) } {
+        return Err(io::ErrorKind::ResourceBusy.into());
+    }
+    engine.wait()?;
+    let mut result = 0;
+    engine.take_completions(&mut |_, bytes| result = bytes)?;
+    match result {
+        0.. => Ok(()),
+        error if -error == libc::EAGAIN => Err(io::Error::from_raw_os_error(libc::EOPNOTSUPP)),
+        error => Err(io::Error::from_raw_os_error(-error)),
+    }
+}
+
 /// Whether reads that must not block can be tried (RWF_NOWAIT).
 fn knows_nowait(file: &File) -> bool {
     let mut page = Page([0; 4096]);
@@ -33,7 +62,7 @@ fn knows_nowait(file: &File) -> bool {
     };
     // SAFETY: one iovec over `page`, which outlives the call.
     let result = unsafe { libc::preadv2(file.as_raw_fd(), &iovec, 1, 0, libc::RWF_NOWAIT) };
-    result >= 0 || std::io::Error::last_os_error().raw_os_error() != Some(libc::EOPNOTSUPP)
+    result >= 0 || io::Error::last_os_error().raw_os_error() != Some(libc::EOPNOTSUPP)
 }
 
 /// Whether io_uring tries buffered writes of a regular file (FOP_BUFFER_WASYNC). No interface

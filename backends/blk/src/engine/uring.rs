@@ -7,13 +7,17 @@ use std::time::Instant;
 
 use berth_queue_worker::uring::{IoRing, Setup};
 use io_uring::{opcode, squeue, types};
+use tracing::warn;
 
 use super::inline::{Place, Policy};
-use super::{DiskEngine, Io, Plan, sync};
+use super::{DiskEngine, EngineChoice, Io, Plan, sync};
 use crate::image::Disk;
 
 /// The disk's file in the ring's table.
 const FILE: types::Fixed = types::Fixed(0);
+
+/// A kernel thread that submits sleeps after so long without anything.
+const SQPOLL_IDLE_MS: u32 = 10;
 
 /// All that the ring may do.
 const OPCODES: [u8; 6] = [
@@ -29,6 +33,12 @@ const OPCODES: [u8; 6] = [
 #[derive(Debug)]
 pub struct UringEngine {
     ring: IoRing,
+    /// For reads and writes, where the device is asked for completions: nothing else can be done
+    /// in such a ring.
+    polled: Option<IoRing>,
+    /// The device has refused a polled transfer (one read at the start may have hit a hole, which
+    /// never gets to the device): all goes to the other ring.
+    polled_refused: bool,
     fd: RawFd,
     reads: Policy,
     writes: Policy,
@@ -54,15 +64,26 @@ impl UringEngine {
     /// A ring with room for `depth` operations, on the thread that will use it.
     pub fn new(disk: &Disk, depth: u16, plan: &Plan) -> io::Result<UringEngine> {
         let fd = disk.file().as_raw_fd();
-        let ring = IoRing::new(&Setup {
+        let setup = Setup {
             entries: u32::from(depth),
             files: &[fd],
             opcodes: &OPCODES,
+            sqpoll_idle_ms: (plan.choice == EngineChoice::SqPoll).then_some(SQPOLL_IDLE_MS),
             ..Setup::default()
-        })?;
+        };
+        let ring = IoRing::new(&setup)?;
+        let polled = match plan.choice {
+            EngineChoice::IoPoll => Some(IoRing::new(&Setup {
+                iopoll: true,
+                ..setup
+            })?),
+            _ => None,
+        };
         let [reads, writes] = plan.on_the_spot;
         Ok(UringEngine {
             ring,
+            polled,
+            polled_refused: false,
             fd,
             reads: Policy::new(reads),
             writes: Policy::new(writes),
@@ -228,9 +249,13 @@ impl DiskEngine for UringEngine {
             }
             Place::HereIfAlone | Place::Ring | Place::RingTimed => {}
         }
+        let ring = match (&mut self.polled, io) {
+            (Some(polled), Io::Read { .. } | Io::Write { .. }) if !self.polled_refused => polled,
+            _ => &mut self.ring,
+        };
         // SAFETY: the caller keeps iovecs and buffers until the completion is taken, or until this
         // engine, and with it the ring, is dropped.
-        unsafe { self.ring.push(&entry(io).user_data(tag)) }
+        unsafe { ring.push(&entry(io).user_data(tag)) }
     }
 
     fn submit(&mut self) -> io::Result<()> {
@@ -238,12 +263,32 @@ impl DiskEngine for UringEngine {
             // SAFETY: the promise of the `start` that it came with.
             unsafe { self.run_here(alone.tag, &alone.io()) };
         }
+        if let Some(polled) = &mut self.polled {
+            polled.submit()?;
+        }
         self.ring.submit()
     }
 
     fn take_completions(&mut self, each: &mut dyn FnMut(u64, i32)) -> io::Result<()> {
         for (tag, result) in self.done.drain(..) {
             each(tag, result);
+        }
+        if let Some(polled) = &mut self.polled {
+            let refused = &mut self.polled_refused;
+            polled.take_completions(|done| {
+                let unsupported = done.result == -libc::EOPNOTSUPP;
+                if unsupported && !*refused {
+                    *refused = true;
+                    warn!("the device does not do polled I/O, going on without");
+                }
+                // Which makes the worker start it again.
+                let result = if unsupported {
+                    -libc::EAGAIN
+                } else {
+                    done.result
+                };
+                each(done.user_data, result);
+            })?;
         }
         if self.ring.in_flight() == 0 {
             return Ok(());
@@ -270,15 +315,20 @@ impl DiskEngine for UringEngine {
     }
 
     fn is_ready(&mut self) -> bool {
-        !self.done.is_empty() || self.ring.is_ready()
+        !self.done.is_empty()
+            || self.ring.is_ready()
+            || self.polled.as_mut().is_some_and(IoRing::is_ready)
     }
 
     fn wait(&mut self) -> io::Result<()> {
         self.submit()?;
-        if self.done.is_empty() {
-            self.ring.wait()?;
+        if !self.done.is_empty() {
+            return Ok(());
         }
-        Ok(())
+        match &mut self.polled {
+            Some(polled) if polled.in_flight() > 0 => polled.wait(),
+            _ => self.ring.wait(),
+        }
     }
 
     fn completion_fd(&self) -> Option<RawFd> {
@@ -286,7 +336,7 @@ impl DiskEngine for UringEngine {
     }
 
     fn arm(&mut self) -> bool {
-        self.ring.arm() || !self.done.is_empty()
+        self.ring.arm() || self.is_ready()
     }
 
     fn clear_event(&self) {
