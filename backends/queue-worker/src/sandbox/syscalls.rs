@@ -1,6 +1,7 @@
 //! Which system calls a thread of each kind may make.
 //!
-//! The lists hold for glibc and musl. What a call is for is said where it is not obvious; a device
+//! The lists are tried with glibc (2.34 and newer, whose allocator opens no file to count processors);
+//! nothing here builds for musl yet. What a call is for is said where it is not obvious; a device
 //! adds what its workers do ([`Device::syscalls`](crate::Device::syscalls)). Never on a list: anything that
 //! opens a file by path, makes a socket, runs a program, makes a process, or reaches into another
 //! one.
