@@ -9,7 +9,7 @@ use clap::Parser;
 
 use crate::device::MAX_PAIRS;
 use crate::mac::Mac;
-use crate::settings::IoChoice;
+use crate::settings::EngineChoice;
 
 const EXAMPLES: &str = "\
 Examples:
@@ -82,9 +82,9 @@ pub struct Args {
     #[arg(long, value_name = "KEY=VALUE,...")]
     pub rate_limit_tx: Option<RateLimit>,
 
-    /// How frames get to the tap and back: many a system call where io_uring works, or one
-    #[arg(long, value_enum, default_value = "best")]
-    pub io: IoChoice,
+    /// What moves frames to the tap and back
+    #[arg(long, value_enum, default_value = "auto")]
+    pub engine: EngineChoice,
 
     /// Print what this program can do as JSON, and exit
     #[arg(long)]

@@ -94,7 +94,7 @@ impl TryFrom<Args> for Config {
                 max_queue_size: args.queue_size,
                 rate_limit_rx: args.rate_limit_rx,
                 rate_limit_tx: args.rate_limit_tx,
-                io: args.io,
+                engine: args.engine,
             },
         })
     }

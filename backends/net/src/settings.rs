@@ -8,12 +8,12 @@ use crate::device::Identity;
 
 /// How frames get to the port and back.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, clap::ValueEnum)]
-pub enum IoChoice {
-    /// Many a system call, through io_uring, where that works; else one by one.
+pub enum EngineChoice {
+    /// Many a system call, through io_uring, where that works; else one by one
     #[default]
-    Best,
-    /// One by one.
-    Plain,
+    Auto,
+    /// One a system call
+    Sync,
 }
 
 /// Settings of one device.
@@ -28,7 +28,7 @@ pub struct Settings {
     /// What all transmit queues together are held to.
     pub rate_limit_tx: Option<RateLimit>,
     /// How frames get to the port.
-    pub io: IoChoice,
+    pub engine: EngineChoice,
 }
 
 impl From<Identity> for Settings {
@@ -39,7 +39,7 @@ impl From<Identity> for Settings {
             max_queue_size: 1024,
             rate_limit_rx: None,
             rate_limit_tx: None,
-            io: IoChoice::Best,
+            engine: EngineChoice::Auto,
         }
     }
 }

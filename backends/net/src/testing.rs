@@ -20,7 +20,7 @@ use crate::mac::Mac;
 use crate::net_device::NetQueue;
 use crate::port::testing::SocketPort;
 use crate::rx::RxQueue;
-use crate::settings::{IoChoice, Settings};
+use crate::settings::{EngineChoice, Settings};
 use crate::state::DeviceState;
 use crate::tx::TxQueue;
 
@@ -52,10 +52,10 @@ pub fn hostile_guest(data: &[u8]) {
     // A ring of the kernel for every input would make most of them wait for it.
     let batches = kind / 3 % 4 == 0;
     let settings = Settings {
-        io: if batches {
-            IoChoice::Best
+        engine: if batches {
+            EngineChoice::Auto
         } else {
-            IoChoice::Plain
+            EngineChoice::Sync
         },
         ..identity.into()
     };

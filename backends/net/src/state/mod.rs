@@ -41,7 +41,7 @@ use crate::port::NetPort;
 use crate::port::batch::Batcher;
 use crate::port::frame::FrameBuffer;
 use crate::rarp;
-use crate::settings::{IoChoice, Settings};
+use crate::settings::{EngineChoice, Settings};
 
 /// State of the device. Every method may be called on any thread.
 pub struct DeviceState {
@@ -139,7 +139,7 @@ impl DeviceState {
     #[must_use]
     pub fn batcher(&self, pair: u16) -> Option<Batcher> {
         static TOLD: Once = Once::new();
-        if self.settings.io == IoChoice::Plain {
+        if self.settings.engine == EngineChoice::Sync {
             return None;
         }
         let made = Batcher::new(self.port.fd(pair));

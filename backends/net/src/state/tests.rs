@@ -245,7 +245,7 @@ fn frames_go_one_by_one_where_no_ring_can_be_had_or_is_wanted() {
     let none = DeviceState::new(identity, Arc::new(NoRing(port())));
     assert!(none.batcher(0).is_none());
     let plain = Settings {
-        io: IoChoice::Plain,
+        engine: EngineChoice::Sync,
         ..identity.into()
     };
     let plain = DeviceState::new(plain, Arc::new(port()));

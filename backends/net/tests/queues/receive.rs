@@ -1,7 +1,7 @@
 //! Frames to the guest.
 
 use berth_net::port::testing::{Event, SocketPort};
-use berth_net::settings::{IoChoice, Settings};
+use berth_net::settings::{EngineChoice, Settings};
 use berth_queue_worker::testing::Buffer;
 use virtio_bindings::virtio_net::{VIRTIO_NET_F_GUEST_CSUM, VIRTIO_NET_F_MRG_RXBUF};
 
@@ -246,17 +246,20 @@ fn the_filter_sees_addresses_cut_across_buffers() {
 
 #[test]
 fn frames_of_a_batch_keep_their_order_whatever_they_are() {
-    frames_keep_their_order(IoChoice::Best);
+    frames_keep_their_order(EngineChoice::Auto);
 }
 
 #[test]
 fn frames_that_come_one_by_one_keep_their_order() {
-    frames_keep_their_order(IoChoice::Plain);
+    frames_keep_their_order(EngineChoice::Sync);
 }
 
-fn frames_keep_their_order(io: IoChoice) {
+fn frames_keep_their_order(engine: EngineChoice) {
     // Arrange: enough frames wait for batches of many reads; some are for others, some are long
-    let settings = Settings { io, ..settings(1) };
+    let settings = Settings {
+        engine,
+        ..settings(1)
+    };
     let mut guest = Guest::on(SocketPort::roomy(1).unwrap(), settings, &[], 256);
     assert_eq!(guest.command(&[0, 0, 0]), 0, "promiscuous mode off");
     let other = [2, 9, 9, 9, 9, 9];

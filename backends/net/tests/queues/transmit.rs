@@ -3,7 +3,7 @@
 use std::io;
 
 use berth_net::port::testing::SocketPort;
-use berth_net::settings::{IoChoice, Settings};
+use berth_net::settings::{EngineChoice, Settings};
 use virtio_bindings::virtio_net::VIRTIO_NET_F_HOST_TSO4;
 
 use crate::guest::{Guest, OWN, PLAIN, RX, TX, frame, settings};
@@ -104,18 +104,21 @@ fn nonsense_in_the_ring_stops_that_queue_only() {
 
 #[test]
 fn a_batch_of_frames_goes_out_in_order() {
-    frames_go_out_in_order(IoChoice::Best);
+    frames_go_out_in_order(EngineChoice::Auto);
 }
 
 #[test]
 fn frames_that_go_one_by_one_keep_their_order() {
-    frames_go_out_in_order(IoChoice::Plain);
+    frames_go_out_in_order(EngineChoice::Sync);
 }
 
-fn frames_go_out_in_order(io: IoChoice) {
+fn frames_go_out_in_order(engine: EngineChoice) {
     // Arrange: all there at once; some in one piece, some cut, some with a header to be cleared,
     // some that may not be sent
-    let settings = Settings { io, ..settings(1) };
+    let settings = Settings {
+        engine,
+        ..settings(1)
+    };
     let port = SocketPort::roomy(1).unwrap();
     let mut guest = Guest::on(port, settings, &[VIRTIO_NET_F_HOST_TSO4], 256);
     let meaningless = [2, 0, 0, 0, 0, 0, 0, 0, 0, 0, 7, 7];
