@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 
 use crate::sys;
-use crate::wait::{Broken, patient};
+use crate::wait::{Broken, patient, seconds};
 
 /// Signals that cases send, by their usual names.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -92,7 +92,8 @@ impl Process {
         Ok(String::from_utf8_lossy(&bytes).into_owned())
     }
 
-    /// Sends a signal, to this process only.
+    /// Sends a signal, to this process only. [`Signal::Stop`] has been obeyed by all threads on return: until
+    /// then those on other CPUs go on.
     ///
     /// # Errors
     /// The process has ended.
@@ -105,7 +106,15 @@ impl Process {
             Signal::Hangup => libc::SIGHUP,
         };
         sys::pidfd_send_signal(&self.pidfd, number)
-            .with_context(|| format!("cannot signal {}", self.name))
+            .with_context(|| format!("cannot signal {}", self.name))?;
+        if signal != Signal::Stop {
+            return Ok(());
+        }
+        crate::wait::until(
+            &format!("{} to stand still", self.name),
+            seconds(20),
+            || Ok(sys::is_stopped(&self.pidfd)?.then_some(())),
+        )
     }
 
     /// Whether it still runs.
@@ -297,7 +306,6 @@ fn private_kib(smaps_rollup: &str) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::wait::seconds;
 
     fn log(name: &str) -> PathBuf {
         std::env::temp_dir().join(format!("berth-framework-{}-{name}.log", std::process::id()))
@@ -318,6 +326,27 @@ mod tests {
         let pid = process.pid();
         drop(process);
         assert!(!Path::new(&format!("/proc/{pid}")).exists());
+        let _ = fs::remove_file(log);
+    }
+
+    #[test]
+    fn a_stopped_process_stands_still_and_goes_on() {
+        let log = log("stop");
+        let mut command = Command::new("sh");
+        command.args(["-c", "while :; do :; done"]);
+        let process = Process::spawn("sh", command, &log).expect("sh starts");
+        let state = || {
+            let stat = fs::read_to_string(format!("/proc/{}/stat", process.pid()));
+            stat.expect("it lives").contains(") T ")
+        };
+        assert!(!state());
+        for _ in 0..3 {
+            process.signal(Signal::Stop).expect("stopped");
+            assert!(state());
+            process.signal(Signal::Cont).expect("going on");
+            assert!(!state());
+        }
+        drop(process);
         let _ = fs::remove_file(log);
     }
 

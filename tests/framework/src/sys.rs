@@ -85,6 +85,17 @@ pub(crate) fn pidfd_send_signal(pidfd: &OwnedFd, signal: libc::c_int) -> Result<
     check(libc::c_int::try_from(result).unwrap_or(-1)).map(drop)
 }
 
+/// Whether all threads of a child stand still after SIGSTOP.
+pub(crate) fn is_stopped(pidfd: &OwnedFd) -> Result<bool> {
+    // SAFETY: all zeroes is a valid siginfo_t.
+    let mut info: libc::siginfo_t = unsafe { std::mem::zeroed() };
+    let id = pidfd.as_raw_fd().cast_unsigned();
+    let how = libc::WSTOPPED | libc::WNOHANG | libc::WNOWAIT;
+    // SAFETY: `info` is live; WNOWAIT leaves the child's state to whoever waits for its end.
+    check(unsafe { libc::waitid(libc::P_PIDFD, id, &raw mut info, how) })?;
+    Ok(info.si_signo == libc::SIGCHLD)
+}
+
 /// Waits until one of `fds` is readable or hung up; the index of the first that is, or none in time.
 pub(crate) fn poll_readable(fds: &[RawFd], timeout: Duration) -> Result<Option<usize>> {
     let mut polled: Vec<libc::pollfd> = fds
