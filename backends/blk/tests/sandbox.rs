@@ -37,6 +37,15 @@ fn flush(driver: &mut FakeDriver) {
     assert_eq!(driver.ram.read(status, 1), [0]);
 }
 
+/// What of a thread's status is looked at.
+const FIELDS: [&str; 5] = [
+    "NoNewPrivs",
+    "Seccomp",
+    "Seccomp_filters",
+    "CapEff",
+    "CapPrm",
+];
+
 /// Rings may need to lock memory.
 fn may_lock_all_it_can(pid: i32) {
     let limits = std::fs::read_to_string(format!("/proc/{pid}/limits")).unwrap();
@@ -53,14 +62,8 @@ fn every_thread_is_confined_unless_told_otherwise() {
     let image = dir.image("disk.img", 1 << 20);
     let socket = dir.path("disk.sock");
     let metrics = format!("--metrics-socket={}", dir.path("metrics.sock").display());
-    let fields = [
-        "NoNewPrivs",
-        "Seccomp",
-        "Seccomp_filters",
-        "CapEff",
-        "CapPrm",
-    ];
-    let before = threads(std::process::id() as i32, &fields);
+    let control = format!("--control-socket={}", dir.path("control.sock").display());
+    let before = threads(std::process::id() as i32, &FIELDS);
     // As this process is, so is a daemon that gives up nothing.
     let ours = before.values().next().unwrap().clone();
     let number = |at: usize| ours[at].parse::<u32>().unwrap();
@@ -70,7 +73,7 @@ fn every_thread_is_confined_unless_told_otherwise() {
         ("off", "sandbox is off"),
     ] {
         let mode_flag = format!("--sandbox={mode}");
-        let daemon = Daemon::serve(&socket, &image, &[&metrics, &mode_flag]);
+        let daemon = Daemon::serve(&socket, &image, &[&metrics, &control, &mode_flag]);
         assert!(daemon.log.iter().any(|said| said.contains(line)), "{mode}");
         let mut driver = FakeDriver::connect(&socket, Setup::default());
         flush(&mut driver);
@@ -93,22 +96,23 @@ fn every_thread_is_confined_unless_told_otherwise() {
             ]
         };
         // Each thread adds the filter of its kind to what it inherits.
-        let (control, others) = match mode {
+        let (first, others) = match mode {
             "on" => (3, 4),
             "log" => (1, 2),
             _ => (0, 0),
         };
         let expected: BTreeMap<_, _> = [
-            ("berth-blk".to_owned(), expected(control)),
+            ("berth-blk".to_owned(), expected(first)),
             ("blk-q0".to_owned(), expected(others)),
+            ("control-socket".to_owned(), expected(others)),
             ("metrics".to_owned(), expected(others)),
         ]
         .into();
-        // The metrics thread may only just have been started.
+        // The sockets' threads may only just have been started.
         let deadline = Instant::now() + TIMEOUT;
-        while threads(daemon.pid(), &fields) != expected {
+        while threads(daemon.pid(), &FIELDS) != expected {
             if Instant::now() > deadline {
-                assert_eq!(threads(daemon.pid(), &fields), expected, "--sandbox={mode}");
+                assert_eq!(threads(daemon.pid(), &FIELDS), expected, "--sandbox={mode}");
             }
             std::thread::yield_now();
         }
@@ -117,5 +121,8 @@ fn every_thread_is_confined_unless_told_otherwise() {
         }
         driver.finish();
         daemon.terminate();
+        let left =
+            ["disk.sock", "metrics.sock", "control.sock"].map(|name| dir.path(name).exists());
+        assert_eq!(left, [false; 3], "{mode}: sockets are removed from within");
     }
 }
