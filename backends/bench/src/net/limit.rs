@@ -5,6 +5,7 @@ use std::io::{ErrorKind, Read, Write};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::channel;
 use std::thread;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow};
 
@@ -14,6 +15,9 @@ use crate::sys;
 
 /// Frames that go round where they come from the tap: less than its queue takes.
 pub(super) const CIRCULATING: u64 = 256;
+
+/// A reader that gets nothing for so long has read all there is.
+const LOST: Duration = Duration::from_millis(20);
 
 /// Moves frames until `watch` returns, which is told the number of the thread that reads or writes.
 pub(super) fn run<T>(
@@ -54,9 +58,19 @@ pub(super) fn run<T>(
             scope.spawn(|| {
                 sys::pin_thread(client_cpu)?;
                 let sender = Sender::new()?;
-                let mut sent = 0;
+                let mut sent: u64 = 0;
+                let mut last = (0, Instant::now());
                 while running() {
-                    let room = CIRCULATING - (sent - moved.load(Ordering::Relaxed));
+                    let read = moved.load(Ordering::Relaxed);
+                    if read != last.0 {
+                        last = (read, Instant::now());
+                    } else if last.1.elapsed() > LOST {
+                        // What the kernel has dropped will not come: begin anew.
+                        sent = read;
+                    }
+                    // Some that were given up for lost may come after all.
+                    sent = sent.max(read);
+                    let room = CIRCULATING - (sent - read).min(CIRCULATING);
                     if room > 0 {
                         sent += sender.send(frame, room as usize)? as u64;
                     }
