@@ -162,7 +162,8 @@ fn whole(console: &mut Console, page: &Path) -> Result<()> {
     // One line: how often, which sum, and md5sum's name for its input.
     ensure!(
         words.get(1) == Some(&sum.as_str()) && words.len() == 3,
-        "sums of pages: {seen}"
+        "sums of pages, not {sum}: {}",
+        seen.replace('\n', "; ")
     );
     Ok(())
 }
@@ -224,7 +225,9 @@ sync
 touch /tmp/stopped
 END
 cat >/tmp/pages.sh <<'END'
-while [ ! -e /tmp/stop ]; do wget -q -O - {url} | md5sum >>/tmp/pages; done
+while [ ! -e /tmp/stop ]; do
+    if wget -q -O /tmp/page {url}; then md5sum </tmp/page; fi >>/tmp/pages 2>>/tmp/complaints
+done
 END
 cat >/tmp/files.sh <<'END'
 until [ -e /tmp/read ]; do usleep 20000; done
