@@ -40,10 +40,15 @@ pub const STORIES: &[Story] = &[
         name: "blk-kill-storm-long",
         tier: Tier::Client,
         long: true,
-        checks: &["kill_storm.blk_direct_100", "kill_storm.blk_cached_100"],
+        checks: &[
+            "kill_storm.blk_direct_100",
+            "kill_storm.blk_cached_100",
+            "kill_storm.blk_sync_100",
+        ],
         run: |context| {
             blk(context, "kill_storm.blk_direct_100", DIRECT, 100)?;
-            blk(context, "kill_storm.blk_cached_100", CACHED, 100)
+            blk(context, "kill_storm.blk_cached_100", CACHED, 100)?;
+            blk(context, "kill_storm.blk_sync_100", SYNC, 100)
         },
     },
     Story {
@@ -119,7 +124,7 @@ struct Shape {
 
 const DIRECT: Shape = Shape {
     name: "direct",
-    flags: &["--cache=none"],
+    flags: &["--cache=none", "--engine=io-uring"],
     plan: PLAN,
 };
 
@@ -131,6 +136,12 @@ const CACHED: Shape = Shape {
         seed: 2,
         ..PLAN
     },
+};
+
+const SYNC: Shape = Shape {
+    name: "sync",
+    flags: &["--cache=writeback", "--engine=sync"],
+    plan: Plan { seed: 3, ..PLAN },
 };
 
 fn start(context: &Context, shape: Shape) -> Result<(Daemon, std::path::PathBuf)> {
