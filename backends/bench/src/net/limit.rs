@@ -17,7 +17,7 @@ use crate::sys;
 pub(super) const CIRCULATING: u64 = 256;
 
 /// A reader that gets nothing for so long has read all there is.
-const LOST: Duration = Duration::from_millis(20);
+const LOST: Duration = Duration::from_millis(100);
 
 /// Moves frames until `watch` returns, which is told the number of the thread that reads or writes.
 pub(super) fn run<T>(
@@ -72,7 +72,12 @@ pub(super) fn run<T>(
                     sent = sent.max(read);
                     let room = CIRCULATING - (sent - read).min(CIRCULATING);
                     if room > 0 {
-                        sent += sender.send(frame, room as usize)? as u64;
+                        sent += match sender.send(frame, room as usize) {
+                            Ok(more) => more as u64,
+                            // A reader that had to wait for its core has not lost them after all.
+                            Err(error) if error.raw_os_error() == Some(libc::ENOBUFS) => 0,
+                            Err(error) => return Err(error),
+                        };
                     }
                 }
                 Ok::<(), std::io::Error>(())

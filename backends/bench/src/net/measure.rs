@@ -211,7 +211,7 @@ fn window(
     thread::sleep(setup.window.measured);
     let (ended, last, served_after, ours_after) = read()?;
     if last == first {
-        bail!("no frame moved in the window");
+        bail!("no frame moved in the window: on a busy machine those that go round get lost");
     }
     let elapsed = ended - began;
     Ok(Moved {

@@ -105,17 +105,21 @@ impl Sender {
         let socket = check(unsafe { libc::socket(libc::AF_PACKET, libc::SOCK_RAW, 0) })?;
         // SAFETY: just returned to us alone.
         let socket = unsafe { OwnedFd::from_raw_fd(socket) };
-        let on: libc::c_int = 1;
-        // SAFETY: the option is one int, which lives through the call.
-        check(unsafe {
-            libc::setsockopt(
-                socket.as_raw_fd(),
-                libc::SOL_PACKET,
-                libc::PACKET_QDISC_BYPASS,
-                (&raw const on).cast(),
-                size_of_val(&on) as libc::socklen_t,
-            )
-        })?;
+        let set = |option: (libc::c_int, libc::c_int), value: libc::c_int| {
+            // SAFETY: either option is one int, which lives through the call.
+            check(unsafe {
+                libc::setsockopt(
+                    socket.as_raw_fd(),
+                    option.0,
+                    option.1,
+                    (&raw const value).cast(),
+                    size_of_val(&value) as libc::socklen_t,
+                )
+            })
+        };
+        set((libc::SOL_PACKET, libc::PACKET_QDISC_BYPASS), 1)?;
+        // All frames that go round, of any size, or sending waits for the reader.
+        set((libc::SOL_SOCKET, libc::SO_SNDBUFFORCE), 4 << 20)?;
         let request = named();
         // SAFETY: the name ends in a zero, as it is shorter than the field.
         let index = unsafe { libc::if_nametoindex(request.ifr_name.as_ptr()) };
