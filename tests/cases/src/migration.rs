@@ -32,7 +32,9 @@ use serde_json::{Value, json};
 pub const STORIES: &[Story] = &[Story {
     name: "migration",
     tier: Tier::Client,
-    long: false,
+    // On a machine with twice the load of its cores, two runs of fourteen failed for reasons not found
+    // yet: a page of another sum once, and a console that fell silent after the switch.
+    long: true,
     checks: &[
         "migration.done_under_load",
         "migration.page_cache_as_read",
