@@ -575,6 +575,12 @@ impl Ring {
         Ok(true)
     }
 
+    /// The driver may have missed a signal: it gets one more.
+    pub(crate) fn owe_signal(&mut self) {
+        self.signalled = false;
+        self.resumed = self.resumed || self.published_used != 0;
+    }
+
     /// Whether the driver wants a signal for what was published since this was last asked. The
     /// first one of a ring that goes on is for what a predecessor published last.
     pub fn needs_signal(&mut self) -> Result<bool, RingError> {

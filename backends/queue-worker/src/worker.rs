@@ -158,7 +158,13 @@ impl<D: Device> QueueThread<D> {
                 running.notifiers.kick = kick;
                 running.pending = Some(Ready::default());
             }
-            (Command::SetCall(call), Some(running)) => running.notifiers.call = call,
+            (Command::SetCall(call), Some(running)) => {
+                running.notifiers.call = call;
+                // What went to the fd of before may have been thrown away: frontends place the
+                // real one after the ring was started.
+                running.ring.owe_signal();
+                running.pending.get_or_insert_default();
+            }
             (Command::SetErr(err), Some(running)) => running.notifiers.err = err,
             // Without a ring there is nothing to change; dropping a reply channel answers it.
             (_, None) | (Command::Exit, _) => {}
