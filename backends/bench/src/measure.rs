@@ -82,6 +82,7 @@ pub fn cell(
         false => Ok(()),
     };
     let run = |subject: usize| {
+        backing::warm(disk)?;
         let run = run(setup, cell, disk, taking_part[subject])?;
         settle()?;
         Ok(run)
@@ -90,6 +91,7 @@ pub fn cell(
         if !counted(setup, taking_part[subject]) {
             return Ok(None);
         }
+        backing::warm(disk)?;
         let counts = count(setup, cell, disk, taking_part[subject])?;
         settle()?;
         Ok(Some(counts))
