@@ -2,7 +2,7 @@
 //!
 //! Configuration is answered on the control thread; the only thing the driver can change, the
 //! write cache setting, reaches the queue threads through an atomic in [`Shared`]. The only thing
-//! the operator can, the size, is in [`resize`](crate::resize).
+//! the operator can, the size, is in [`resize`].
 #![forbid(unsafe_code)]
 
 use std::io;
