@@ -262,7 +262,7 @@ impl Card {
     }
 
     /// Waits until all is quiet: every transmitted frame used, every frame for the guest there.
-    fn settle(&mut self) -> Result<()> {
+    pub(super) fn settle(&mut self) -> Result<()> {
         while self.rings[TX].in_flight() > 0 || !self.back.under_way.is_empty() {
             if !self.collect()? {
                 self.sleep().inspect_err(|_| {

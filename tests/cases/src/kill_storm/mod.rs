@@ -301,6 +301,8 @@ fn frames_lost(context: &Context) -> Result<()> {
     let mut card = Card::new("forgetful", false)?;
     card.dial(daemon.socket())?;
     card.work(50)?;
+    // So that no buffer is under way, and all of them can be given.
+    card.settle()?;
     daemon.signal(Signal::Stop)?;
     let given = card.fill()?;
     daemon.kill();
