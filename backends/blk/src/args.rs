@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use berth_queue_worker::{DaemonArgs, RateLimit};
 
 use crate::device::{BlkConfig, MAX_QUEUE_SIZE, MAX_QUEUES, SERIAL_LEN};
-use crate::engine::EngineChoice;
+use crate::engine::{EngineChoice, FixedBuffers};
 use crate::image::{Cache, LockTime};
 
 const EXAMPLES: &str = "\
@@ -74,6 +74,11 @@ pub struct Args {
     #[arg(long, conflicts_with = "engine")]
     pub iopoll: bool,
 
+    /// Register guest memory with io_uring, which pins it; the guest and the frontend must never
+    /// discard pages of it
+    #[arg(long, value_enum, default_value = "off")]
+    pub fixed_buffers: FixedBuffers,
+
     /// Number of virtqueues
     #[arg(long, value_name = "N", default_value_t = 1,
           value_parser = clap::value_parser!(u16).range(1..=i64::from(MAX_QUEUES)))]
@@ -132,6 +137,7 @@ impl Args {
             num_queues: self.num_queues,
             queue_size: self.queue_size,
             engine: self.engine_choice(),
+            fixed_buffers: self.fixed_buffers,
             rate_limit: self.rate_limit,
         }
     }

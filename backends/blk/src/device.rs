@@ -7,7 +7,7 @@
 
 use std::io;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use berth_queue_worker::control_socket::Command;
 use berth_queue_worker::sandbox::syscalls::IO_URING;
@@ -18,7 +18,7 @@ use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_F_TOPOLOGY, VIRTIO_BLK_F_WRITE_ZEROES, VIRTIO_BLK_ID_BYTES,
 };
 
-use crate::engine::{EngineChoice, Plan};
+use crate::engine::{EngineChoice, FixedBuffers, Plan};
 use crate::image::Disk;
 use crate::image::raw::{BLKDISCARD, BLKGETSIZE64};
 use crate::request::{MAX_RANGE_SECTORS, MAX_RANGES, SECTOR_SIZE};
@@ -51,6 +51,8 @@ pub struct Shared {
     /// control thread; a request that is taken at the same moment may see either value.
     write_cache: AtomicBool,
     limiter: Option<Arc<RateLimiter>>,
+    /// Transfers on registered buffers; counted only where there may be some.
+    fixed_transfers: Option<AtomicU64>,
 }
 
 impl Shared {
@@ -74,6 +76,13 @@ impl Shared {
         self.limiter.as_ref()
     }
 
+    /// Counts transfers on registered buffers: once a batch, as all queues share the counter.
+    pub fn count_fixed(&self, transfers: u64) {
+        if let Some(total) = &self.fixed_transfers {
+            total.fetch_add(transfers, Ordering::Relaxed);
+        }
+    }
+
     /// Whether a write may complete before it is durable.
     pub fn write_cache_enabled(&self) -> bool {
         self.write_cache.load(Ordering::Relaxed)
@@ -91,6 +100,8 @@ pub struct BlkConfig {
     pub queue_size: u16,
     /// What does the I/O.
     pub engine: EngineChoice,
+    /// Whether guest memory is registered with it.
+    pub fixed_buffers: FixedBuffers,
     /// What all queues together are held to.
     pub rate_limit: Option<RateLimit>,
 }
@@ -107,7 +118,7 @@ pub struct BlkDevice {
 impl BlkDevice {
     /// A device on `disk`.
     pub fn new(disk: Disk, config: &BlkConfig) -> Self {
-        let engine = Plan::new(&disk, config.engine);
+        let engine = Plan::new(&disk, config.engine, config.fixed_buffers);
         BlkDevice {
             shared: Arc::new(Shared {
                 disk,
@@ -119,6 +130,8 @@ impl BlkDevice {
                     .as_ref()
                     .map(RateLimiter::new)
                     .map(Arc::new),
+                fixed_transfers: (config.fixed_buffers != FixedBuffers::Off)
+                    .then(AtomicU64::default),
             }),
             num_queues: config.num_queues,
             queue_size: config.queue_size,
@@ -165,6 +178,18 @@ impl Device for BlkDevice {
             Syscall::fcntl(&[libc::F_OFD_SETLK as u32, libc::F_OFD_GETLK as u32]),
         ];
         [&IO_URING[..], &IMAGE].concat()
+    }
+
+    fn metrics(&self) -> String {
+        let Some(total) = &self.shared.fixed_transfers else {
+            return String::new();
+        };
+        let total = total.load(Ordering::Relaxed);
+        format!(
+            "# HELP berth_fixed_transfers_total Reads and writes begun on registered buffers.\n\
+             # TYPE berth_fixed_transfers_total counter\n\
+             berth_fixed_transfers_total{{device=\"blk\"}} {total}\n"
+        )
     }
 
     fn num_queues(&self) -> u16 {

@@ -2,9 +2,10 @@
 
 use std::process::ExitCode;
 
+use berth_blk::BlkDevice;
 use berth_blk::args::Args;
+use berth_blk::engine::{self, FixedBuffers};
 use berth_blk::image::{Disk, OpenOptions};
-use berth_blk::{BlkDevice, engine};
 use berth_queue_worker::{fail, init_logging, parse_args, run};
 
 fn main() -> ExitCode {
@@ -44,7 +45,10 @@ fn serve(args: &Args) -> Result<(), Box<dyn std::error::Error>> {
         "disk opened"
     );
     let config = args.config();
-    engine::check(&disk, config.engine)?;
+    engine::check(&disk, config.engine, config.fixed_buffers)?;
+    if config.fixed_buffers == FixedBuffers::GuestNeverDiscards {
+        tracing::info!("guest memory will be pinned: nobody may discard pages of it");
+    }
     run(&args.daemon, BlkDevice::new(disk, &config))?;
     Ok(())
 }

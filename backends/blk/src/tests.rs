@@ -14,11 +14,12 @@ use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT, VIRTIO_BLK_T_WRITE_ZEROES,
 };
 
-use crate::engine::EngineChoice;
+use crate::engine::{EngineChoice, FixedBuffers};
 use crate::image::{Cache, Disk, ImageError, LockTime, OpenOptions};
 use crate::{BlkConfig, BlkDevice};
 
 mod dirty;
+mod fixed;
 mod limits;
 mod live;
 
@@ -93,6 +94,7 @@ fn config(engine: EngineChoice) -> BlkConfig {
         num_queues: 1,
         queue_size: 1024,
         engine,
+        fixed_buffers: FixedBuffers::Off,
         rate_limit: None,
     }
 }

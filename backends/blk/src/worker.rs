@@ -59,6 +59,8 @@ pub struct BlkWorker {
     engine: Box<dyn DiskEngine>,
     slots: Vec<Slot>,
     free: Vec<u16>,
+    /// The memory that the engine was told of.
+    generation: Option<u64>,
     completions: Vec<(u64, i32)>,
     counters: Arc<QueueCounters>,
     /// The driver knows FLUSH; if not, every write is durable when it completes.
@@ -113,6 +115,7 @@ impl BlkWorker {
             engine,
             slots: (0..depth).map(|_| slot()).collect(),
             free: (0..depth).rev().collect(),
+            generation: None,
             completions: Vec::new(),
             counters: Arc::clone(&start.counters),
             flush_negotiated: start.features & 1 << VIRTIO_BLK_F_FLUSH != 0,
@@ -344,6 +347,10 @@ impl QueueWorker for BlkWorker {
         if completions != 0 && ready.source(0) {
             self.engine.clear_event();
         }
+        if self.generation != Some(ring.memory_generation()) {
+            self.engine.use_memory(ring.memory());
+            self.generation = Some(ring.memory_generation());
+        }
         self.reap(ring)?;
         let emptied = loop {
             let emptied = self.fill(ring)?;
@@ -357,6 +364,7 @@ impl QueueWorker for BlkWorker {
                 break self.held.is_none();
             }
         };
+        self.shared.count_fixed(self.engine.take_fixed_count());
         let in_engine = self.in_flight() - usize::from(self.held.is_some());
         let mut sources = if in_engine > 0 { completions } else { 0 };
         if self.held.is_some() {
@@ -395,6 +403,8 @@ impl QueueWorker for BlkWorker {
                 result = Err(error);
             }
         }
+        self.engine.forget_memory();
+        self.generation = None;
         for slot in &mut self.slots {
             slot.chain.release();
         }

@@ -26,8 +26,10 @@ fn every_engine_reads_back_what_it_wrote() {
         "--engine=io-uring",
         "--engine=sync",
         "--sqpoll",
+        "--fixed-buffers=guest-never-discards",
         // Refused only once it gets to the device, if that has no poll queues: then without.
         "--iopoll",
+        "--iopoll --fixed-buffers=guest-never-discards",
     ]
     .iter()
     .enumerate()
@@ -35,10 +37,11 @@ fn every_engine_reads_back_what_it_wrote() {
         // Not what the engine before wrote.
         dir.image("disk.img", MIB);
         for cache in ["--cache=none", "--cache=writeback"] {
-            if (*flag, cache) == ("--iopoll", "--cache=writeback") {
+            if flag.starts_with("--iopoll") && cache == "--cache=writeback" {
                 continue;
             }
-            let daemon = Daemon::serve(&socket, &image, &[flag, cache]);
+            let flags: Vec<_> = flag.split(' ').chain([cache]).collect();
+            let daemon = Daemon::serve(&socket, &image, &flags);
             let mut driver = FakeDriver::connect(&socket, Setup::default());
             for sector in 0..8 {
                 write_and_read(&mut driver, sector * 8, n as u8 + 1);
@@ -67,15 +70,58 @@ fn polled_io_is_refused_by_name_where_it_cannot_be() {
     assert_eq!(refused(&args).0, 2);
 }
 
+#[test]
+fn registered_buffers_are_refused_where_there_is_no_ring_to_have_them() {
+    let _watchdog = Watchdog::new("registered buffers without a ring");
+    let dir = TempDir::new();
+    let image = dir.image("disk.img", MIB);
+    let mut args = vec![
+        format!("--socket-path={}", dir.path("disk.sock").display()),
+        format!("--blk-file={}", image.display()),
+        "--engine=sync".to_owned(),
+        "--fixed-buffers=guest-never-discards".to_owned(),
+    ];
+    let (code, text) = refused(&args);
+    assert_eq!((code, text.lines().count()), (1, 1), "{text}");
+    assert!(text.contains("--fixed-buffers needs io_uring"), "{text}");
+    args.pop();
+    args.push("--fixed-buffers=on".to_owned());
+    assert_eq!(
+        refused(&args).0,
+        2,
+        "whoever turns it on says what it takes"
+    );
+}
+
 /// From here on io_uring_setup fails with EPERM in this process, as in many containers.
 fn forbid_io_uring() -> std::io::Result<()> {
-    const LOAD_NUMBER: u16 = 0x20;
+    forbid(libc::SYS_io_uring_setup, None)
+}
+
+/// From here on no buffers can be registered with a ring (IORING_REGISTER_BUFFERS2).
+fn forbid_registered_buffers() -> std::io::Result<()> {
+    forbid(libc::SYS_io_uring_register, Some(15))
+}
+
+/// From here on a system call fails with EPERM: with this second argument, or with any.
+fn forbid(call: libc::c_long, second: Option<u32>) -> std::io::Result<()> {
+    /// Where the low half of the second argument is in struct seccomp_data.
+    const SECOND: u32 = 24;
+    const LOAD: u16 = 0x20;
     const EQUALS: u16 = 0x15;
     const RETURN: u16 = 0x06;
     let step = |code, jt, jf, k| libc::sock_filter { code, jt, jf, k };
     let mut steps = [
-        step(LOAD_NUMBER, 0, 0, 0),
-        step(EQUALS, 0, 1, libc::SYS_io_uring_setup as u32),
+        step(LOAD, 0, 0, 0),
+        step(EQUALS, 0, 3, call as u32),
+        step(LOAD, 0, 0, SECOND),
+        // Without one that is asked for, on to the verdict either way.
+        step(
+            EQUALS,
+            0,
+            u8::from(second.is_some()),
+            second.unwrap_or_default(),
+        ),
         step(
             RETURN,
             0,
@@ -139,4 +185,36 @@ fn system_calls_take_over_with_one_warning_where_io_uring_is_forbidden() {
     assert_eq!(daemon.wait().code(), Some(1));
     let last = daemon.log.last().unwrap();
     assert!(last.contains("cannot be used with --sqpoll"), "{last}");
+}
+
+#[test]
+fn memory_that_cannot_be_registered_is_served_with_one_warning() {
+    let _watchdog = Watchdog::new("no registered buffers");
+    let dir = TempDir::new();
+    let image = dir.image("disk.img", MIB);
+    let socket = dir.path("disk.sock");
+    let mut command = command();
+    command
+        .arg(format!("--socket-path={}", socket.display()))
+        .arg(format!("--blk-file={}", image.display()))
+        .arg("--fixed-buffers=guest-never-discards")
+        .arg("--num-queues=2");
+    // SAFETY: the closure makes system calls only, which is what may be done after fork.
+    unsafe { command.pre_exec(forbid_registered_buffers) };
+    let mut daemon = Daemon::spawn(command);
+    daemon.wait_for("nobody may discard pages of it");
+    daemon.wait_for("ready for a frontend");
+    let setup = Setup {
+        num_queues: 2,
+        ..Setup::default()
+    };
+    let mut driver = FakeDriver::connect(&socket, setup);
+    write_and_read(&mut driver, 8, 0x5a);
+    driver.finish();
+    daemon.signal("TERM");
+    assert_eq!(daemon.wait().code(), Some(0));
+    let warnings = daemon.log.iter().filter(|line| line.contains("WARN"));
+    let warnings: Vec<_> = warnings.collect();
+    assert_eq!(warnings.len(), 1, "{:#?}", daemon.log);
+    assert!(warnings[0].contains("guest memory cannot be registered"));
 }

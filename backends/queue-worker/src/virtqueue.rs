@@ -145,6 +145,8 @@ impl Parts {
 pub struct Ring {
     layout: RingLayout,
     memory: Rc<GuestMemory>,
+    /// How often the memory was another one.
+    memory_generation: u64,
     parts: Parts,
     event_idx: bool,
     indirect: bool,
@@ -187,6 +189,7 @@ impl Ring {
         let mut ring = Ring {
             layout,
             memory,
+            memory_generation: 0,
             parts,
             event_idx: has(crate::features::RING_EVENT_IDX),
             indirect: has(crate::features::RING_INDIRECT_DESC),
@@ -315,10 +318,17 @@ impl Ring {
         &self.memory
     }
 
+    /// Another number each time [`memory`](Ring::memory) is another one. Between two drains, memory
+    /// only grows.
+    pub fn memory_generation(&self) -> u64 {
+        self.memory_generation
+    }
+
     /// Continues in new memory; nothing may be in flight.
     pub(crate) fn set_memory(&mut self, memory: Rc<GuestMemory>) -> Result<(), RingError> {
         self.parts = Parts::translate(&self.layout, &memory)?;
         self.memory = memory;
+        self.memory_generation += 1;
         if let Some(log) = &mut self.log {
             log.chain.release();
         }

@@ -11,7 +11,7 @@
 use std::rc::Rc;
 use std::sync::OnceLock;
 
-use berth_blk::engine::EngineChoice;
+use berth_blk::engine::{EngineChoice, FixedBuffers};
 use berth_blk::image::{Cache, Disk, LockTime, OpenOptions};
 use berth_blk::{BlkConfig, BlkDevice};
 use berth_queue_worker::guest_memory::{Region, RegionInfo};
@@ -67,6 +67,11 @@ fuzz_target!(|data: &[u8]| {
             EngineChoice::Sync
         } else {
             EngineChoice::Auto
+        },
+        fixed_buffers: if flags & 64 != 0 {
+            FixedBuffers::GuestNeverDiscards
+        } else {
+            FixedBuffers::Off
         },
         // Enough for some requests; the rest waits until it is drained.
         rate_limit: (flags & 32 != 0).then(|| {

@@ -11,6 +11,7 @@
     reason = "the trait's method that takes buffers by address is unsafe"
 )]
 
+mod fixed;
 mod inline;
 mod probe;
 pub mod sync;
@@ -20,6 +21,7 @@ use std::io;
 use std::os::fd::RawFd;
 use std::sync::Once;
 
+use berth_queue_worker::GuestMemory;
 use tracing::warn;
 
 use crate::image::Disk;
@@ -95,6 +97,31 @@ pub trait DiskEngine {
 
     /// The completion fd was found readable: make it unreadable.
     fn clear_event(&self) {}
+
+    /// The guest's memory is this, and not less than it was: register what is new of it, where
+    /// that was asked for.
+    fn use_memory(&mut self, memory: &GuestMemory) {
+        let _ = memory;
+    }
+
+    /// Memory may be taken away: hold none of it. Nothing is in flight.
+    fn forget_memory(&mut self) {}
+
+    /// Transfers on registered buffers that were begun since this was asked last.
+    fn take_fixed_count(&mut self) -> u64 {
+        0
+    }
+}
+
+/// Whether guest memory is registered with the rings.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
+pub enum FixedBuffers {
+    /// Not: the guest may do with its memory what it likes
+    #[default]
+    Off,
+    /// Register it, which pins all of it: no page of it may ever be discarded (balloon, free page
+    /// reporting, unplugged memory), or reads go astray
+    GuestNeverDiscards,
 }
 
 /// Which engine the queues of a disk use.
@@ -118,6 +145,9 @@ pub enum EngineChoice {
 /// Why an image cannot be used with the engine that was asked for.
 #[derive(Debug, thiserror::Error)]
 pub enum EngineError {
+    /// There is nothing to register memory with.
+    #[error("--fixed-buffers needs io_uring, so not --engine=sync")]
+    FixedBuffers,
     /// Polled I/O goes past the page cache.
     #[error("--iopoll needs --cache=none")]
     Cached,
@@ -134,17 +164,26 @@ pub enum EngineError {
 }
 
 /// Tries what was asked for by name, by one read, so that an operator hears of it before a guest.
-pub fn check(disk: &Disk, choice: EngineChoice) -> Result<(), EngineError> {
+pub fn check(
+    disk: &Disk,
+    choice: EngineChoice,
+    fixed_buffers: FixedBuffers,
+) -> Result<(), EngineError> {
+    if choice == EngineChoice::Sync && fixed_buffers != FixedBuffers::Off {
+        return Err(EngineError::FixedBuffers);
+    }
     let flag = match choice {
         EngineChoice::Auto | EngineChoice::IoUring | EngineChoice::Sync => return Ok(()),
         EngineChoice::SqPoll => "--sqpoll",
         EngineChoice::IoPoll if disk.direct().is_none() => return Err(EngineError::Cached),
         EngineChoice::IoPoll => "--iopoll",
     };
-    probe::read(disk, &Plan::new(disk, choice)).map_err(|source| EngineError::Refused {
-        path: disk.path().to_owned(),
-        flag,
-        source,
+    probe::read(disk, &Plan::new(disk, choice, FixedBuffers::Off)).map_err(|source| {
+        EngineError::Refused {
+            path: disk.path().to_owned(),
+            flag,
+            source,
+        }
     })
 }
 
@@ -154,11 +193,12 @@ pub struct Plan {
     choice: EngineChoice,
     /// Reads, writes: done on the spot while that is faster.
     on_the_spot: [bool; 2],
+    fixed_buffers: bool,
 }
 
 impl Plan {
     /// For `disk`.
-    pub fn new(disk: &Disk, choice: EngineChoice) -> Plan {
+    pub fn new(disk: &Disk, choice: EngineChoice, fixed_buffers: FixedBuffers) -> Plan {
         let on_the_spot = match choice {
             EngineChoice::Auto => probe::handed_over(disk),
             _ => [false; 2],
@@ -166,6 +206,7 @@ impl Plan {
         Plan {
             choice,
             on_the_spot,
+            fixed_buffers: fixed_buffers != FixedBuffers::Off,
         }
     }
 }

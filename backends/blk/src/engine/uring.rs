@@ -3,12 +3,15 @@
 
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
+use std::sync::Once;
 use std::time::Instant;
 
+use berth_queue_worker::GuestMemory;
 use berth_queue_worker::uring::{IoRing, Setup};
 use io_uring::{opcode, squeue, types};
 use tracing::warn;
 
+use super::fixed::{self, FixedBuffers};
 use super::inline::{Place, Policy};
 use super::{DiskEngine, EngineChoice, Io, Plan, sync};
 use crate::image::Disk;
@@ -19,15 +22,23 @@ const FILE: types::Fixed = types::Fixed(0);
 /// A kernel thread that submits sleeps after so long without anything.
 const SQPOLL_IDLE_MS: u32 = 10;
 
-/// All that the ring may do.
-const OPCODES: [u8; 6] = [
+/// Registered buffers were refused; once for all queues.
+static NOT_FIXED: Once = Once::new();
+
+/// All that the ring may do; the last two only with registered buffers.
+const OPCODES: [u8; 8] = [
     opcode::Read::CODE,
     opcode::Readv::CODE,
     opcode::Write::CODE,
     opcode::Writev::CODE,
     opcode::Fsync::CODE,
     opcode::Fallocate::CODE,
+    opcode::ReadFixed::CODE,
+    opcode::WriteFixed::CODE,
 ];
+
+/// How many of [`OPCODES`] there are without registered buffers.
+const NOT_FIXED_OPCODES: usize = OPCODES.len() - 2;
 
 /// I/O through one io_uring, and on the spot where [`Policy`] says so.
 #[derive(Debug)]
@@ -39,6 +50,9 @@ pub struct UringEngine {
     /// The device has refused a polled transfer (one read at the start may have hit a hole, which
     /// never gets to the device): all goes to the other ring.
     polled_refused: bool,
+    /// Guest memory registered with the ring that does reads and writes, if that was asked for.
+    fixed: Option<FixedBuffers>,
+    fixed_count: u64,
     fd: RawFd,
     reads: Policy,
     writes: Policy,
@@ -63,11 +77,29 @@ struct Alone {
 impl UringEngine {
     /// A ring with room for `depth` operations, on the thread that will use it.
     pub fn new(disk: &Disk, depth: u16, plan: &Plan) -> io::Result<UringEngine> {
+        if !plan.fixed_buffers {
+            return UringEngine::with(disk, depth, plan, false);
+        }
+        UringEngine::with(disk, depth, plan, true).or_else(|error| {
+            // Before 5.13 there is no such operation that a ring could allow.
+            let engine = UringEngine::with(disk, depth, plan, false)?;
+            NOT_FIXED.call_once(|| warn!(%error, "no registered buffers here, going on without"));
+            Ok(engine)
+        })
+    }
+
+    fn with(disk: &Disk, depth: u16, plan: &Plan, fixed: bool) -> io::Result<UringEngine> {
         let fd = disk.file().as_raw_fd();
+        let (opcodes, register_ops) = if fixed {
+            (&OPCODES[..], &fixed::REGISTER_OPS[..])
+        } else {
+            (&OPCODES[..NOT_FIXED_OPCODES], &[][..])
+        };
         let setup = Setup {
             entries: u32::from(depth),
             files: &[fd],
-            opcodes: &OPCODES,
+            opcodes,
+            register_ops,
             sqpoll_idle_ms: (plan.choice == EngineChoice::SqPoll).then_some(SQPOLL_IDLE_MS),
             ..Setup::default()
         };
@@ -84,6 +116,8 @@ impl UringEngine {
             ring,
             polled,
             polled_refused: false,
+            fixed: fixed.then(FixedBuffers::default),
+            fixed_count: 0,
             fd,
             reads: Policy::new(reads),
             writes: Policy::new(writes),
@@ -130,13 +164,40 @@ impl UringEngine {
         self.done.push((tag, result));
     }
 
+    /// The ring that does reads and writes, unless the device has refused that.
+    fn transfer_ring(&self) -> &IoRing {
+        self.polled.as_ref().unwrap_or(&self.ring)
+    }
+
+    /// Pushes an operation to the ring that does it; false where that is full.
+    ///
+    /// # Safety
+    ///
+    /// As for [`DiskEngine::start`].
+    unsafe fn push(&mut self, tag: u64, io: &Io) -> bool {
+        let ring = match (&mut self.polled, io) {
+            (Some(polled), Io::Read { .. } | Io::Write { .. }) if !self.polled_refused => polled,
+            _ => &mut self.ring,
+        };
+        let registered = !self.polled_refused;
+        let fixed = self.fixed.as_ref().filter(|_| registered);
+        let fixed_entry = fixed.and_then(|fixed| fixed_entry(fixed, io));
+        let is_fixed = fixed_entry.is_some();
+        let entry = fixed_entry.unwrap_or_else(|| entry(io));
+        // SAFETY: the caller keeps iovecs and buffers until the completion is taken, or until this
+        // engine, and with it the ring, is dropped.
+        let pushed = unsafe { ring.push(&entry.user_data(tag)) };
+        self.fixed_count += u64::from(pushed && is_fixed);
+        pushed
+    }
+
     /// Puts what waits for `submit` into the ring; false where that is full.
     fn queue_alone(&mut self) -> bool {
         let Some(alone) = self.alone.take() else {
             return true;
         };
         // SAFETY: the promise of the `start` that it came with.
-        let pushed = unsafe { self.ring.push(&entry(&alone.io()).user_data(alone.tag)) };
+        let pushed = unsafe { self.push(alone.tag, &alone.io()) };
         if !pushed {
             self.alone = Some(alone);
         }
@@ -217,6 +278,30 @@ fn entry(io: &Io) -> squeue::Entry {
     }
 }
 
+/// The same on a registered buffer, where one buffer holds it all.
+fn fixed_entry(fixed: &FixedBuffers, io: &Io) -> Option<squeue::Entry> {
+    match *io {
+        Io::Read {
+            offset,
+            iovecs: [one],
+        } => {
+            let (base, len) = (one.iov_base.cast(), clamp(one.iov_len));
+            let read = opcode::ReadFixed::new(FILE, base, len, fixed.slot_of(one)?);
+            Some(read.offset(offset).build())
+        }
+        Io::Write {
+            offset,
+            iovecs: [one],
+            durable,
+        } => {
+            let (base, len) = (one.iov_base.cast(), clamp(one.iov_len));
+            let write = opcode::WriteFixed::new(FILE, base, len, fixed.slot_of(one)?);
+            Some(write.offset(offset).rw_flags(write_flags(durable)).build())
+        }
+        _ => None,
+    }
+}
+
 /// What is cut off here comes back as a short transfer and is continued.
 fn clamp(len: usize) -> u32 {
     len.min(1 << 30) as u32
@@ -249,13 +334,8 @@ impl DiskEngine for UringEngine {
             }
             Place::HereIfAlone | Place::Ring | Place::RingTimed => {}
         }
-        let ring = match (&mut self.polled, io) {
-            (Some(polled), Io::Read { .. } | Io::Write { .. }) if !self.polled_refused => polled,
-            _ => &mut self.ring,
-        };
-        // SAFETY: the caller keeps iovecs and buffers until the completion is taken, or until this
-        // engine, and with it the ring, is dropped.
-        unsafe { ring.push(&entry(io).user_data(tag)) }
+        // SAFETY: the caller's promise.
+        unsafe { self.push(tag, io) }
     }
 
     fn submit(&mut self) -> io::Result<()> {
@@ -341,5 +421,32 @@ impl DiskEngine for UringEngine {
 
     fn clear_event(&self) {
         self.ring.clear_event();
+    }
+
+    fn use_memory(&mut self, memory: &GuestMemory) {
+        let Some(mut fixed) = self.fixed.take() else {
+            return;
+        };
+        if let Err(error) = fixed.add(&self.transfer_ring().submitter(), memory) {
+            NOT_FIXED.call_once(|| {
+                warn!(%error, "guest memory cannot be registered (RLIMIT_MEMLOCK?), going on without");
+            });
+        }
+        self.fixed = Some(fixed);
+    }
+
+    fn forget_memory(&mut self) {
+        let Some(mut fixed) = self.fixed.take() else {
+            return;
+        };
+        match fixed.clear(&self.transfer_ring().submitter()) {
+            Ok(()) => self.fixed = Some(fixed),
+            // Never registered with again.
+            Err(error) => warn!(%error, "registered buffers cannot be given back"),
+        }
+    }
+
+    fn take_fixed_count(&mut self) -> u64 {
+        std::mem::take(&mut self.fixed_count)
     }
 }
