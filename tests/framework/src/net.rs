@@ -161,7 +161,19 @@ impl FrameSocket {
     /// # Errors
     /// There is no such interface.
     pub fn open(interface: &str) -> Result<Self> {
-        let socket = sys::packet_socket(interface);
+        Self::with(interface, None)
+    }
+
+    /// The same for frames of one type that come in: other traffic cannot fill its buffer.
+    ///
+    /// # Errors
+    /// There is no such interface.
+    pub fn of_type(interface: &str, ethertype: u16) -> Result<Self> {
+        Self::with(interface, Some(ethertype))
+    }
+
+    fn with(interface: &str, ethertype: Option<u16>) -> Result<Self> {
+        let socket = sys::packet_socket(interface, ethertype);
         Ok(Self(socket.with_context(|| {
             format!("packet socket on {interface}")
         })?))
@@ -217,7 +229,7 @@ impl FrameCounter {
     /// # Errors
     /// There is no such interface.
     pub fn start(interface: &str) -> Result<Self> {
-        let socket = sys::packet_socket(interface)
+        let socket = sys::packet_socket(interface, None)
             .with_context(|| format!("packet socket on {interface}"))?;
         let stop = Arc::new(AtomicBool::new(false));
         let seen = Arc::clone(&stop);

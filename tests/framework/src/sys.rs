@@ -145,12 +145,13 @@ pub(crate) fn drain(fd: &OwnedFd) {
     }
 }
 
-/// A raw packet socket that sees every frame of `interface` in the thread's network namespace.
-pub(crate) fn packet_socket(interface: &str) -> Result<OwnedFd> {
-    let all = libc::ETH_P_ALL.cast_unsigned() as u16;
+/// A raw packet socket on `interface` in the thread's network namespace: for every frame, or for those of
+/// `ethertype` that come in.
+pub(crate) fn packet_socket(interface: &str, ethertype: Option<u16>) -> Result<OwnedFd> {
+    let protocol = ethertype.unwrap_or(libc::ETH_P_ALL.cast_unsigned() as u16);
     let kind = libc::SOCK_RAW | libc::SOCK_CLOEXEC;
-    // SAFETY: no pointers.
-    let socket = owned(unsafe { libc::socket(libc::AF_PACKET, kind, i32::from(all.to_be())) })?;
+    // Nothing comes before it is bound. SAFETY: no pointers.
+    let socket = owned(unsafe { libc::socket(libc::AF_PACKET, kind, 0) })?;
     let name = CString::new(interface)?;
     // SAFETY: `name` is a NUL-terminated string that outlives the call.
     let index = unsafe { libc::if_nametoindex(name.as_ptr()) };
@@ -160,7 +161,7 @@ pub(crate) fn packet_socket(interface: &str) -> Result<OwnedFd> {
     // SAFETY: all zeroes is a valid sockaddr_ll.
     let mut address: libc::sockaddr_ll = unsafe { std::mem::zeroed() };
     address.sll_family = libc::AF_PACKET as u16;
-    address.sll_protocol = all.to_be();
+    address.sll_protocol = protocol.to_be();
     address.sll_ifindex = index.cast_signed();
     let length = size_of::<libc::sockaddr_ll>() as libc::socklen_t;
     // SAFETY: `address` is a live sockaddr_ll of the length given.
