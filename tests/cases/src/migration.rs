@@ -33,7 +33,9 @@ use serde_json::{Value, json};
 pub const STORIES: &[Story] = &[Story {
     name: "migration",
     tier: Tier::Client,
-    long: false,
+    // On a machine with several times the load of its cores the guest has fallen silent some seconds after
+    // the switch, twice in some 40 runs; whether that is ours or the emulator's is not known yet.
+    long: true,
     checks: &[
         "migration.done_under_load",
         "migration.page_cache_as_read",
