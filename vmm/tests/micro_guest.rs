@@ -49,10 +49,8 @@ fn a_reset_boots_the_guest_again_and_again() {
     }
     for (port, value) in [(0xcf9, 0x06), (0x64, 0xfe)] {
         let guest = Guest::start(&Code::new().print("boot\n").out8(port, value).halt());
-        eventually("four boots", || {
-            (guest.serial().lines().count() >= 4).then_some(())
-        });
-        assert!(guest.serial().lines().all(|line| line == "boot"));
+        eventually("four boots", || (guest.lines().len() >= 4).then_some(()));
+        assert!(guest.lines().iter().all(|line| line == "boot"));
         assert_eq!(guest.api("PUT", "vmm.shutdown").0, 204);
         let (code, stderr) = guest.wait();
         assert_eq!(code, 0, "{stderr}");
@@ -66,9 +64,7 @@ fn neither_memory_nor_threads_nor_files_grow_with_reboots() {
     }
     let guest = Guest::start(&Code::new().print("boot\n").out8(0xcf9, 6).halt());
     let maps = format!("/proc/{}/maps", guest.pid());
-    eventually("twenty boots", || {
-        (guest.serial().lines().count() >= 20).then_some(())
-    });
+    eventually("twenty boots", || (guest.lines().len() >= 20).then_some(()));
     let mapped = std::fs::read_to_string(maps).unwrap();
     let rams = mapped.matches("berth-guest-ram").count();
     // One machine may be on its way out while the next is made.
@@ -128,19 +124,17 @@ fn a_guest_that_was_shut_down_can_be_booted_again() {
         return;
     }
     let guest = Guest::start(&Code::new().print("boot\n").halt());
-    eventually("a boot", || {
-        (guest.serial().lines().count() == 1).then_some(())
-    });
+    eventually("a boot", || (guest.lines().len() == 1).then_some(()));
     assert_eq!(guest.api("PUT", "vm.shutdown").0, 204);
     assert_eq!(guest.state(), "Shutdown");
     assert_eq!(guest.api("PUT", "vm.shutdown").0, 404);
     assert_eq!(guest.api("PUT", "vm.boot").0, 204);
     eventually("the second boot", || {
-        (guest.serial().lines().count() == 2).then_some(())
+        (guest.lines().len() == 2).then_some(())
     });
     assert_eq!(guest.api("PUT", "vm.reboot").0, 204);
     eventually("the third boot", || {
-        (guest.serial().lines().count() == 3).then_some(())
+        (guest.lines().len() == 3).then_some(())
     });
 }
 
@@ -151,9 +145,7 @@ fn a_boot_that_a_client_asked_for_may_fail_and_be_tried_again() {
     }
     let guest = Guest::start(&Code::new().print("boot\n").halt());
     let (kernel, aside) = (guest.path("kernel"), guest.path("aside"));
-    eventually("a boot", || {
-        (guest.serial().lines().count() == 1).then_some(())
-    });
+    eventually("a boot", || (guest.lines().len() == 1).then_some(()));
     assert_eq!(guest.api("PUT", "vm.shutdown").0, 204);
     std::fs::rename(&kernel, &aside).unwrap();
     assert_eq!(guest.api("PUT", "vm.boot").0, 204);
@@ -163,7 +155,7 @@ fn a_boot_that_a_client_asked_for_may_fail_and_be_tried_again() {
     std::fs::rename(&aside, &kernel).unwrap();
     assert_eq!(guest.api("PUT", "vm.boot").0, 204);
     eventually("the second boot", || {
-        (guest.serial().lines().count() == 2).then_some(())
+        (guest.lines().len() == 2).then_some(())
     });
 }
 

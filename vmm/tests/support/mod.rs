@@ -226,6 +226,16 @@ impl Guest {
         std::fs::read_to_string(self.path("serial")).unwrap_or_default()
     }
 
+    /// The whole lines of it: the guest may be in the middle of one.
+    pub(crate) fn lines(&self) -> Vec<String> {
+        let text = self.serial();
+        let whole = text.split_inclusive('\n');
+        whole
+            .filter_map(|line| line.strip_suffix('\n'))
+            .map(str::to_owned)
+            .collect()
+    }
+
     /// Process id of the VMM.
     pub(crate) fn pid(&self) -> i32 {
         self.child.id() as i32
