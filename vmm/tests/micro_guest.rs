@@ -67,8 +67,8 @@ fn neither_memory_nor_threads_nor_files_grow_with_reboots() {
     eventually("twenty boots", || (guest.lines().len() >= 20).then_some(()));
     let mapped = std::fs::read_to_string(maps).unwrap();
     let rams = mapped.matches("berth-guest-ram").count();
-    // One machine may be on its way out while the next is made.
-    assert!((1..=2).contains(&rams), "{rams} guest memories:\n{mapped}");
+    // One machine may be on its way out while the next is made, or gone before it is.
+    assert!(rams <= 2, "{rams} guest memories:\n{mapped}");
     let count = |what: &str| {
         let path = format!("/proc/{}/{what}", guest.pid());
         std::fs::read_dir(path).unwrap().count()

@@ -110,7 +110,10 @@ fn without_control_queue_every_pair_that_runs_is_attached() {
     assert!(guest.port.events().contains(&Event::Attached(1, true)));
     // A frontend that disables the ring takes the pair out of use, as QEMU does
     guest.driver.frontend.set_enable(2, false);
-    assert_eq!(guest.port.events(), [Event::Attached(1, false)]);
+    // Pair 0 may have started only now.
+    let events = guest.port.events();
+    assert!(events.contains(&Event::Attached(1, false)), "{events:?}");
+    assert!(!events.contains(&Event::Attached(0, false)), "{events:?}");
 }
 
 #[test]
