@@ -156,11 +156,13 @@ impl Connection {
         session: &mut Session,
     ) -> Result<(), End> {
         self.peer.begin(session.limit);
-        match self.peer.write_config(offset, &data) {
-            Ok(()) => {
-                session.written.insert(offset, data);
-                Ok(())
-            }
+        let written = self.peer.write_config(offset, &data);
+        // Also where the backend went before it answered: its successor has to hear of it.
+        if !matches!(written, Err(Error::Refused { .. })) {
+            session.written.insert(offset, data);
+        }
+        match written {
+            Ok(()) => Ok(()),
             Err(error @ Error::Refused { .. }) => {
                 if let Some(suppressed) = REFUSED_WRITES.pass() {
                     let device = session.shared.id();
