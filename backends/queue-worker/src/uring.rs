@@ -228,7 +228,10 @@ impl IoRing {
     /// completions. A signal or a shortage is no error: the caller looks again.
     fn enter(&mut self, want: u32) -> io::Result<()> {
         let result = if self.ring.params().is_setup_sqpoll() {
-            self.ring.submit_and_wait(want as usize)
+            // A push is seen by the kernel's thread at once, and may have been taken: what is pushed
+            // is submitted, whatever is left in the submission queue.
+            let pushed = self.queued;
+            self.ring.submit_and_wait(want as usize).map(|_| pushed)
         } else {
             let flags = EnterFlags::GETEVENTS.bits();
             // `queued` is what is in the submission queue: pushes sync it.
@@ -453,5 +456,38 @@ mod tests {
             -libc::EACCES,
             "nop"
         );
+    }
+
+    #[test]
+    fn request_that_the_kernel_thread_took_before_it_was_submitted_is_submitted() {
+        let (done, finished) = std::sync::mpsc::channel();
+        std::thread::spawn(move || {
+            let file = file();
+            let mut ring = IoRing::new(&Setup {
+                entries: 4,
+                files: &[file.as_raw_fd()],
+                opcodes: &[opcode::Read::CODE],
+                // Longer than the test: once it is awake it takes what it sees.
+                sqpoll_idle_ms: Some(60_000),
+                ..Setup::default()
+            })
+            .unwrap();
+            let mut magic = [0u8; 4];
+            let read = opcode::Read::new(types::Fixed(0), magic.as_mut_ptr(), 4).build();
+            assert_eq!(run(&mut ring, read.clone()), 4);
+            // SAFETY: `magic` outlives the ring's use of it, which ends below.
+            assert!(unsafe { ring.push(&read) });
+            while !ring.is_ready() {
+                std::thread::yield_now();
+            }
+            ring.submit().unwrap();
+            let mut results = Vec::new();
+            ring.take_completions(|done| results.push(done.result))
+                .unwrap();
+            assert_eq!(ring.in_flight(), 0);
+            done.send(results).unwrap();
+        });
+        let results = finished.recv_timeout(std::time::Duration::from_secs(20));
+        assert_eq!(results.expect("submitted"), [4]);
     }
 }
