@@ -17,6 +17,10 @@
 //! Spec: vhost-user, "Communication", "Ring states", "Front-end message types".
 #![forbid(unsafe_code)]
 
+mod error;
+mod handle;
+mod memory;
+
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
@@ -29,13 +33,17 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use crate::device::{Device, protocol};
 use crate::features;
-use crate::guest_memory::{GuestMemory, MemoryError, Region, RegionInfo};
-use crate::inflight::{self, InflightError, InflightRegion};
-use crate::log::{DirtyLog, LogError, SessionLog};
+use crate::guest_memory::GuestMemory;
+use crate::inflight::InflightRegion;
+use crate::log::SessionLog;
 use crate::metrics::Metrics;
-use crate::protocol::connection::{Connection, ConnectionError, Message, send_with_fds};
-use crate::protocol::message::{self, BackendReq, FrontendReq, InflightInfo, LogArea, Request};
+use crate::protocol::connection::{Connection, Message, send_with_fds};
+use crate::protocol::message::{self, BackendReq, FrontendReq, Request};
 use crate::vring::{Surroundings, Vring};
+
+pub use error::{Refusal, SessionError};
+pub use handle::SessionHandle;
+use memory::MAX_MEM_SLOTS;
 
 /// VHOST_USER_PROTOCOL_F_* bits that every device offers.
 mod offered {
@@ -63,74 +71,6 @@ mod offered {
 /// covers a medium or a driver that answers within some 50 µs. Longer gained nothing more.
 pub const DEFAULT_POLL_LIMIT: Duration = Duration::from_micros(50);
 
-/// Most memory regions of a session.
-const MAX_MEM_SLOTS: u64 = 509;
-
-/// Why a request was refused.
-#[derive(Debug, thiserror::Error)]
-pub enum Refusal {
-    /// A queue that the device does not have.
-    #[error("no queue {0}")]
-    NoQueue(u32),
-    /// A ring size the device does not take.
-    #[error("ring size {num} is not a power of two up to {max}")]
-    BadRingSize {
-        /// What was asked.
-        num: u32,
-        /// The device's limit.
-        max: u16,
-    },
-    /// Feature bits that were not offered.
-    #[error("features {0:#x} were not offered")]
-    NotOffered(u64),
-    /// Too many memory regions.
-    #[error("more than {MAX_MEM_SLOTS} memory regions")]
-    TooManyRegions,
-    /// A ring index above 16 bits.
-    #[error("ring index {0:#x} is above 16 bits")]
-    BadBase(u32),
-    /// The base of a ring that runs, or a new in-flight region while one does.
-    #[error("queue {0} runs, which does not go together")]
-    Running(u32),
-    /// A kick without fd asks for busy polling of the ring.
-    #[error("queue {0} has no kick fd, and polling of a ring is not supported")]
-    NoKick(u32),
-    /// A request that belongs to a protocol feature we do not offer.
-    #[error("not supported")]
-    Unsupported,
-    /// Guest memory.
-    #[error("guest memory")]
-    Memory(#[from] MemoryError),
-    /// The in-flight region.
-    #[error(transparent)]
-    Inflight(#[from] InflightError),
-    /// The dirty log.
-    #[error("cannot log writes")]
-    Log(#[from] LogError),
-    /// The device said no, or a system call failed.
-    #[error("device")]
-    Device(#[from] io::Error),
-}
-
-/// Why a session ended.
-#[derive(Debug, thiserror::Error)]
-pub enum SessionError {
-    /// The connection, or the framing of a message.
-    #[error(transparent)]
-    Connection(#[from] ConnectionError),
-    /// A request was refused, and the frontend did not ask for an acknowledgement.
-    #[error("cannot do {request:?} of the frontend")]
-    Refused {
-        /// The request.
-        request: Box<Request>,
-        /// Why not.
-        source: Refusal,
-    },
-    /// The frontend truncated the file behind guest memory.
-    #[error("the frontend took guest memory away while it was in use")]
-    MemoryLost,
-}
-
 /// What goes back to the frontend.
 enum Answer {
     /// Success; said only where the frontend asked.
@@ -142,27 +82,6 @@ enum Answer {
 }
 
 type Handled = Result<Answer, Refusal>;
-
-/// Lets a device reach the frontend of the running session. Cheap to clone, any thread.
-#[derive(Clone, Debug)]
-pub struct SessionHandle {
-    config_changed: Arc<EventFd>,
-    has_channel: Arc<AtomicBool>,
-}
-
-impl SessionHandle {
-    /// The configuration space has changed: CONFIG_CHANGE_MSG goes out on the backend channel, if
-    /// the frontend gave one. Does not block.
-    pub fn config_changed(&self) {
-        // A full counter is readable, which is all that is needed.
-        let _ = self.config_changed.write(1);
-    }
-
-    /// Whether the frontend gave a backend channel, and so can hear of a change.
-    pub fn has_channel(&self) -> bool {
-        self.has_channel.load(Ordering::Relaxed)
-    }
-}
 
 /// How a session is run.
 #[derive(Clone, Copy, Debug)]
@@ -471,38 +390,6 @@ impl<D: Device> Session<D> {
         Ok(self.update_logs())
     }
 
-    /// Has all running rings log as the frontend wants it now; returns when they do.
-    fn update_logs(&self) -> Answer {
-        let asked: Vec<_> = self
-            .vrings
-            .iter()
-            .map(|vring| (vring, vring.update_log(&self.log)))
-            .collect();
-        for (vring, done) in asked {
-            if let Some(done) = done {
-                vring.wait_for(&done);
-            }
-        }
-        Answer::Done
-    }
-
-    fn set_log_base(&mut self, area: LogArea, fds: &[OwnedFd]) -> Handled {
-        // The codec has checked that the fd is there.
-        let fd = fds.first().ok_or(Refusal::Unsupported)?;
-        let log = DirtyLog::map(area, fd)?;
-        let end = self.memory.end();
-        if end > log.end() {
-            return Err(Refusal::Log(LogError::Beyond {
-                gpa: 0,
-                len: end,
-                end: log.end(),
-            }));
-        }
-        self.log.log = Some(Arc::new(log));
-        self.update_logs();
-        Ok(number(FrontendReq::SET_LOG_BASE, 0))
-    }
-
     fn protocol_features(&self) -> u64 {
         let own = protocol::RARP | protocol::NET_MTU;
         offered::ALL | self.device.protocol_features() & own
@@ -532,64 +419,6 @@ impl<D: Device> Session<D> {
             data[..len].copy_from_slice(&there[..len]);
         }
         Answer::Reply(message::reply_config(offset, flags, &data))
-    }
-
-    /// A new region, for the frontend to keep. Each queue gets room for the largest ring that the
-    /// device takes: a driver may choose one larger than the frontend expects.
-    fn get_inflight(&self, asked: InflightInfo) -> Handled {
-        let most = self.device.num_queues();
-        if !(1..=most).contains(&asked.num_queues) || asked.queue_size == 0 {
-            return Err(InflightError::BadShape {
-                queues: asked.num_queues,
-                size: asked.queue_size,
-                bytes: asked.map_size,
-            }
-            .into());
-        }
-        let entries = asked.queue_size.max(self.device.max_queue_size());
-        let (file, mut info) = inflight::allocate(asked.num_queues, entries)?;
-        info.queue_size = asked.queue_size;
-        Ok(Answer::ReplyWithFd(message::reply_inflight(&info), file))
-    }
-
-    /// The region that rings use which start from now on.
-    fn set_inflight(&mut self, info: InflightInfo, fds: &[OwnedFd]) -> Handled {
-        let running = self.vrings.iter().position(Vring::is_running);
-        if let Some(index) = running {
-            return Err(Refusal::Running(index as u32));
-        }
-        // The codec has checked that the fd is there.
-        let fd = fds.first().ok_or(Refusal::Unsupported)?;
-        self.inflight = Some(Arc::new(InflightRegion::map(info, fd)?));
-        Ok(Answer::Done)
-    }
-
-    fn change_memory(&mut self, request: &Request, fds: &[OwnedFd]) -> Handled {
-        let (memory, removed) = match request {
-            Request::SetMemTable(regions) => (map_table(regions, fds)?, true),
-            Request::AddMemReg(info) => {
-                if self.memory.len() as u64 >= MAX_MEM_SLOTS {
-                    return Err(Refusal::TooManyRegions);
-                }
-                (map_more(&self.memory, *info, fds)?, false)
-            }
-            Request::RemMemReg(info) => (self.memory.without(*info)?, true),
-            _ => return Err(Refusal::Unsupported),
-        };
-        self.memory = Arc::new(memory);
-        // Ask all, then wait for all: the queues drain side by side.
-        let asked: Vec<_> = self
-            .vrings
-            .iter()
-            .map(|vring| (vring, vring.update_memory(&self.memory, removed)))
-            .collect();
-        for (vring, done) in asked {
-            if let Some(done) = done {
-                vring.wait_for(&done);
-            }
-        }
-        self.start_all_ready()?;
-        Ok(Answer::Done)
     }
 
     /// Stops and disables all rings.
@@ -629,22 +458,4 @@ fn set_nonblocking(fd: &OwnedFd) -> io::Result<()> {
 
 fn number(request: FrontendReq, value: u64) -> Answer {
     Answer::Reply(message::reply_u64(request.into(), value))
-}
-
-fn map_more(
-    memory: &GuestMemory,
-    info: RegionInfo,
-    fds: &[OwnedFd],
-) -> Result<GuestMemory, Refusal> {
-    // The codec has checked that the fd is there.
-    let fd = fds.first().ok_or(Refusal::Unsupported)?;
-    Ok(memory.with(Region::map(info, fd)?)?)
-}
-
-fn map_table(regions: &[RegionInfo], fds: &[OwnedFd]) -> Result<GuestMemory, Refusal> {
-    let mut memory = GuestMemory::default();
-    for (info, fd) in regions.iter().zip(fds) {
-        memory = memory.with(Region::map(*info, fd)?)?;
-    }
-    Ok(memory)
 }

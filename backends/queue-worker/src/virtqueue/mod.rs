@@ -15,130 +15,34 @@
 //! costs O(N) with N bounded, whatever the driver writes. Spec: virtio 1.3, 2.7.
 #![forbid(unsafe_code)]
 
+mod dirty;
+mod error;
+mod layout;
+mod takeover;
+mod walk;
+
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU16, Ordering, fence};
 
-use virtio_bindings::virtio_ring::{
-    VRING_AVAIL_F_NO_INTERRUPT, VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT, VRING_DESC_F_WRITE,
-    VRING_USED_F_NO_NOTIFY,
-};
+use virtio_bindings::virtio_ring::{VRING_AVAIL_F_NO_INTERRUPT, VRING_USED_F_NO_NOTIFY};
 
 use crate::chain::Chain;
-use crate::guest_memory::{GuestMemory, GuestSlice, MemoryError, RawSlice};
-use crate::inflight::{InflightError, InflightRegion, Tracker};
+use crate::guest_memory::{GuestMemory, GuestSlice};
+use crate::inflight::Tracker;
 use crate::latency::Latency;
-use crate::log::{LogError, QueueLog, RingLog};
+use crate::log::RingLog;
 use crate::metrics::QueueCounters;
 use crate::saved_state::SavedState;
+
+pub use error::RingError;
+use layout::Parts;
+pub use layout::RingLayout;
 
 /// Longest chain taken, indirect descriptors included. The specification's limit is the queue
 /// size; drivers that size indirect tables by seg_max go somewhat above it.
 const MAX_CHAIN: usize = 4096;
 const DESC_SIZE: usize = 16;
-
-/// What the driver did wrong. None of these can come from a driver that follows the specification.
-#[derive(Debug, thiserror::Error)]
-pub enum RingError {
-    /// avail.idx ran ahead of the ring.
-    #[error("avail index {avail} is {ahead} ahead of {next} in a ring of {size}")]
-    AvailJump {
-        /// What the driver wrote.
-        avail: u16,
-        /// What we expected to take next.
-        next: u16,
-        /// The difference.
-        ahead: u16,
-        /// Ring size.
-        size: u16,
-    },
-    /// A descriptor index outside of its table.
-    #[error("descriptor index {index} is outside a table of {len}")]
-    BadIndex {
-        /// The index.
-        index: u16,
-        /// Length of the table.
-        len: usize,
-    },
-    /// A loop, or a chain without end.
-    #[error("descriptor chain at head {head} does not end after {limit} descriptors")]
-    Endless {
-        /// Head of the chain.
-        head: u16,
-        /// How many descriptors were followed.
-        limit: usize,
-    },
-    /// An indirect table of a size that is 0 or no multiple of 16, or too long.
-    #[error("indirect table of {len} bytes at gpa {gpa:#x}")]
-    BadIndirect {
-        /// Its address.
-        gpa: u64,
-        /// Its length in bytes.
-        len: u32,
-    },
-    /// An indirect descriptor inside an indirect table, with NEXT, or not negotiated.
-    #[error("indirect descriptor where none is allowed, in the chain at head {head}")]
-    UnexpectedIndirect {
-        /// Head of the chain.
-        head: u16,
-    },
-    /// A readable descriptor after a writable one.
-    #[error("device-readable descriptor after a writable one, in the chain at head {head}")]
-    BadOrder {
-        /// Head of the chain.
-        head: u16,
-    },
-    /// An address outside of guest memory.
-    #[error("bad address in the ring")]
-    Memory(#[from] MemoryError),
-    /// What an earlier process left in the in-flight region cannot be.
-    #[error("cannot continue the ring")]
-    Inflight(#[from] InflightError),
-    /// Writes that cannot be logged for a migration.
-    #[error("cannot log a write")]
-    Log(#[from] LogError),
-}
-
-/// Where the frontend placed a ring, as in SET_VRING_ADDR, and how large it is.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct RingLayout {
-    /// Number of entries, a power of two.
-    pub size: u16,
-    /// Frontend address of the descriptor table.
-    pub desc_uva: u64,
-    /// Frontend address of the available ring.
-    pub avail_uva: u64,
-    /// Frontend address of the used ring.
-    pub used_uva: u64,
-}
-
-/// The three parts of a ring, translated.
-#[derive(Clone, Copy, Debug)]
-struct Parts {
-    desc: RawSlice,
-    avail: RawSlice,
-    used: RawSlice,
-}
-
-impl Parts {
-    fn translate(layout: &RingLayout, memory: &GuestMemory) -> Result<Parts, MemoryError> {
-        let size = usize::from(layout.size);
-        let part = |uva: u64, len: usize, align: usize| {
-            let slice = memory.slice_uva(uva, len)?;
-            if !slice.host_addr().is_multiple_of(align) {
-                return Err(MemoryError::Misaligned { offset: 0 });
-            }
-            Ok(slice.raw())
-        };
-        Ok(Parts {
-            desc: part(layout.desc_uva, DESC_SIZE * size, 8)?,
-            // flags, idx, ring[size], used_event
-            avail: part(layout.avail_uva, 6 + 2 * size, 2)?,
-            // flags, idx, ring[size] of 8 bytes, avail_event
-            used: part(layout.used_uva, 6 + 8 * size, 4)?,
-        })
-    }
-}
 
 /// The device side of one split virtqueue.
 #[derive(Debug)]
@@ -228,42 +132,6 @@ impl Ring {
         }
     }
 
-    /// The same ring, with its requests in flight noted in the part of `region` for `queue`. Where
-    /// an earlier process noted some, this ring begins with these, and after that with the first
-    /// chain that was not taken, whatever base it was given.
-    pub fn tracked(mut self, region: Arc<InflightRegion>, queue: u16) -> Result<Ring, RingError> {
-        self.saved = SavedState::of(&region, queue, self.layout.size);
-        let mut tracker = Tracker::new(region, queue, self.layout.size)?;
-        if let Some(heads) = tracker.recover(self.next_used)? {
-            if self.are_next(&heads)? {
-                // Answered in order so far: the ring itself knows them, and in which order. From
-                // the last to the first, so that those still marked are always the first ones.
-                for head in heads.iter().rev() {
-                    tracker.forget(*head)?;
-                }
-                self.next_avail = self.next_used;
-            } else {
-                // At most the ring's size.
-                self.next_avail = self.next_used.wrapping_add(heads.len() as u16);
-                self.resubmits = heads;
-            }
-            self.known_avail = self.next_avail;
-        }
-        self.tracker = Some(tracker);
-        Ok(self)
-    }
-
-    /// Whether the available ring has exactly these from the used index on.
-    fn are_next(&self, heads: &[u16]) -> Result<bool, RingError> {
-        let avail = self.avail();
-        for (at, head) in (self.next_used..=u16::MAX).chain(0..=u16::MAX).zip(heads) {
-            if u16::from_le(avail.load(self.avail_entry(at))?) != *head {
-                return Ok(false);
-            }
-        }
-        Ok(true)
-    }
-
     /// Offset in the available ring of the entry with this index.
     fn avail_entry(&self, index: u16) -> usize {
         4 + 2 * self.slot(index)
@@ -298,11 +166,6 @@ impl Ring {
             || self.log.as_ref().is_some_and(|log| log.is_lost())
     }
 
-    /// Chains of an earlier process that have yet to be popped.
-    pub(crate) fn resubmits_left(&self) -> usize {
-        self.resubmits.len() - self.resubmitted
-    }
-
     /// Number of entries.
     pub fn size(&self) -> u16 {
         self.layout.size
@@ -333,49 +196,6 @@ impl Ring {
             log.chain.release();
         }
         Ok(())
-    }
-
-    /// What is logged from now on, also of chains that were taken before.
-    pub(crate) fn set_log(&mut self, log: Option<QueueLog>) {
-        self.log = log.map(|queue| Box::new(RingLog::new(queue)));
-    }
-
-    /// The chain of `head` may have been written.
-    #[cold]
-    fn log_chain(&mut self, head: u16) -> Result<(), RingError> {
-        let Some(mut log) = self.log.take() else {
-            return Ok(());
-        };
-        let result = self.log_writable(&mut log, head);
-        self.log = Some(log);
-        result
-    }
-
-    fn log_writable(&self, log: &mut RingLog, head: u16) -> Result<(), RingError> {
-        if !log.logs_data() {
-            return Ok(());
-        }
-        let mut chain = std::mem::take(&mut log.chain);
-        chain.begin(head, &self.memory);
-        let result = self.follow(&mut chain).and_then(|()| {
-            for piece in chain.writable() {
-                // The piece was found in this memory.
-                let gpa = self.memory.gpa_of(&piece).unwrap_or(u64::MAX);
-                log.mark_data(gpa, piece.len())?;
-            }
-            Ok(())
-        });
-        log.chain = chain;
-        result
-    }
-
-    /// `len` bytes at `offset` of the used ring were written.
-    #[inline]
-    fn log_used(&mut self, offset: usize, len: usize) -> Result<(), RingError> {
-        match &mut self.log {
-            None => Ok(()),
-            Some(log) => Ok(log.mark_used(offset, len)?),
-        }
     }
 
     fn desc_table(&self) -> GuestSlice<'_> {
@@ -454,88 +274,6 @@ impl Ring {
             latency.popped(head);
         }
         Ok(true)
-    }
-
-    /// Puts back the `count` chains popped last: they will be popped again, in the same order.
-    pub fn put_back(&mut self, count: u16) {
-        let mut fresh = count;
-        if !self.resubmits.is_empty() {
-            fresh = count.min(self.fresh);
-            self.fresh -= fresh;
-        }
-        for _ in 0..fresh {
-            self.next_avail = self.next_avail.wrapping_sub(1);
-            let slot = self.slot(self.next_avail);
-            if let Some(tracker) = &mut self.tracker {
-                // Cannot fail: it was marked.
-                let _ = tracker.untake(slot);
-            }
-            if self.log.is_some() {
-                let head = self.avail().load::<u16>(4 + 2 * slot).map(u16::from_le);
-                self.log_put_back(head.map_err(RingError::from));
-            }
-        }
-        for _ in fresh..count {
-            self.resubmitted = self.resubmitted.saturating_sub(1);
-            if let (Some(&head), true) = (self.resubmits.get(self.resubmitted), self.log.is_some())
-            {
-                self.log_put_back(Ok(head));
-            }
-        }
-    }
-
-    /// A chain that was taken may have been written, and is left to a successor.
-    #[cold]
-    fn log_put_back(&mut self, head: Result<u16, RingError>) {
-        let logged = head.and_then(|head| self.log_chain(head));
-        if let (Err(error), Some(log)) = (logged, &mut self.log) {
-            log.fail_later(error);
-        }
-    }
-
-    /// Walks the descriptors of `chain.head()`.
-    fn follow(&self, chain: &mut Chain) -> Result<(), RingError> {
-        let head = chain.head();
-        let mut walk = Walk {
-            table: self.desc_table(),
-            len: usize::from(self.layout.size),
-            next: Some(head),
-            seen: 0,
-            limit: usize::from(self.layout.size),
-        };
-        while let Some(desc) = walk.step(head)? {
-            if desc.has(VRING_DESC_F_INDIRECT) {
-                if !self.indirect || desc.has(VRING_DESC_F_NEXT) {
-                    return Err(RingError::UnexpectedIndirect { head });
-                }
-                return self.follow_indirect(chain, &desc);
-            }
-            add_buffer(chain, &desc)?;
-        }
-        Ok(())
-    }
-
-    fn follow_indirect(&self, chain: &mut Chain, desc: &Desc) -> Result<(), RingError> {
-        let (gpa, len) = (desc.addr, desc.len);
-        let count = len as usize / DESC_SIZE;
-        if count == 0 || !(len as usize).is_multiple_of(DESC_SIZE) || count > MAX_CHAIN {
-            return Err(RingError::BadIndirect { gpa, len });
-        }
-        let head = chain.head();
-        let mut walk = Walk {
-            table: self.memory.slice(gpa, len as usize)?,
-            len: count,
-            next: Some(0),
-            seen: 0,
-            limit: count,
-        };
-        while let Some(desc) = walk.step(head)? {
-            if desc.has(VRING_DESC_F_INDIRECT) {
-                return Err(RingError::UnexpectedIndirect { head });
-            }
-            add_buffer(chain, &desc)?;
-        }
-        Ok(())
     }
 
     /// The device is done with the chain of `head` and wrote `len` bytes into it. Visible to the
@@ -645,65 +383,4 @@ impl Ring {
         fence(Ordering::SeqCst);
         Ok(self.num_available()? != 0)
     }
-}
-
-/// One descriptor, fetched.
-struct Desc {
-    addr: u64,
-    len: u32,
-    flags: u16,
-    next: u16,
-}
-
-impl Desc {
-    fn has(&self, flag: u32) -> bool {
-        u32::from(self.flags) & flag != 0
-    }
-}
-
-/// A walk along one table of descriptors.
-struct Walk<'a> {
-    table: GuestSlice<'a>,
-    len: usize,
-    next: Option<u16>,
-    seen: usize,
-    limit: usize,
-}
-
-impl Walk<'_> {
-    fn step(&mut self, head: u16) -> Result<Option<Desc>, RingError> {
-        let Some(index) = self.next else {
-            return Ok(None);
-        };
-        let len = self.len;
-        if usize::from(index) >= len {
-            return Err(RingError::BadIndex { index, len });
-        }
-        if self.seen == self.limit {
-            let limit = self.limit;
-            return Err(RingError::Endless { head, limit });
-        }
-        self.seen += 1;
-        let offset = usize::from(index) * DESC_SIZE;
-        let addr = u64::from_le(self.table.load(offset)?);
-        let rest = u64::from_le(self.table.load(offset + 8)?);
-        let desc = Desc {
-            addr,
-            len: rest as u32,
-            flags: (rest >> 32) as u16,
-            next: (rest >> 48) as u16,
-        };
-        self.next = desc.has(VRING_DESC_F_NEXT).then_some(desc.next);
-        Ok(Some(desc))
-    }
-}
-
-fn add_buffer(chain: &mut Chain, desc: &Desc) -> Result<(), RingError> {
-    let writable = desc.has(VRING_DESC_F_WRITE);
-    if !writable && chain.has_writable() {
-        let head = chain.head();
-        return Err(RingError::BadOrder { head });
-    }
-    chain.add(desc.addr, desc.len, writable)?;
-    Ok(())
 }
