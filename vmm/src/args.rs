@@ -11,7 +11,8 @@ use std::path::PathBuf;
 use clap::error::{ContextKind, ContextValue, ErrorKind};
 use clap::{ArgAction, Parser};
 
-use crate::config::{ArgError, PayloadConfig, PlatformConfig, VmConfig, convert};
+use crate::config::{ArgError, PayloadConfig, VmConfig, convert};
+use crate::socket::ApiSocket;
 
 const EXAMPLES: &str = "\
 Examples:
@@ -29,6 +30,9 @@ Examples:
       --serial file=serial.log --api-socket path=/run/vm.sock
     curl --unix-socket /run/vm.sock http://localhost/api/v1/vm.info
 
+  No guest yet: it is created and booted through the API (docs/api.md):
+    berth-vmm --api-socket path=/run/vm.sock
+
 A value with a comma in it is written in double quotes: --kernel '\"/boot/a,b\",entry=pvh'.
 Exit code: 0 the guest powered off or was told to, 1 it could not run or died, 2 wrong usage.";
 
@@ -41,9 +45,10 @@ Exit code: 0 the guest powered off or was told to, 1 it could not run or died, 2
     disable_help_subcommand = true
 )]
 struct Flags {
-    /// Kernel: ELF vmlinux or bzImage; how it is entered is chosen by what it is unless entry= says
+    /// Kernel: ELF vmlinux or bzImage; how it is entered is chosen by what it is unless entry= says. Without
+    /// it the VMM waits for vm.create on its API socket
     #[arg(long, value_name = "PATH[,entry=pvh|linux64|bzimage]")]
-    kernel: String,
+    kernel: Option<String>,
     /// Initial root file system
     #[arg(long, value_name = "PATH")]
     initramfs: Option<PathBuf>,
@@ -84,15 +89,15 @@ struct Flags {
     /// Source of the guest's entropy
     #[arg(long, value_name = "src=PATH", default_value = "src=/dev/urandom")]
     rng: String,
-    /// What the board says it is
+    /// The board: vendor of root ports, and how many of them wait for devices that are added later
     #[arg(
         long,
-        value_name = "root_port_vendor=0xID",
-        default_value = "root_port_vendor=0x1b36"
+        value_name = "root_port_vendor=0xID,hotplug_ports=N",
+        default_value = "root_port_vendor=0x1b36,hotplug_ports=8"
     )]
     platform: String,
-    /// Unix socket of the REST API
-    #[arg(long, value_name = "path=PATH")]
+    /// Unix socket of the REST API: where to listen, or one that listens
+    #[arg(long, value_name = "path=PATH|fd=N")]
     api_socket: Option<String>,
     /// File for the log, else standard error
     #[arg(long, value_name = "PATH")]
@@ -105,10 +110,10 @@ struct Flags {
 /// The command line, read.
 #[derive(Debug)]
 pub struct Options {
-    /// The guest.
-    pub config: VmConfig,
+    /// The guest; none, one is to be created through the API.
+    pub config: Option<VmConfig>,
     /// Where the API listens.
-    pub api_socket: Option<PathBuf>,
+    pub api_socket: Option<ApiSocket>,
     /// Where the log goes, else standard error.
     pub log_file: Option<PathBuf>,
     /// How many `-v`.
@@ -133,38 +138,47 @@ impl From<ArgError> for Stop {
 /// Reads the command line; the first word is the program's name.
 pub fn parse(words: impl IntoIterator<Item = OsString>) -> Result<Options, Stop> {
     let flags = Flags::try_parse_from(words).map_err(|error| stop(&error))?;
-    let (kernel, entry) = convert::kernel(&flags.kernel)?;
+    let api_socket = flags.api_socket.as_deref().map(convert::api_socket);
+    let api_socket = api_socket.transpose()?;
+    if flags.kernel.is_none() && api_socket.is_none() {
+        let line = "--kernel is missing (or --api-socket, for a guest that is created later)";
+        return Err(Stop::Usage(line.to_owned()));
+    }
+    Ok(Options {
+        api_socket,
+        log_file: flags.log_file.clone(),
+        verbosity: flags.verbose,
+        config: guest(flags)?,
+    })
+}
+
+/// The guest. Its flags are read also where there is no kernel, so that a wrong one is never silent.
+fn guest(flags: Flags) -> Result<Option<VmConfig>, Stop> {
     let disks = flags.disk.iter().enumerate();
     let nets = flags.net.iter().enumerate();
-    let platform: PlatformConfig = convert::platform(&flags.platform)?;
-    Ok(Options {
-        config: VmConfig {
-            cpus: convert::cpus(&flags.cpus)?,
-            memory: convert::memory(&flags.memory)?,
-            payload: PayloadConfig {
-                kernel,
-                entry,
-                initramfs: flags.initramfs,
-                cmdline: flags.cmdline,
-            },
-            disks: disks
-                .map(|(index, text)| convert::disk(text, index))
-                .collect::<Result<_, _>>()?,
-            nets: nets
-                .map(|(index, text)| convert::net(text, index))
-                .collect::<Result<_, _>>()?,
-            serial: convert::serial(&flags.serial)?,
-            rng: convert::rng(&flags.rng)?,
-            platform,
+    let kernel = flags.kernel.as_deref().unwrap_or("none");
+    let (kernel, entry) = convert::kernel(kernel)?;
+    let config = VmConfig {
+        cpus: convert::cpus(&flags.cpus)?,
+        memory: convert::memory(&flags.memory)?,
+        payload: PayloadConfig {
+            kernel,
+            entry,
+            initramfs: flags.initramfs,
+            cmdline: flags.cmdline,
         },
-        api_socket: flags
-            .api_socket
-            .as_deref()
-            .map(convert::api_socket)
-            .transpose()?,
-        log_file: flags.log_file,
-        verbosity: flags.verbose,
-    })
+        disks: disks
+            .map(|(index, text)| convert::disk(text, index))
+            .collect::<Result<_, _>>()?,
+        nets: nets
+            .map(|(index, text)| convert::net(text, index))
+            .collect::<Result<_, _>>()?,
+        serial: convert::serial(&flags.serial)?,
+        serial_is_console: false,
+        rng: convert::rng(&flags.rng)?,
+        platform: convert::platform(&flags.platform)?,
+    };
+    Ok(flags.kernel.map(|_| config))
 }
 
 /// One line out of clap's paragraphs.
@@ -213,7 +227,7 @@ mod tests {
     fn disks_may_follow_one_flag_or_several() {
         let options =
             run("--kernel /k --disk socket=/a socket=/b --net socket=/n --disk socket=/c");
-        let config = options.unwrap().config;
+        let config = options.unwrap().config.unwrap();
         let ids: Vec<_> = config.disks.iter().map(|disk| disk.id.as_str()).collect();
         assert_eq!(ids, ["_disk0", "_disk1", "_disk2"]);
         assert_eq!(config.nets.len(), 1);
@@ -222,7 +236,7 @@ mod tests {
     #[test]
     fn a_command_line_for_the_guest_may_begin_with_a_dash() {
         let options = run("--kernel /k --cmdline --").unwrap();
-        assert_eq!(options.config.payload.cmdline, "--");
+        assert_eq!(options.config.unwrap().payload.cmdline, "--");
     }
 
     #[test]
@@ -241,6 +255,15 @@ mod tests {
         ] {
             assert_eq!(usage(line).lines().count(), 1, "{line}");
         }
+    }
+
+    #[test]
+    fn without_a_kernel_there_must_be_an_api() {
+        let options = run("--api-socket path=/a").unwrap();
+        assert_eq!(options.config, None);
+        assert_eq!(options.api_socket, Some(ApiSocket::Path("/a".into())));
+        let text = usage("--api-socket /a --disk sokcet=/a");
+        assert!(text.contains("'sokcet'"), "{text}");
     }
 
     #[test]

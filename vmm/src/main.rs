@@ -10,9 +10,9 @@ use std::process::ExitCode;
 use anyhow::Context;
 use berth_vmm::args::{self, Options, Stop};
 use berth_vmm::config::validate::validate;
-use berth_vmm::devices::serial::host::SerialHost;
+use berth_vmm::socket::ApiSocket;
 use berth_vmm::vm::requests::Requests;
-use berth_vmm::vm::{Driver, Signals};
+use berth_vmm::vm::{Driver, Limits, Signals};
 use berth_vmm::{api, kvm};
 use tracing_subscriber::EnvFilter;
 
@@ -41,19 +41,26 @@ fn run(options: Options) -> anyhow::Result<()> {
     start_log(options.log_file.as_deref(), options.verbosity)?;
     let signals = Signals::new().context("cannot take over signals")?;
     let host = kvm::host().context("cannot ask the host for its limits")?;
-    validate(&options.config, options.api_socket.as_deref(), host)?;
+    let api_path = options.api_socket.as_ref().and_then(ApiSocket::path);
+    if let Some(config) = &options.config {
+        validate(config, api_path, host)?;
+    }
     kvm::open()?;
     let (sender, requests) = Requests::new().context("cannot make the request queue")?;
     let _api = options
         .api_socket
-        .as_deref()
-        .map(|path| api::start(path, sender.clone()))
+        .as_ref()
+        .map(|socket| api::start(socket, sender.clone()))
         .transpose()?;
-    let serial = SerialHost::open(&options.config.serial)?;
-    if let Some(path) = serial.pty_path() {
-        tracing::info!(path = %path.display(), "the serial port is a pseudo-terminal");
+    let limits = Limits {
+        host,
+        api_socket: api_path.map(Into::into),
+    };
+    let mut driver = Driver::new(limits, signals, (sender, requests))?;
+    if let Some(config) = options.config {
+        driver.create(config)?;
     }
-    Driver::new(options.config, serial, signals, (sender, requests))?.run()?;
+    driver.run()?;
     Ok(())
 }
 

@@ -1,9 +1,9 @@
 //! Unix sockets on which this process listens: made, guarded against what is in the way, and removed.
 
-#![forbid(unsafe_code)]
+#![expect(unsafe_code, reason = "an inherited descriptor is only a number")]
 
 use std::io;
-use std::os::fd::{AsRawFd, RawFd};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
@@ -31,13 +31,38 @@ pub enum Error {
         /// The system's answer.
         source: io::Error,
     },
+    /// A descriptor that was inherited is not what it should be.
+    #[error("fd={fd} is not a unix socket that listens")]
+    NotListening {
+        /// Its number.
+        fd: RawFd,
+    },
+}
+
+/// Where the API's socket comes from.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum ApiSocket {
+    /// Made at this path.
+    Path(PathBuf),
+    /// Inherited, listening; whoever made it removes its path.
+    Fd(RawFd),
+}
+
+impl ApiSocket {
+    /// Its path, where this process makes it.
+    pub fn path(&self) -> Option<&Path> {
+        match self {
+            Self::Path(path) => Some(path),
+            Self::Fd(_) => None,
+        }
+    }
 }
 
 /// A listening socket; dropped, its path is removed.
 #[derive(Debug)]
 pub struct Listener {
     listener: UnixListener,
-    path: PathBuf,
+    path: Option<PathBuf>,
 }
 
 impl Listener {
@@ -62,7 +87,41 @@ impl Listener {
         listener.set_nonblocking(true).map_err(error)?;
         Ok(Self {
             listener,
-            path: path.to_owned(),
+            path: Some(path.to_owned()),
+        })
+    }
+
+    /// Listens on a socket that this process inherited as descriptor `fd`. To be called once for it, before
+    /// anything else could be opened in its place.
+    pub fn inherit(fd: RawFd) -> Result<Self, Error> {
+        let not_listening = || Error::NotListening { fd };
+        let option = |name| {
+            let (mut value, mut len) = (0i32, size_of::<i32>() as libc::socklen_t);
+            // SAFETY: an int is written to an int, of whose size the system is told; any number may be asked
+            // about.
+            let result = unsafe {
+                libc::getsockopt(
+                    fd,
+                    libc::SOL_SOCKET,
+                    name,
+                    (&raw mut value).cast(),
+                    &raw mut len,
+                )
+            };
+            (result == 0).then_some(value)
+        };
+        if option(libc::SO_DOMAIN) != Some(libc::AF_UNIX) || option(libc::SO_ACCEPTCONN) != Some(1)
+        {
+            return Err(not_listening());
+        }
+        // SAFETY: it is open, as the system just answered for it, and whoever started this process gave it
+        // away by naming it; nothing here has opened or claimed it.
+        let listener = UnixListener::from(unsafe { OwnedFd::from_raw_fd(fd) });
+        let ready = listener.set_nonblocking(true);
+        ready.map_err(|_| not_listening())?;
+        Ok(Self {
+            listener,
+            path: None,
         })
     }
 
@@ -93,8 +152,10 @@ impl AsRawFd for Listener {
 
 impl Drop for Listener {
     fn drop(&mut self) {
-        // It may be gone already; nothing depends on it.
-        let _ = std::fs::remove_file(&self.path);
+        if let Some(path) = &self.path {
+            // It may be gone already; nothing depends on it.
+            let _ = std::fs::remove_file(path);
+        }
     }
 }
 
@@ -119,6 +180,24 @@ mod tests {
         assert!(matches!(Listener::bind(&path), Err(Error::InUse { .. })));
         drop(listener);
         assert!(!path.exists());
+    }
+
+    #[test]
+    fn only_a_socket_that_listens_is_inherited() {
+        let dir = TempDir::new().unwrap();
+        let path = dir.as_path().join("socket");
+        let made = UnixListener::bind(&path).unwrap();
+        let listener = Listener::inherit(std::os::fd::IntoRawFd::into_raw_fd(made)).unwrap();
+        let _client = UnixStream::connect(&path).unwrap();
+        assert!(listener.accept().unwrap().is_some());
+        drop(listener);
+        assert!(path.exists(), "it is not ours to remove");
+
+        let (one, _other) = UnixStream::pair().unwrap();
+        let file = std::fs::File::open("/dev/null").unwrap();
+        for fd in [one.as_raw_fd(), file.as_raw_fd(), 12345] {
+            assert!(Listener::inherit(fd).is_err(), "{fd}");
+        }
     }
 
     #[test]

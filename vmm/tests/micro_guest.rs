@@ -127,7 +127,7 @@ fn a_guest_that_was_shut_down_can_be_booted_again() {
     eventually("a boot", || (guest.lines().len() == 1).then_some(()));
     assert_eq!(guest.api("PUT", "vm.shutdown").0, 204);
     assert_eq!(guest.state(), "Shutdown");
-    assert_eq!(guest.api("PUT", "vm.shutdown").0, 404);
+    assert_eq!(guest.api("PUT", "vm.shutdown").0, 500);
     assert_eq!(guest.api("PUT", "vm.boot").0, 204);
     eventually("the second boot", || {
         (guest.lines().len() == 2).then_some(())
@@ -148,10 +148,13 @@ fn a_boot_that_a_client_asked_for_may_fail_and_be_tried_again() {
     eventually("a boot", || (guest.lines().len() == 1).then_some(()));
     assert_eq!(guest.api("PUT", "vm.shutdown").0, 204);
     std::fs::rename(&kernel, &aside).unwrap();
-    assert_eq!(guest.api("PUT", "vm.boot").0, 204);
-    eventually("the failure", || {
-        (guest.state() == "Shutdown").then_some(())
-    });
+    let (status, reason) = guest.api("PUT", "vm.boot");
+    assert_eq!(status, 500);
+    assert!(
+        reason.contains("kernel") && reason.contains("No such file"),
+        "{reason}"
+    );
+    assert_eq!(guest.state(), "Shutdown");
     std::fs::rename(&aside, &kernel).unwrap();
     assert_eq!(guest.api("PUT", "vm.boot").0, 204);
     eventually("the second boot", || {

@@ -7,6 +7,8 @@ use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
+use vmm_sys_util::epoll::EventSet;
+
 use super::http::{self, MAX_BODY, MAX_HEAD, Parsed, Request, Response};
 
 /// How long a client may take to send a request it has begun, or to take its answer.
@@ -21,11 +23,22 @@ pub(super) enum Fate {
     Closed,
 }
 
+/// What becomes of a request.
+#[derive(Debug)]
+pub(super) enum Served {
+    /// It is answered.
+    Now(Response),
+    /// Its answer will be brought with [`Connection::answer`]; nothing is read before.
+    Later,
+}
+
 /// A connection.
 pub(super) struct Connection {
     stream: UnixStream,
     input: Vec<u8>,
     output: Vec<u8>,
+    /// A request is with the driver.
+    awaiting: bool,
     /// No more requests: to be closed when the output is out.
     closing: bool,
     /// When it last began something or finished it.
@@ -40,19 +53,34 @@ impl Connection {
             stream,
             input: Vec::new(),
             output: Vec::new(),
+            awaiting: false,
             closing: false,
             since: Instant::now(),
         })
     }
 
-    /// Whether it waits for room to write rather than for bytes to read.
-    pub(super) fn wants_to_write(&self) -> bool {
+    /// What it waits for. While a request is with the driver that is only the end of the client, which is
+    /// always reported.
+    pub(super) fn interest(&self) -> EventSet {
+        match (self.awaiting, self.wants_to_write()) {
+            (true, _) => EventSet::empty(),
+            (false, true) => EventSet::OUT,
+            (false, false) => EventSet::IN,
+        }
+    }
+
+    fn wants_to_write(&self) -> bool {
         !self.output.is_empty()
     }
 
-    /// When it has been unfinished for too long; `None` while it is idle.
+    /// Whether it has nothing under way.
+    pub(super) fn is_idle(&self) -> bool {
+        !self.awaiting && !self.wants_to_write() && self.input.is_empty()
+    }
+
+    /// When it has been unfinished for too long; `None` while the client is waited for by nobody.
     pub(super) fn deadline(&self) -> Option<Instant> {
-        (self.wants_to_write() || !self.input.is_empty()).then(|| self.since + PATIENCE)
+        (!self.awaiting && !self.is_idle()).then(|| self.since + PATIENCE)
     }
 
     /// When it last began something or finished it.
@@ -61,8 +89,31 @@ impl Connection {
     }
 
     /// The stream is ready: reads, has complete requests answered by `serve`, writes.
-    pub(super) fn process(&mut self, serve: impl FnMut(&Request) -> Response) -> Fate {
-        match self.exchange(serve) {
+    pub(super) fn process(&mut self, serve: impl FnMut(&Request) -> Served) -> Fate {
+        if self.awaiting {
+            // Nothing else is reported.
+            return Fate::Closed;
+        }
+        let read = match self.wants_to_write() {
+            true => Ok(Fate::Open),
+            false => self.fill(),
+        };
+        self.end(read, serve)
+    }
+
+    /// The driver has answered.
+    pub(super) fn answer(
+        &mut self,
+        response: &Response,
+        serve: impl FnMut(&Request) -> Served,
+    ) -> Fate {
+        self.awaiting = false;
+        self.put(response);
+        self.end(Ok(Fate::Open), serve)
+    }
+
+    fn end(&mut self, read: io::Result<Fate>, serve: impl FnMut(&Request) -> Served) -> Fate {
+        match read.and_then(|read| self.exchange(read == Fate::Closed, serve)) {
             Ok(fate) => fate,
             Err(error) => {
                 tracing::debug!(%error, "a client of the API is gone");
@@ -71,18 +122,23 @@ impl Connection {
         }
     }
 
-    fn exchange(&mut self, mut serve: impl FnMut(&Request) -> Response) -> io::Result<Fate> {
-        let ended = !self.wants_to_write() && self.fill()? == Fate::Closed;
-        while !self.wants_to_write() && !self.closing && self.answer_one(&mut serve) {
+    /// Answers what has come. A client that has `ended` takes no more than what is written now.
+    fn exchange(
+        &mut self,
+        ended: bool,
+        mut serve: impl FnMut(&Request) -> Served,
+    ) -> io::Result<Fate> {
+        self.flush()?;
+        while !self.wants_to_write()
+            && !self.awaiting
+            && !self.closing
+            && self.serve_one(&mut serve)
+        {
             self.flush()?;
         }
-        self.flush()?;
-        let done = ended || self.closing;
-        Ok(if done && !self.wants_to_write() {
-            Fate::Closed
-        } else {
-            Fate::Open
-        })
+        self.closing |= ended;
+        let done = self.closing && !self.awaiting && !self.wants_to_write();
+        Ok(if done { Fate::Closed } else { Fate::Open })
     }
 
     /// Reads what is there, as long as it may be part of a request.
@@ -105,12 +161,12 @@ impl Connection {
         Ok(Fate::Open)
     }
 
-    fn answer_one(&mut self, serve: &mut impl FnMut(&Request) -> Response) -> bool {
-        let response = match http::parse(&self.input) {
+    fn serve_one(&mut self, serve: &mut impl FnMut(&Request) -> Served) -> bool {
+        let served = match http::parse(&self.input) {
             Parsed::Incomplete => return false,
             Parsed::Bad(status, reason) => {
                 self.closing = true;
-                Response::error(status, &[reason])
+                Served::Now(Response::error(status, &[reason]))
             }
             Parsed::Complete(request, len) => {
                 self.input.drain(..len);
@@ -118,9 +174,16 @@ impl Connection {
                 serve(&request)
             }
         };
+        match served {
+            Served::Now(response) => self.put(&response),
+            Served::Later => self.awaiting = true,
+        }
+        true
+    }
+
+    fn put(&mut self, response: &Response) {
         self.output = response.to_bytes(!self.closing);
         self.since = Instant::now();
-        true
     }
 
     fn flush(&mut self) -> io::Result<()> {
@@ -155,11 +218,11 @@ mod tests {
         (Connection::new(ours).unwrap(), theirs)
     }
 
-    fn serve(request: &Request) -> Response {
-        Response {
+    fn serve(request: &Request) -> Served {
+        Served::Now(Response {
             status: Status::Ok,
             body: Some(format!("\"{}\"", request.path)),
-        }
+        })
     }
 
     fn received(client: &mut UnixStream) -> String {
@@ -205,9 +268,11 @@ mod tests {
     #[test]
     fn an_answer_that_nobody_takes_is_kept_but_not_for_ever() {
         let (mut connection, mut client) = pair();
-        let big = |_: &Request| Response {
-            status: Status::Ok,
-            body: Some("x".repeat(4 << 20)),
+        let big = |_: &Request| {
+            Served::Now(Response {
+                status: Status::Ok,
+                body: Some("x".repeat(4 << 20)),
+            })
         };
         client.write_all(REQUEST).unwrap();
         assert_eq!(connection.process(big), Fate::Open);
@@ -220,5 +285,33 @@ mod tests {
         let (mut connection, client) = pair();
         drop(client);
         assert_eq!(connection.process(serve), Fate::Closed);
+    }
+
+    #[test]
+    fn an_answer_that_comes_later_goes_before_the_next_request() {
+        let (mut connection, mut client) = pair();
+        client.write_all(REQUEST).unwrap();
+        client.write_all(REQUEST).unwrap();
+        assert_eq!(connection.process(|_| Served::Later), Fate::Open);
+        assert_eq!(connection.interest(), EventSet::empty());
+        assert_eq!(connection.deadline(), None, "it may take its time");
+        assert_eq!(received(&mut client), "");
+        let late = Response::error(Status::Conflict, &["late"]);
+        assert_eq!(connection.answer(&late, serve), Fate::Open);
+        let text = received(&mut client);
+        let (first, second) = (text.find("409").unwrap(), text.find("200 OK").unwrap());
+        assert!(first < second, "{text}");
+        assert_eq!(connection.interest(), EventSet::IN);
+    }
+
+    #[test]
+    fn a_client_that_says_no_more_still_gets_its_answer() {
+        let (mut connection, mut client) = pair();
+        client.write_all(REQUEST).unwrap();
+        client.shutdown(std::net::Shutdown::Write).unwrap();
+        assert_eq!(connection.process(|_| Served::Later), Fate::Open);
+        let late = Response::error(Status::Conflict, &["late"]);
+        assert_eq!(connection.answer(&late, serve), Fate::Closed);
+        assert!(received(&mut client).contains("late"));
     }
 }

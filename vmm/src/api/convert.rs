@@ -2,6 +2,7 @@
 
 #![forbid(unsafe_code)]
 
+use std::collections::BTreeMap;
 use std::path::Path;
 
 use berth_vmm_api_types::v1 as wire;
@@ -12,7 +13,8 @@ use crate::vm::state::VmState;
 /// State on the wire.
 pub(super) fn vm_state(state: VmState) -> wire::VmState {
     match state {
-        VmState::Created => wire::VmState::Created,
+        // `NotCreated` has no `vm.info`.
+        VmState::NotCreated | VmState::Created | VmState::Booting => wire::VmState::Created,
         VmState::Running => wire::VmState::Running,
         VmState::Paused => wire::VmState::Paused,
         VmState::Shutdown => wire::VmState::Shutdown,
@@ -31,6 +33,7 @@ pub(super) fn vm_config(config: &VmConfig, pty: Option<&Path>) -> wire::VmConfig
             size: config.memory.size_bytes,
             shared: true,
             hugepages: config.memory.hugepages,
+            zones: None,
         },
         payload: Some(payload(config)),
         disks: some(config.disks.iter().map(disk)),
@@ -38,11 +41,16 @@ pub(super) fn vm_config(config: &VmConfig, pty: Option<&Path>) -> wire::VmConfig
         rng: wire::RngConfig {
             src: config.rng.src.clone(),
         },
-        serial: serial(&config.serial, pty),
-        console: wire::ConsoleConfig::default(),
+        console: Some(match config.serial_is_console {
+            true => serial(&config.serial, pty),
+            false => wire::ConsoleConfig::default(),
+        }),
+        serial: Some(serial(&config.serial, pty)),
         platform: Some(wire::PlatformConfig {
             root_port_vendor: Some(config.platform.root_port_vendor),
+            hotplug_ports: Some(config.platform.hotplug_ports),
         }),
+        other: BTreeMap::new(),
     }
 }
 
@@ -63,6 +71,7 @@ fn payload(config: &VmConfig) -> wire::PayloadConfig {
         entry: entry.map(str::to_owned),
         cmdline: Some(payload.cmdline.clone()),
         initramfs: payload.initramfs.clone(),
+        ..wire::PayloadConfig::default()
     }
 }
 

@@ -5,13 +5,14 @@
 use berth_vmm_api_types::v1 as wire;
 
 use super::http::{Request, Response, Status};
+use super::request;
 use crate::vm::requests::{Command, Failure, Info, Reply};
 use crate::vm::state::{Action, Refusal};
 
 const ROOT: &str = "/api/v1/";
 
 /// What a request comes to.
-#[derive(Debug, PartialEq, Eq)]
+#[derive(Debug)]
 pub(super) enum Route {
     /// Answered here.
     Answer(Response),
@@ -19,29 +20,67 @@ pub(super) enum Route {
     Ask(Command),
 }
 
+/// Requests that clients know and this VMM does not serve.
+const NOT_SERVED: [&str; 15] = [
+    "vm.resize",
+    "vm.resize-disk",
+    "vm.resize-zone",
+    "vm.add-device",
+    "vm.add-generic-vhost-user",
+    "vm.add-pmem",
+    "vm.add-vsock",
+    "vm.add-vdpa",
+    "vm.add-user-device",
+    "vm.snapshot",
+    "vm.restore",
+    "vm.coredump",
+    "vm.nmi",
+    "vm.receive-migration",
+    "vm.send-migration",
+];
+
 /// Finds out what a request wants.
 pub(super) fn route(request: &Request) -> Route {
     let Some(name) = request.path.strip_prefix(ROOT) else {
         return not_found(&request.path);
     };
-    let (method, route) = match name {
-        "vmm.ping" => ("GET", Route::Answer(ping())),
-        "vm.info" => ("GET", Route::Ask(Command::Info)),
-        "vm.counters" => ("GET", Route::Ask(Command::Counters)),
-        "vmm.shutdown" => ("PUT", Route::Ask(Command::VmmShutdown)),
-        "vm.boot" => ("PUT", Route::Ask(Command::Act(Action::Boot))),
-        "vm.pause" => ("PUT", Route::Ask(Command::Act(Action::Pause))),
-        "vm.resume" => ("PUT", Route::Ask(Command::Act(Action::Resume))),
-        "vm.power-button" => ("PUT", Route::Ask(Command::Act(Action::PowerButton))),
-        "vm.reboot" => ("PUT", Route::Ask(Command::Act(Action::Reboot))),
-        "vm.shutdown" => ("PUT", Route::Ask(Command::Act(Action::Shutdown))),
+    let method = match name {
+        "vmm.ping" | "vm.info" | "vm.counters" => "GET",
+        _ => "PUT",
+    };
+    let act = |action| Ok(Command::Act(action));
+    let command = match name {
+        "vmm.ping" if request.method == method => return Route::Answer(ping()),
+        "vmm.ping" | "vm.info" => Ok(Command::Info),
+        "vm.counters" => Ok(Command::Counters),
+        "vmm.shutdown" => Ok(Command::VmmShutdown),
+        "vm.create" => create(&request.body),
+        "vm.boot" => act(Action::Boot),
+        "vm.pause" => act(Action::Pause),
+        "vm.resume" => act(Action::Resume),
+        "vm.power-button" => act(Action::PowerButton),
+        "vm.reboot" => act(Action::Reboot),
+        "vm.shutdown" => act(Action::Shutdown),
+        "vm.delete" => act(Action::Delete),
+        _ if NOT_SERVED.contains(&name) => {
+            let message = format!("{name} is not supported");
+            return error(Status::NotImplemented, &message);
+        }
         _ => return not_found(&request.path),
     };
-    if request.method == method {
-        return route;
+    if request.method != method {
+        let message = format!("{} takes {method}, not {}", request.path, request.method);
+        return error(Status::BadRequest, &message);
     }
-    let message = format!("{} takes {method}, not {}", request.path, request.method);
-    Route::Answer(Response::error(Status::BadRequest, &[&message]))
+    match command {
+        Ok(command) => Route::Ask(command),
+        Err(reason) => error(Status::BadRequest, &reason.to_string()),
+    }
+}
+
+fn create(body: &[u8]) -> Result<Command, request::Error> {
+    let config = request::json("VmConfig", body)?;
+    Ok(Command::Create(Box::new(request::vm_config(config)?)))
 }
 
 /// The answer for what the driver said.
@@ -55,7 +94,9 @@ pub(super) fn answer(reply: Result<Reply, Failure>) -> Response {
         Ok(Reply::Counters(counters)) => json::<wire::VmCounters>(&counters),
         Err(error) => {
             let status = match error {
-                Failure::Refused(Refusal::NotRunning) => Status::NotFound,
+                Failure::Refused(Refusal::NotCreated) => Status::NotFound,
+                Failure::Invalid(_) => Status::BadRequest,
+                Failure::Conflict(_) => Status::Conflict,
                 Failure::Refused(Refusal::WrongState { .. }) | Failure::Failed(_) => {
                     Status::InternalServerError
                 }
@@ -66,8 +107,11 @@ pub(super) fn answer(reply: Result<Reply, Failure>) -> Response {
 }
 
 fn not_found(path: &str) -> Route {
-    let message = format!("there is no {path}");
-    Route::Answer(Response::error(Status::NotFound, &[&message]))
+    error(Status::NotFound, &format!("there is no {path}"))
+}
+
+fn error(status: Status, message: &str) -> Route {
+    Route::Answer(Response::error(status, &[message]))
 }
 
 fn ping() -> Response {
@@ -118,6 +162,7 @@ mod tests {
             method: method.to_owned(),
             path: path.to_owned(),
             keep_alive: true,
+            body: Vec::new(),
         })
     }
 
@@ -130,11 +175,14 @@ mod tests {
 
     #[test]
     fn requests_are_told_apart_by_path_and_method() {
-        assert_eq!(
+        assert!(matches!(
             routed("PUT", "/api/v1/vm.pause"),
             Route::Ask(Command::Act(Action::Pause))
-        );
-        assert_eq!(routed("GET", "/api/v1/vm.info"), Route::Ask(Command::Info));
+        ));
+        assert!(matches!(
+            routed("GET", "/api/v1/vm.info"),
+            Route::Ask(Command::Info)
+        ));
         assert_eq!(status(routed("GET", "/api/v1/vmm.ping")), Status::Ok);
         assert_eq!(
             status(routed("GET", "/api/v1/vm.pause")),
@@ -142,12 +190,24 @@ mod tests {
         );
         assert_eq!(status(routed("PUT", "/api/v1/vm.fly")), Status::NotFound);
         assert_eq!(status(routed("GET", "/")), Status::NotFound);
+        assert_eq!(
+            status(routed("PUT", "/api/v1/vmm.ping")),
+            Status::BadRequest
+        );
+        assert_eq!(
+            status(routed("PUT", "/api/v1/vm.create")),
+            Status::BadRequest
+        );
+        for name in NOT_SERVED {
+            let answered = status(routed("PUT", &format!("/api/v1/{name}")));
+            assert_eq!(answered, Status::NotImplemented, "{name}");
+        }
     }
 
     #[test]
     fn refusals_have_cloud_hypervisors_codes() {
-        let not_running = answer(Err(Refusal::NotRunning.into()));
-        assert_eq!(not_running.status, Status::NotFound);
+        let not_created = answer(Err(Refusal::NotCreated.into()));
+        assert_eq!(not_created.status, Status::NotFound);
         let wrong = Refusal::WrongState {
             state: VmState::Paused,
             action: Action::Pause,

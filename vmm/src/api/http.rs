@@ -21,6 +21,8 @@ pub struct Request {
     pub path: String,
     /// Whether the client may send another.
     pub keep_alive: bool,
+    /// Body.
+    pub body: Vec<u8>,
 }
 
 /// What the bytes so far are.
@@ -45,10 +47,14 @@ pub enum Status {
     BadRequest,
     /// Not there.
     NotFound,
+    /// There already.
+    Conflict,
     /// Head or body too long.
     TooLarge,
     /// Refused or failed.
     InternalServerError,
+    /// Known to others, and not served here.
+    NotImplemented,
 }
 
 impl Status {
@@ -58,8 +64,10 @@ impl Status {
             Self::NoContent => "204 No Content",
             Self::BadRequest => "400 Bad Request",
             Self::NotFound => "404 Not Found",
+            Self::Conflict => "409 Conflict",
             Self::TooLarge => "413 Content Too Large",
             Self::InternalServerError => "500 Internal Server Error",
+            Self::NotImplemented => "501 Not Implemented",
         }
     }
 }
@@ -151,6 +159,7 @@ pub fn parse(bytes: &[u8]) -> Parsed {
         method: method.to_owned(),
         path: path.to_owned(),
         keep_alive,
+        body: bytes[head..head + body].to_vec(),
     };
     Parsed::Complete(request, head + body)
 }
@@ -194,6 +203,7 @@ mod tests {
             ("PUT", "/p")
         );
         assert!(!request.keep_alive);
+        assert_eq!(request.body, b"abc");
         assert_eq!(&text[len..], "GET");
     }
 

@@ -13,18 +13,18 @@ mod connection;
 mod convert;
 mod handlers;
 pub mod http;
+mod request;
 mod server;
 #[cfg(test)]
 mod tests;
 
 use std::io;
-use std::path::Path;
 use std::thread::{Builder, JoinHandle};
 
 use vmm_sys_util::eventfd::EventFd;
 
 use self::server::Server;
-use crate::socket::{self, Listener};
+use crate::socket::{self, ApiSocket, Listener};
 use crate::vm::requests::RequestSender;
 
 /// Why there is no API.
@@ -44,9 +44,12 @@ pub struct Api {
     thread: Option<JoinHandle<()>>,
 }
 
-/// Serves the API at `path` until the returned value is dropped.
-pub fn start(path: &Path, requests: RequestSender) -> Result<Api, Error> {
-    let listener = Listener::bind(path)?;
+/// Serves the API on `socket` until the returned value is dropped.
+pub fn start(socket: &ApiSocket, requests: RequestSender) -> Result<Api, Error> {
+    let listener = match socket {
+        ApiSocket::Path(path) => Listener::bind(path)?,
+        ApiSocket::Fd(fd) => Listener::inherit(*fd)?,
+    };
     let stop = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?;
     let server = Server::new(listener, stop.try_clone()?, requests)?;
     let thread = Builder::new()

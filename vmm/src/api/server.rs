@@ -1,41 +1,51 @@
 //! The thread `api`: all clients in one epoll set, so that a slow one holds up nobody.
 //!
-//! Only the driver's own answer is waited for, which it gives at once whatever a backend does.
+//! Nothing is waited for here: a request goes to the driver, and its answer comes back by an event, at once
+//! or when a boot or a new device has come to something. Meanwhile the client's next requests wait, and
+//! other clients are served.
 
 #![forbid(unsafe_code)]
 
 use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::AsRawFd;
-use std::sync::mpsc::{RecvTimeoutError, sync_channel};
-use std::time::{Duration, Instant};
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::time::Instant;
 
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::EventFd;
 
-use super::connection::{Connection, Fate};
+use super::connection::{Connection, Fate, Served};
 use super::handlers::{Route, answer, route};
-use super::http::{Request, Response, Status};
+use super::http::Request;
 use crate::socket::Listener;
-use crate::vm::requests::{Command, RequestSender};
+use crate::vm::requests::{self, Answer, ReplyTo, RequestSender};
 
 /// Clients at a time; one more takes the place of the one that has been idle for longest.
 const MAX_CLIENTS: usize = 32;
-/// How long the driver may take; longer than its longest wait, that for vCPUs.
-const DRIVER_PATIENCE: Duration = Duration::from_secs(10);
 
 const LISTENER: u64 = 0;
 const STOP: u64 = 1;
-const FIRST_CLIENT: u64 = 2;
+const ANSWERS: u64 = 2;
+const FIRST_CLIENT: u64 = 3;
 
 /// Everything that the thread owns.
 pub(super) struct Server {
     epoll: Epoll,
     listener: Listener,
     stop: EventFd,
-    requests: RequestSender,
+    driver: Driver,
+    answers: Receiver<Answer>,
     clients: BTreeMap<u64, Connection>,
     next_client: u64,
+}
+
+/// The way to the driver and back.
+struct Driver {
+    requests: RequestSender,
+    answers: Sender<Answer>,
+    answered: Arc<EventFd>,
 }
 
 impl Server {
@@ -53,11 +63,23 @@ impl Server {
             readable(LISTENER),
         )?;
         epoll.ctl(ControlOperation::Add, stop.as_raw_fd(), readable(STOP))?;
+        let answered = Arc::new(EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?);
+        epoll.ctl(
+            ControlOperation::Add,
+            answered.as_raw_fd(),
+            readable(ANSWERS),
+        )?;
+        let (sender, answers) = channel();
         Ok(Self {
             epoll,
             listener,
             stop,
-            requests,
+            driver: Driver {
+                requests,
+                answers: sender,
+                answered,
+            },
+            answers,
             clients: BTreeMap::new(),
             next_client: FIRST_CLIENT,
         })
@@ -78,7 +100,10 @@ impl Server {
             for event in &events[..count] {
                 match event.data() {
                     LISTENER => self.accept(),
+                    ANSWERS => self.process_answers(),
                     STOP => {
+                        // The last answer is that to the request which ended the VMM.
+                        self.process_answers();
                         // Reset only for order's sake.
                         let _ = self.stop.read();
                         return;
@@ -120,19 +145,34 @@ impl Server {
         let Some(connection) = self.clients.get_mut(&token) else {
             return;
         };
-        let requests = &self.requests;
-        let mut fate = connection.process(|request| serve(requests, request));
-        let wanted = if connection.wants_to_write() {
-            EventSet::OUT
-        } else {
-            EventSet::IN
-        };
-        let event = EpollEvent::new(wanted, token);
-        let fd = connection.as_raw_fd();
-        if self.epoll.ctl(ControlOperation::Modify, fd, event).is_err() {
-            fate = Fate::Closed;
+        let driver = &self.driver;
+        let fate = connection.process(|request| driver.serve(token, request));
+        self.settle(token, fate);
+    }
+
+    fn process_answers(&mut self) {
+        // Reset before they are taken, so that one that comes meanwhile signals anew.
+        let _ = self.driver.answered.read();
+        while let Ok((token, reply)) = self.answers.try_recv() {
+            // The client may have gone.
+            if let Some(connection) = self.clients.get_mut(&token) {
+                let driver = &self.driver;
+                let fate =
+                    connection.answer(&answer(reply), |request| driver.serve(token, request));
+                self.settle(token, fate);
+            }
         }
-        if fate == Fate::Closed {
+    }
+
+    /// Waits for what the connection waits for now, or lets go of it.
+    fn settle(&mut self, token: u64, fate: Fate) {
+        let Some(connection) = self.clients.get(&token) else {
+            return;
+        };
+        let event = EpollEvent::new(connection.interest(), token);
+        let fd = connection.as_raw_fd();
+        let lost = self.epoll.ctl(ControlOperation::Modify, fd, event).is_err();
+        if lost || fate == Fate::Closed {
             // Closing the stream takes it out of the epoll set.
             self.clients.remove(&token);
         }
@@ -142,7 +182,7 @@ impl Server {
         let longest = self
             .clients
             .iter()
-            .min_by_key(|(_, connection)| (connection.deadline().is_some(), connection.since()))
+            .min_by_key(|(_, connection)| (!connection.is_idle(), connection.since()))
             .map(|(token, _)| *token);
         if let Some(token) = longest {
             self.clients.remove(&token);
@@ -166,26 +206,16 @@ impl Server {
     }
 }
 
-fn serve(requests: &RequestSender, request: &Request) -> Response {
-    let command = match route(request) {
-        Route::Answer(response) => return response,
-        Route::Ask(command) => command,
-    };
-    tracing::debug!(method = request.method, path = request.path, "API request");
-    ask(requests, command)
-}
-
-fn ask(requests: &RequestSender, command: Command) -> Response {
-    let (reply, answered) = sync_channel(1);
-    requests.send(crate::vm::requests::Request::Command(command, reply));
-    match answered.recv_timeout(DRIVER_PATIENCE) {
-        Ok(reply) => answer(reply),
-        Err(RecvTimeoutError::Timeout) => Response::error(
-            Status::InternalServerError,
-            &["the VMM did not answer in time"],
-        ),
-        Err(RecvTimeoutError::Disconnected) => {
-            Response::error(Status::InternalServerError, &["the VMM is ending"])
-        }
+impl Driver {
+    fn serve(&self, client: u64, request: &Request) -> Served {
+        let command = match route(request) {
+            Route::Answer(response) => return Served::Now(response),
+            Route::Ask(command) => command,
+        };
+        tracing::debug!(method = request.method, path = request.path, "API request");
+        let reply = ReplyTo::new(client, self.answers.clone(), Arc::clone(&self.answered));
+        self.requests
+            .send(requests::Request::Command(command, reply));
+        Served::Later
     }
 }

@@ -10,6 +10,7 @@ use vmm_sys_util::tempdir::TempDir;
 
 use super::{Api, start};
 use crate::event_loop::{EventLoop, Token};
+use crate::socket::ApiSocket;
 use crate::vm::requests::{Command, Failure, Reply, Request, Requests};
 use crate::vm::state::{Action, VmState, accept};
 
@@ -27,7 +28,7 @@ fn serve() -> Served {
     let (sender, requests) = Requests::new().unwrap();
     let driver = thread::spawn(move || drive(&requests));
     Served {
-        api: Some(start(&path, sender).unwrap()),
+        api: Some(start(&ApiSocket::Path(path.clone()), sender).unwrap()),
         driver,
         path,
         _dir: dir,
@@ -49,6 +50,7 @@ fn drive(requests: &Requests) {
             let Request::Command(command, reply) = request else {
                 continue;
             };
+            let last = matches!(command, Command::VmmShutdown);
             let answer = match command {
                 Command::Act(action) => match accept(state, action) {
                     Ok(next) => {
@@ -59,10 +61,10 @@ fn drive(requests: &Requests) {
                 },
                 Command::Counters => Ok(Reply::Counters(counters.clone())),
                 Command::Info => Err(Failure::Failed("no configuration here".into())),
-                Command::VmmShutdown => Ok(Reply::Done),
+                Command::Create(_) | Command::VmmShutdown => Ok(Reply::Done),
             };
-            reply.send(answer).unwrap();
-            if command == Command::VmmShutdown {
+            reply.send(answer);
+            if last {
                 return;
             }
         }

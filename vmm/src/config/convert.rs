@@ -11,9 +11,13 @@ use super::{
     ArgError, CpusConfig, DiskConfig, KernelEntry, MemoryConfig, NetConfig, PlatformConfig,
     RngConfig, SerialConfig, VhostUserConfig,
 };
+use crate::socket::ApiSocket;
 
 /// Vendor of the root ports unless given: Red Hat, whose generic root port they resemble.
 pub const DEFAULT_ROOT_PORT_VENDOR: u16 = 0x1b36;
+
+/// Root ports for devices that are added later, unless given.
+pub const DEFAULT_HOTPLUG_PORTS: u8 = 8;
 
 /// `--cpus boot=N`, or `--cpus N`.
 pub fn cpus(text: &str) -> Result<CpusConfig, ArgError> {
@@ -144,21 +148,37 @@ pub fn rng(text: &str) -> Result<RngConfig, ArgError> {
     })
 }
 
-/// `--api-socket path=PATH`, or `--api-socket PATH`.
-pub fn api_socket(text: &str) -> Result<PathBuf, ArgError> {
-    path("--api-socket", "path", text)
+/// `--api-socket path=PATH`, `--api-socket PATH` or `--api-socket fd=N`.
+pub fn api_socket(text: &str) -> Result<ApiSocket, ArgError> {
+    let flag = "--api-socket";
+    let mut keys = Keys::parse(flag, text, &["path", "fd"])?;
+    let path = match keys.take_bare() {
+        Some(bare) => Some(bare),
+        None => keys.text("path").map(str::to_owned),
+    };
+    match (path, keys.number("fd")?) {
+        (Some(path), None) if !path.is_empty() => Ok(ApiSocket::Path(path.into())),
+        // Standard input, output and error are not sockets to listen on.
+        (None, Some(fd @ 3..)) => Ok(ApiSocket::Fd(fd)),
+        (None, Some(fd)) => Err(keys.bad("fd", &fd.to_string(), "a descriptor from 3 on")),
+        _ => Err(ArgError::Missing { flag, key: "path" }),
+    }
 }
 
-/// `--platform root_port_vendor=0x…`.
+/// `--platform root_port_vendor=0x…,hotplug_ports=N`.
 pub fn platform(text: &str) -> Result<PlatformConfig, ArgError> {
-    let keys = Keys::parse("--platform", text, &["root_port_vendor"])?;
+    let keys = Keys::parse("--platform", text, &["root_port_vendor", "hotplug_ports"])?;
     keys.no_bare()?;
     let root_port_vendor = match keys.text("root_port_vendor") {
         None => DEFAULT_ROOT_PORT_VENDOR,
         Some(value) => vendor(value)
             .ok_or_else(|| keys.bad("root_port_vendor", value, "a PCI vendor id such as 0x1b36"))?,
     };
-    Ok(PlatformConfig { root_port_vendor })
+    let hotplug_ports = keys.number("hotplug_ports")?;
+    Ok(PlatformConfig {
+        root_port_vendor,
+        hotplug_ports: hotplug_ports.unwrap_or(DEFAULT_HOTPLUG_PORTS),
+    })
 }
 
 fn vendor(text: &str) -> Option<u16> {
@@ -204,7 +224,8 @@ fn backend(
     })
 }
 
-fn mac(text: &str) -> Option<[u8; 6]> {
+/// A unicast hardware address.
+pub fn mac(text: &str) -> Option<[u8; 6]> {
     let mut octets = [0; 6];
     let mut parts = text.split(':');
     for octet in &mut octets {
@@ -282,6 +303,10 @@ mod tests {
         assert_eq!(cpus("boot=4").unwrap(), cpus("4").unwrap());
         assert_eq!(memory("size=1G").unwrap(), memory("1G").unwrap());
         assert_eq!(api_socket("path=/a").unwrap(), api_socket("/a").unwrap());
+        assert_eq!(api_socket("fd=3").unwrap(), ApiSocket::Fd(3));
+        for text in ["fd=0", "fd=-1", "fd=x", "fd=3,path=/a", ""] {
+            assert!(api_socket(text).is_err(), "{text}");
+        }
         assert_eq!(
             rng("src=/dev/urandom").unwrap(),
             rng("/dev/urandom").unwrap()

@@ -8,6 +8,8 @@
 
 pub mod convert;
 pub mod keys;
+#[cfg(test)]
+pub(crate) mod testing;
 pub mod validate;
 
 use std::path::PathBuf;
@@ -104,6 +106,8 @@ pub struct VmConfig {
     pub nets: Vec<NetConfig>,
     /// Where the first serial port goes.
     pub serial: SerialConfig,
+    /// Whether a client asked for it as `console`: there is no other console, so both names show it.
+    pub serial_is_console: bool,
     /// Source of the guest's entropy device.
     pub rng: RngConfig,
     /// What the board says it is.
@@ -217,4 +221,7 @@ pub struct RngConfig {
 pub struct PlatformConfig {
     /// PCI vendor id of the root ports above vhost-user devices.
     pub root_port_vendor: u16,
+    /// Root ports without a device, for those that are added while the guest runs; fewer where bus 0 is
+    /// full.
+    pub hotplug_ports: u8,
 }

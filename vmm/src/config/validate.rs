@@ -257,10 +257,7 @@ fn sockets(config: &VmConfig, api_socket: Option<&Path>) -> Result<(), Error> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::{
-        CpusConfig, DiskConfig, KernelEntry, MemoryConfig, PayloadConfig, PlatformConfig,
-        RngConfig, SerialConfig, convert,
-    };
+    use crate::config::{DiskConfig, SerialConfig, convert, testing};
 
     const HOST: Host = Host {
         physical_bits: 40,
@@ -269,26 +266,9 @@ mod tests {
 
     fn config() -> VmConfig {
         VmConfig {
-            cpus: CpusConfig { boot: 1 },
-            memory: MemoryConfig {
-                size_bytes: 512 << 20,
-                hugepages: false,
-            },
-            payload: PayloadConfig {
-                kernel: "/k".into(),
-                entry: KernelEntry::Auto,
-                initramfs: None,
-                cmdline: String::new(),
-            },
             disks: vec![disk("socket=/d0"), disk("socket=/d1,id=second")],
             nets: vec![convert::net("socket=/n", 0).unwrap()],
-            serial: SerialConfig::Null,
-            rng: RngConfig {
-                src: "/dev/urandom".into(),
-            },
-            platform: PlatformConfig {
-                root_port_vendor: 1,
-            },
+            ..testing::config()
         }
     }
 

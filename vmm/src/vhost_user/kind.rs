@@ -163,6 +163,22 @@ impl Kind {
         }
     }
 
+    /// What ids of this kind begin with where none was given.
+    pub fn id_prefix(&self) -> &'static str {
+        match self {
+            Self::Blk(_) => "_disk",
+            Self::Net(_) => "_net",
+        }
+    }
+
+    /// Gives the device another name.
+    pub fn set_id(&mut self, id: String) {
+        match self {
+            Self::Blk(disk) => disk.id = id,
+            Self::Net(net) => net.id = id,
+        }
+    }
+
     pub(super) fn backend(&self) -> &VhostUserConfig {
         match self {
             Self::Blk(disk) => &disk.backend,

@@ -13,6 +13,7 @@
 #![forbid(unsafe_code)]
 
 use std::io;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
@@ -23,12 +24,13 @@ use super::builder;
 use super::events::{GuestEvent, GuestEvents};
 use super::machine::Machine;
 use super::requests::{
-    Command, CounterGroups, Failure, Info, Reply, Request, RequestSender, Requests,
+    Command, CounterGroups, Failure, Info, Reply, ReplyTo, Request, RequestSender, Requests,
 };
 use super::signals::Signals;
-use super::state::{Action, VmState, accept};
+use super::state::{Action, Refusal, VmState, accept};
+use crate::config::validate::Host;
 use crate::config::{SerialConfig, VmConfig};
-use crate::devices::serial::host::SerialHost;
+use crate::devices::serial::host::{self, SerialHost};
 use crate::event_loop::{EventLoop, Token};
 
 /// How long the end of the process waits for the machine to be taken apart.
@@ -46,6 +48,9 @@ pub enum Error {
     /// The machine cannot be made.
     #[error(transparent)]
     Build(#[from] builder::Error),
+    /// The place where the serial port goes.
+    #[error(transparent)]
+    Serial(#[from] host::Error),
     /// The main thread's own files.
     #[error("{what}")]
     Host {
@@ -56,26 +61,39 @@ pub enum Error {
     },
 }
 
-fn host(what: &'static str) -> impl Fn(io::Error) -> Error {
+/// What configurations that come by the API are held against.
+#[derive(Debug)]
+pub struct Limits {
+    /// Of the host.
+    pub host: Host,
+    /// The API's own socket.
+    pub api_socket: Option<PathBuf>,
+}
+
+pub(super) fn failed(what: &'static str) -> impl Fn(io::Error) -> Error {
     move |source| Error::Host { what, source }
 }
 
 /// Owner of the VM.
 pub struct Driver {
-    config: Arc<VmConfig>,
-    host: SerialHost,
-    events: EventLoop,
+    pub(super) limits: Limits,
+    /// What the guest is made of, and its serial port's other end; none in `NotCreated`.
+    pub(super) config: Option<Arc<VmConfig>>,
+    pub(super) host: Option<SerialHost>,
+    pub(super) events: EventLoop,
     signals: Signals,
-    sender: RequestSender,
+    pub(super) sender: RequestSender,
     requests: Requests,
-    state: VmState,
-    machine: Option<Box<Machine>>,
+    pub(super) state: VmState,
+    pub(super) machine: Option<Box<Machine>>,
     /// Number of this boot.
-    boot: u64,
+    pub(super) boot: u64,
     /// When it began to run.
     booted: Instant,
     /// A client of the API asked for this boot: where it fails, the process stays for the next try.
     stays_if_unbuilt: bool,
+    /// The client that asked for this boot, until it is done.
+    booting_for: Option<ReplyTo>,
     /// Tells the boot thread that nobody waits for its machine any more.
     cancel: Arc<AtomicBool>,
     /// Set once the process is to end.
@@ -83,45 +101,51 @@ pub struct Driver {
 }
 
 impl Driver {
-    /// A driver for that guest, which is not built yet.
+    /// A driver without a guest.
     pub fn new(
-        config: VmConfig,
-        host: SerialHost,
+        limits: Limits,
         signals: Signals,
         (sender, requests): (RequestSender, Requests),
     ) -> Result<Self, Error> {
-        let setup = self::host("cannot set up the event loop");
+        let setup = failed("cannot set up the event loop");
         let events = EventLoop::new().map_err(&setup)?;
         events.add(&signals, Token::Signal).map_err(&setup)?;
         events
             .add(requests.event(), Token::Requests)
             .map_err(&setup)?;
-        host.watch(&events).map_err(&setup)?;
         Ok(Self {
-            config: Arc::new(config),
-            host,
+            limits,
+            config: None,
+            host: None,
             events,
             signals,
             sender,
             requests,
-            state: VmState::Shutdown,
+            state: VmState::NotCreated,
             machine: None,
             boot: 0,
             booted: Instant::now(),
             stays_if_unbuilt: false,
+            booting_for: None,
             cancel: Arc::default(),
             exit: None,
         })
     }
 
-    /// Builds and runs the guest until the process is to end.
+    /// Serves until the process is to end. A guest that was [created](Self::create) is booted first.
     pub fn run(mut self) -> Result<(), Error> {
-        self.start_boot()?;
+        if self.state == VmState::Created {
+            self.start_boot()?;
+        }
         let result = loop {
             if let Some(result) = self.exit.take() {
                 break result;
             }
-            for token in self.events.wait().map_err(host("cannot wait for events"))? {
+            for token in self
+                .events
+                .wait()
+                .map_err(failed("cannot wait for events"))?
+            {
                 self.process(token)?;
             }
         };
@@ -130,12 +154,13 @@ impl Driver {
         {
             tracing::warn!("a device did not stop in time");
         }
-        self.host.flush();
+        if let Some(host) = &self.host {
+            host.flush();
+        }
         result
     }
 
     fn process(&mut self, token: Token) -> Result<(), Error> {
-        let serial = host("serial port");
         match token {
             Token::Signal => self.process_signals(),
             Token::Requests => {
@@ -143,14 +168,9 @@ impl Driver {
                     self.process_request(request)?;
                 }
             }
-            Token::SerialInput => {
-                self.host.process_input(&self.events).map_err(serial)?;
-                if let Some(machine) = &self.machine {
-                    machine.serial_input();
-                }
+            Token::SerialInput | Token::SerialListener | Token::SerialRoom => {
+                self.process_serial(token).map_err(failed("serial port"))?;
             }
-            Token::SerialListener => self.host.process_listener(&self.events).map_err(serial)?,
-            Token::SerialRoom => self.host.process_room(&self.events).map_err(serial)?,
             Token::SciResample => {
                 if let Some(machine) = &self.machine {
                     machine.process_sci_resample();
@@ -158,6 +178,23 @@ impl Driver {
             }
         }
         Ok(())
+    }
+
+    fn process_serial(&mut self, token: Token) -> io::Result<()> {
+        let Some(host) = &mut self.host else {
+            return Ok(());
+        };
+        match token {
+            Token::SerialListener => host.process_listener(&self.events),
+            Token::SerialRoom => host.process_room(&self.events),
+            _ => {
+                host.process_input(&self.events)?;
+                if let Some(machine) = &self.machine {
+                    machine.serial_input();
+                }
+                Ok(())
+            }
+        }
     }
 
     fn process_signals(&mut self) {
@@ -169,11 +206,7 @@ impl Driver {
 
     fn process_request(&mut self, request: Request) -> Result<(), Error> {
         match request {
-            Request::Command(command, reply) => {
-                let answer = self.command(command)?;
-                // A client that has gone has no use for it.
-                let _ = reply.try_send(answer);
-            }
+            Request::Command(command, reply) => self.command(command, reply)?,
             Request::Guest(boot, event) if boot == self.boot => self.guest_event(event)?,
             Request::Built(boot, built) if boot == self.boot => self.built(built)?,
             Request::Built(_, Ok(machine)) => drop(take_apart(machine)?),
@@ -182,45 +215,54 @@ impl Driver {
         Ok(())
     }
 
-    fn command(&mut self, command: Command) -> Result<Result<Reply, Failure>, Error> {
-        Ok(match command {
+    /// Does what a client asks and answers, or keeps the way to it until there is an answer.
+    fn command(&mut self, command: Command, reply: ReplyTo) -> Result<(), Error> {
+        let done = |result: Result<(), Failure>| result.map(|()| Reply::Done);
+        match command {
             Command::Act(action) => match accept(self.state, action) {
-                Ok(next) => self.act(action, next)?.map(|()| Reply::Done),
-                Err(refusal) => Err(refusal.into()),
+                Ok(next) => return self.act(action, next, reply),
+                Err(refusal) => reply.send(Err(refusal.into())),
             },
-            Command::Info => Ok(Reply::Info(Box::new(self.info()))),
-            Command::Counters => Ok(Reply::Counters(self.counters())),
+            Command::Create(config) => reply.send(done(self.create_for_client(*config)?)),
+            Command::Info => reply.send(self.info()),
+            Command::Counters => reply.send(Ok(Reply::Counters(self.counters()))),
             Command::VmmShutdown => {
                 tracing::info!("told to end by the API");
                 self.exit = Some(Ok(()));
-                Ok(Reply::Done)
+                reply.send(Ok(Reply::Done));
             }
-        })
+        }
+        Ok(())
     }
 
-    /// Does what was accepted; the outer error ends the process, the inner one is the client's.
-    fn act(&mut self, action: Action, next: VmState) -> Result<Result<(), Failure>, Error> {
+    /// Does what was accepted. An error ends the process; what is only the client's goes to `reply`.
+    fn act(&mut self, action: Action, next: VmState, reply: ReplyTo) -> Result<(), Error> {
         let machine = self.machine.as_deref();
         match (action, machine) {
             (Action::PowerButton, Some(machine)) => machine.press_power_button(),
             (Action::Pause, Some(machine)) => {
                 if let Err(error) = machine.pause() {
-                    return Ok(Err(Failure::Failed(error.to_string())));
+                    reply.send(Err(Failure::Failed(error.to_string())));
+                    return Ok(());
                 }
             }
             (Action::Resume, Some(machine)) => machine.resume(),
             (Action::Shutdown, _) => drop(self.stop_machine()?),
-            // Sets the state itself.
+            (Action::Delete, _) => self.delete()?,
+            // Sets the state itself, and is answered when it has come to something.
             (Action::Boot | Action::Reboot, _) => {
                 self.start_boot()?;
                 self.stays_if_unbuilt = true;
-                return Ok(Ok(()));
+                self.booting_for = Some(reply);
+                return Ok(());
             }
-            (Action::PowerButton | Action::Pause | Action::Resume, None) => {}
+            // Have commands of their own, or need a machine that is not there.
+            _ => {}
         }
         tracing::info!(?action, state = ?next, "the guest's state was changed by the API");
         self.state = next;
-        Ok(Ok(()))
+        reply.send(Ok(Reply::Done));
+        Ok(())
     }
 
     fn guest_event(&mut self, event: GuestEvent) -> Result<(), Error> {
@@ -247,7 +289,10 @@ impl Driver {
     /// Takes the machine apart, if there is one, and has a new one built from scratch.
     fn start_boot(&mut self) -> Result<(), Error> {
         let gone = self.stop_machine()?;
-        self.state = VmState::Created;
+        let (Some(config), Some(host)) = (&self.config, &self.host) else {
+            return Ok(());
+        };
+        self.state = VmState::Booting;
         self.stays_if_unbuilt = false;
         let boot = self.boot;
         let sender = self.sender.clone();
@@ -257,9 +302,8 @@ impl Driver {
         };
         let parts = builder::Parts {
             new_vm: builder::NewVm::create()?,
-            config: Arc::clone(&self.config),
-            serial: (self.config.serial != SerialConfig::Off)
-                .then(|| (self.host.output(), self.host.input())),
+            config: Arc::clone(config),
+            serial: (config.serial != SerialConfig::Off).then(|| (host.output(), host.input())),
             events,
             cancel: Arc::clone(&self.cancel),
         };
@@ -273,7 +317,7 @@ impl Driver {
                 let built = builder::build(&parts).map(Box::new);
                 sender.send(Request::Built(boot, built));
             })
-            .map_err(host("cannot start the boot thread"))?;
+            .map_err(failed("cannot start the boot thread"))?;
         Ok(())
     }
 
@@ -283,7 +327,7 @@ impl Driver {
                 if let Some(resample) = machine.sci_resample() {
                     self.events
                         .add(resample, Token::SciResample)
-                        .map_err(host("cannot watch the ACPI interrupt"))?;
+                        .map_err(failed("cannot watch the ACPI interrupt"))?;
                 }
                 machine.serial_input();
                 machine.resume();
@@ -293,11 +337,17 @@ impl Driver {
                     tracing::info!(boot = self.boot, "the guest runs");
                 }
                 self.booted = Instant::now();
+                if let Some(client) = self.booting_for.take() {
+                    client.send(Ok(Reply::Done));
+                }
             }
             Err(error) if self.stays_if_unbuilt => {
                 self.state = VmState::Shutdown;
                 let error = error_chain(&error);
                 tracing::error!(error, "the guest cannot be booted");
+                if let Some(client) = self.booting_for.take() {
+                    client.send(Err(Failure::Failed(error)));
+                }
             }
             Err(error) => self.exit = Some(Err(error.into())),
         }
@@ -306,10 +356,13 @@ impl Driver {
 
     /// Stops the guest of this boot at once, and leaves the rest to a thread whose end is reported
     /// through what is returned.
-    fn stop_machine(&mut self) -> Result<Option<Receiver<()>>, Error> {
+    pub(super) fn stop_machine(&mut self) -> Result<Option<Receiver<()>>, Error> {
         self.cancel.store(true, Ordering::Release);
         self.cancel = Arc::default();
         self.boot += 1;
+        if let Some(client) = self.booting_for.take() {
+            client.send(Err(Failure::Failed("the boot was given up".to_owned())));
+        }
         let Some(machine) = self.machine.take() else {
             return Ok(None);
         };
@@ -322,26 +375,26 @@ impl Driver {
         take_apart(machine).map(Some)
     }
 
-    fn info(&self) -> Info {
-        Info {
+    fn info(&self) -> Result<Reply, Failure> {
+        let config = self.config.as_deref().ok_or(Refusal::NotCreated)?;
+        let pty = self.host.as_ref().and_then(SerialHost::pty_path);
+        Ok(Reply::Info(Box::new(Info {
             state: self.state,
-            config: (*self.config).clone(),
-            pty: self.host.pty_path().map(Into::into),
+            config: config.clone(),
+            pty: pty.map(Into::into),
             devices: self
                 .machine
                 .as_deref()
                 .map(Machine::devices)
                 .unwrap_or_default(),
-        }
+        })))
     }
 
     fn counters(&self) -> CounterGroups {
         let machine = self.machine.as_deref();
         let mut groups = machine.map(Machine::counters).unwrap_or_default();
-        let own = [
-            ("boots", self.boot),
-            ("serial_dropped_bytes", self.host.output().dropped()),
-        ];
+        let dropped = self.host.as_ref().map_or(0, |host| host.output().dropped());
+        let own = [("boots", self.boot), ("serial_dropped_bytes", dropped)];
         let own = own.map(|(name, value)| (name.to_owned(), value));
         groups.insert("vmm".to_owned(), own.into());
         groups
@@ -349,7 +402,7 @@ impl Driver {
 }
 
 /// The error and its sources in one line.
-fn error_chain(error: &dyn std::error::Error) -> String {
+pub(super) fn error_chain(error: &dyn std::error::Error) -> String {
     let sources = std::iter::successors(error.source(), |error| error.source());
     let text = sources.fold(error.to_string(), |text, source| {
         format!("{text}: {source}")
@@ -366,6 +419,6 @@ fn take_apart(machine: Box<Machine>) -> Result<Receiver<()>, Error> {
             // The driver may have stopped listening.
             let _ = done.try_send(());
         })
-        .map_err(host("cannot start the teardown thread"))?;
+        .map_err(failed("cannot start the teardown thread"))?;
     Ok(gone)
 }

@@ -4,6 +4,8 @@
 //! [`state`] says what is accepted when, [`requests`] is the way to the driver.
 
 pub mod builder;
+mod creation;
+pub mod devices;
 mod driver;
 mod events;
 mod machine;
@@ -11,7 +13,7 @@ pub mod requests;
 mod signals;
 pub mod state;
 
-pub use driver::{Driver, Error};
+pub use driver::{Driver, Error, Limits};
 pub use events::{GuestEvent, GuestEvents};
 pub use machine::Machine;
 pub use signals::Signals;

@@ -5,7 +5,7 @@
 use std::collections::BTreeMap;
 use std::io;
 use std::sync::Arc;
-use std::sync::mpsc::{Receiver, Sender, SyncSender, channel};
+use std::sync::mpsc::{Receiver, Sender, channel};
 
 use vmm_sys_util::eventfd::EventFd;
 
@@ -18,7 +18,7 @@ use crate::pci::DeviceInfo;
 /// One thing asked of the driver.
 pub enum Request {
     /// From a client of the API.
-    Command(Command, SyncSender<Result<Reply, Failure>>),
+    Command(Command, ReplyTo),
     /// From the guest of that boot; of an earlier one it is void.
     Guest(u64, GuestEvent),
     /// The machine of that boot is ready, or cannot be made.
@@ -26,16 +26,59 @@ pub enum Request {
 }
 
 /// What a client may ask for.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone)]
 pub enum Command {
-    /// Something that changes the guest.
+    /// Something that changes the guest and needs no more words.
     Act(Action),
+    /// A guest made of this.
+    Create(Box<VmConfig>),
     /// State and configuration.
     Info,
     /// Counters.
     Counters,
     /// The end of this process.
     VmmShutdown,
+}
+
+/// Where the answer to one command goes. Exactly one answer is given: if it is dropped, that the VMM ends.
+#[derive(Debug)]
+pub struct ReplyTo {
+    client: u64,
+    answers: Option<Sender<Answer>>,
+    event: Arc<EventFd>,
+}
+
+/// An answer, and the number of the client that it is for.
+pub type Answer = (u64, Result<Reply, Failure>);
+
+impl ReplyTo {
+    /// The way to client number `client`: `event` is signalled when `answers` has something.
+    pub fn new(client: u64, answers: Sender<Answer>, event: Arc<EventFd>) -> Self {
+        Self {
+            client,
+            answers: Some(answers),
+            event,
+        }
+    }
+
+    /// Gives the answer. Never blocks.
+    pub fn send(mut self, answer: Result<Reply, Failure>) {
+        self.give(answer);
+    }
+
+    fn give(&mut self, answer: Result<Reply, Failure>) {
+        // Where the API is gone, so are its clients; an event that is full is as good as signalled.
+        if let Some(answers) = self.answers.take() {
+            let _ = answers.send((self.client, answer));
+            let _ = self.event.write(1);
+        }
+    }
+}
+
+impl Drop for ReplyTo {
+    fn drop(&mut self) {
+        self.give(Err(Failure::Failed("the VMM is ending".to_owned())));
+    }
 }
 
 /// Groups of counters by name.
@@ -71,6 +114,12 @@ pub enum Failure {
     /// Not in this state.
     #[error(transparent)]
     Refused(#[from] Refusal),
+    /// What was asked for makes no sense.
+    #[error("{0}")]
+    Invalid(String),
+    /// What was asked for is there already.
+    #[error("{0}")]
+    Conflict(String),
     /// It was tried.
     #[error("{0}")]
     Failed(String),

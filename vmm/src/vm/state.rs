@@ -4,37 +4,51 @@
 
 #![forbid(unsafe_code)]
 
-/// State of the guest, as in `vm.info`.
+/// State of the guest. `vm.info` shows `Booting` as `Created`, and answers 404 to `NotCreated`.
 ///
 /// ```text
-///             built                 pause
-///   Created ─────────▶ Running ◀──────────▶ Paused
-///      ▲  │               │      resume        │
-///      │  │ shutdown      │ shutdown           │ shutdown
-///      │  └───────────────┼────────────────────┤
-///      │                  ▼                    │
-///      │ boot          Shutdown ◀──────────────┘
-///      └──────────────────┘
-///   reboot, by the guest or by request: Running, Paused ─▶ Created
+///                   create              boot                built                pause
+///   NotCreated ───────────▶ Created ────────────▶ Booting ────────▶ Running ◀──────────▶ Paused
+///       ▲                      │                   ▲  │                │       resume        │
+///       │                      │                   │  │ shutdown,      │ shutdown            │ shutdown
+///       │        delete        │              boot │  │ not built      ▼                     ▼
+///       └──────────────────────┴───────────────────┼──┴──────────▶ Shutdown ◀───────────────┘
+///          (from every state)                      └───────────────────┘
+///
+///   reboot, by the guest or by request: Running, Paused ─▶ Booting
+///   add-*, remove-device: Created, Shutdown (the configuration alone), Running, Paused (the slot too)
 /// ```
 ///
-/// The process outlives `Shutdown` if a request brought it about; a guest that powers itself off ends
-/// the process.
+/// A VMM whose command line names a kernel begins with `create` and `boot`. The process outlives
+/// `Shutdown` if a request brought it about; a guest that powers itself off ends the process.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum VmState {
-    /// Being put together, perhaps waiting for a backend; no vCPU has run.
+    /// No configuration.
+    NotCreated,
+    /// A configuration that was never booted.
     Created,
+    /// Being put together, perhaps waiting for a backend; no vCPU has run.
+    Booting,
     /// vCPUs run.
     Running,
     /// All vCPUs are out of the guest.
     Paused,
-    /// No machine.
+    /// A configuration whose machine is gone.
     Shutdown,
+}
+
+impl VmState {
+    /// Whether there is a machine with vCPUs.
+    pub fn has_machine(self) -> bool {
+        matches!(self, Self::Running | Self::Paused)
+    }
 }
 
 /// What may be asked of the guest.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Action {
+    /// Take a configuration.
+    Create,
     /// Put a new machine together and run it.
     Boot,
     /// Press the power button.
@@ -47,14 +61,20 @@ pub enum Action {
     Reboot,
     /// Pull the plug.
     Shutdown,
+    /// Pull the plug and forget the configuration.
+    Delete,
+    /// Add a device to the configuration, and to the machine if there is one.
+    AddDevice,
+    /// Take a device out of the configuration, and out of the machine if there is one.
+    RemoveDevice,
 }
 
 /// Why an action is not accepted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum Refusal {
-    /// There is no machine that it could be done to.
-    #[error("the guest is not running")]
-    NotRunning,
+    /// There is no configuration.
+    #[error("the VM is not created")]
+    NotCreated,
     /// The machine is not in the state for it.
     #[error("cannot {action:?} a guest that is {state:?}")]
     WrongState {
@@ -67,16 +87,24 @@ pub enum Refusal {
 
 /// Whether `action` is accepted in `state`; if so, the state once it is done.
 pub fn accept(state: VmState, action: Action) -> Result<VmState, Refusal> {
-    use Action::{Boot, Pause, PowerButton, Reboot, Resume, Shutdown};
+    use Action::{
+        AddDevice, Boot, Create, Delete, Pause, PowerButton, Reboot, RemoveDevice, Resume, Shutdown,
+    };
+    use VmState::{Booting, Created, NotCreated, Paused, Running};
     match (state, action) {
-        (VmState::Shutdown, Boot) => Ok(VmState::Created),
-        (VmState::Running | VmState::Paused, Reboot) => Ok(VmState::Created),
-        (VmState::Running, Pause) => Ok(VmState::Paused),
-        (VmState::Paused, Resume) => Ok(VmState::Running),
+        (NotCreated, Create) => Ok(Created),
+        // Nothing is there, which is what was wanted.
+        (_, Delete) => Ok(NotCreated),
+        (NotCreated, _) => Err(Refusal::NotCreated),
+        (Created | VmState::Shutdown, Boot) => Ok(Booting),
+        (Running | Paused, Reboot) => Ok(Booting),
+        (Running, Pause) => Ok(Paused),
+        (Paused, Resume) => Ok(Running),
         // The button of a paused guest is seen when it runs again.
-        (VmState::Running | VmState::Paused, PowerButton) => Ok(state),
-        (VmState::Created | VmState::Running | VmState::Paused, Shutdown) => Ok(VmState::Shutdown),
-        (VmState::Shutdown, _) => Err(Refusal::NotRunning),
+        (Running | Paused, PowerButton) => Ok(state),
+        (Booting | Running | Paused, Shutdown) => Ok(VmState::Shutdown),
+        // While a machine is put together its devices are being counted.
+        (Created | VmState::Shutdown | Running | Paused, AddDevice | RemoveDevice) => Ok(state),
         _ => Err(Refusal::WrongState { state, action }),
     }
 }
@@ -84,43 +112,49 @@ pub fn accept(state: VmState, action: Action) -> Result<VmState, Refusal> {
 #[cfg(test)]
 mod tests {
     use super::Action::*;
-    use super::VmState::{Created, Paused, Running};
+    use super::VmState::{Booting, Created, NotCreated, Paused, Running};
     use super::*;
 
-    const ACTIONS: [Action; 6] = [Boot, PowerButton, Pause, Resume, Reboot, Shutdown];
+    const ACTIONS: [Action; 10] = [
+        Create,
+        Boot,
+        PowerButton,
+        Pause,
+        Resume,
+        Reboot,
+        Shutdown,
+        Delete,
+        AddDevice,
+        RemoveDevice,
+    ];
 
     #[test]
+    #[rustfmt::skip]
     fn every_state_and_action() {
-        let off = VmState::Shutdown;
-        let table: [(VmState, [Option<VmState>; 6]); 4] = [
-            (Created, [None, None, None, None, None, Some(off)]),
-            (
-                Running,
-                [
-                    None,
-                    Some(Running),
-                    Some(Paused),
-                    None,
-                    Some(Created),
-                    Some(off),
-                ],
-            ),
-            (
-                Paused,
-                [
-                    None,
-                    Some(Paused),
-                    None,
-                    Some(Running),
-                    Some(Created),
-                    Some(off),
-                ],
-            ),
-            (off, [Some(Created), None, None, None, None, None]),
+        let off = Some(VmState::Shutdown);
+        let (none, made, boot) = (Some(NotCreated), Some(Created), Some(Booting));
+        let (run, held) = (Some(Running), Some(Paused));
+        // In the order of ACTIONS.
+        let table: [(VmState, [Option<VmState>; 10]); 6] = [
+            (NotCreated, [made, None, None, None, None, None, None, none, None, None]),
+            (Created, [None, boot, None, None, None, None, None, none, made, made]),
+            (Booting, [None, None, None, None, None, None, off, none, None, None]),
+            (Running, [None, None, run, held, None, boot, off, none, run, run]),
+            (Paused, [None, None, held, None, run, boot, off, none, held, held]),
+            (VmState::Shutdown, [None, boot, None, None, None, None, None, none, off, off]),
         ];
         for (state, expected) in table {
             for (action, expected) in ACTIONS.into_iter().zip(expected) {
                 assert_eq!(accept(state, action).ok(), expected, "{state:?} {action:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn without_a_configuration_every_refusal_says_so() {
+        for action in ACTIONS {
+            if let Err(refusal) = accept(NotCreated, action) {
+                assert_eq!(refusal, Refusal::NotCreated, "{action:?}");
             }
         }
     }
@@ -131,6 +165,9 @@ mod tests {
             accept(Paused, Pause).unwrap_err().to_string(),
             "cannot Pause a guest that is Paused"
         );
-        assert_eq!(accept(VmState::Shutdown, Pause), Err(Refusal::NotRunning));
+        assert_eq!(
+            accept(NotCreated, Pause).unwrap_err().to_string(),
+            "the VM is not created"
+        );
     }
 }

@@ -216,6 +216,18 @@ impl Guest {
         Self { child, dir }
     }
 
+    /// Starts a VMM without a guest; a kernel of that code is there for one.
+    pub(crate) fn none(code: &Code) -> Self {
+        let dir = TempDir::new().unwrap();
+        let at = |name: &str| dir.as_path().join(name).display().to_string();
+        std::fs::write(at("kernel"), code.elf()).unwrap();
+        let child = vmm()
+            .args(["--api-socket", &format!("path={}", at("api"))])
+            .spawn()
+            .unwrap();
+        Self { child, dir }
+    }
+
     /// A path in the guest's own folder.
     pub(crate) fn path(&self, name: &str) -> PathBuf {
         self.dir.as_path().join(name)
@@ -257,6 +269,13 @@ impl Guest {
         ask(stream, method, name)
     }
 
+    /// One request with a body.
+    pub(crate) fn put(&self, name: &str, body: &str) -> (u16, String) {
+        let path = self.path("api");
+        let stream = eventually("the API listens", || UnixStream::connect(&path).ok());
+        ask_with(stream, "PUT", name, body)
+    }
+
     /// `vm.info`'s state.
     pub(crate) fn state(&self) -> String {
         let (_, body) = self.api("GET", "vm.info");
@@ -281,9 +300,22 @@ impl Drop for Guest {
 }
 
 /// One request on that connection: status and body.
-pub(crate) fn ask(mut stream: UnixStream, method: &str, name: &str) -> (u16, String) {
+pub(crate) fn ask(stream: UnixStream, method: &str, name: &str) -> (u16, String) {
+    ask_with(stream, method, name, "")
+}
+
+/// The same with a body.
+pub(crate) fn ask_with(
+    mut stream: UnixStream,
+    method: &str,
+    name: &str,
+    body: &str,
+) -> (u16, String) {
     stream.set_read_timeout(Some(PATIENCE)).unwrap();
-    let request = format!("{method} /api/v1/{name} HTTP/1.1\r\nConnection: close\r\n\r\n");
+    let request = format!(
+        "{method} /api/v1/{name} HTTP/1.1\r\nConnection: close\r\nContent-Length: {}\r\n\r\n{body}",
+        body.len()
+    );
     stream.write_all(request.as_bytes()).unwrap();
     let mut answer = String::new();
     stream.read_to_string(&mut answer).unwrap();

@@ -1,5 +1,6 @@
 //! What a guest is made of, as clients write and read it.
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
@@ -24,12 +25,17 @@ pub struct VmConfig {
     /// Entropy.
     pub rng: RngConfig,
     /// First serial port.
-    pub serial: ConsoleConfig,
-    /// virtio console.
-    pub console: ConsoleConfig,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub serial: Option<ConsoleConfig>,
+    /// Console.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub console: Option<ConsoleConfig>,
     /// The board.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub platform: Option<PlatformConfig>,
+    /// What clients may ask for beside that.
+    #[serde(flatten)]
+    pub other: BTreeMap<String, serde_json::Value>,
 }
 
 /// Virtual CPUs.
@@ -61,6 +67,16 @@ pub struct MemoryConfig {
     /// Whether it is made of huge pages.
     #[serde(default)]
     pub hugepages: bool,
+    /// Parts of it; read where `size` is 0, and never written.
+    #[serde(default, skip_serializing)]
+    pub zones: Option<Vec<MemoryZone>>,
+}
+
+/// A part of memory.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MemoryZone {
+    /// Bytes.
+    pub size: u64,
 }
 
 impl Default for MemoryConfig {
@@ -69,6 +85,7 @@ impl Default for MemoryConfig {
             size: 512 << 20,
             shared: true,
             hugepages: false,
+            zones: None,
         }
     }
 }
@@ -89,10 +106,16 @@ pub struct PayloadConfig {
     /// First root file system.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub initramfs: Option<PathBuf>,
+    /// Firmware; not served.
+    #[serde(skip_serializing)]
+    pub firmware: Option<PathBuf>,
+    /// A confidential guest's image; not served.
+    #[serde(skip_serializing)]
+    pub igvm: Option<PathBuf>,
 }
 
 /// A disk.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct DiskConfig {
     /// Its id.
@@ -114,8 +137,22 @@ pub struct DiskConfig {
     pub vhost_socket: Option<PathBuf>,
 }
 
+impl Default for DiskConfig {
+    fn default() -> Self {
+        Self {
+            id: None,
+            path: None,
+            readonly: false,
+            num_queues: 1,
+            queue_size: 128,
+            vhost_user: false,
+            vhost_socket: None,
+        }
+    }
+}
+
 /// A network card.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct NetConfig {
     /// Its id.
@@ -133,6 +170,19 @@ pub struct NetConfig {
     /// Socket of that process.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub vhost_socket: Option<PathBuf>,
+}
+
+impl Default for NetConfig {
+    fn default() -> Self {
+        Self {
+            id: None,
+            mac: None,
+            num_queues: 2,
+            queue_size: 256,
+            vhost_user: false,
+            vhost_socket: None,
+        }
+    }
 }
 
 /// Entropy.
@@ -189,6 +239,9 @@ pub struct PlatformConfig {
     /// PCI vendor id of the root ports. Ours alone.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub root_port_vendor: Option<u16>,
+    /// Root ports for devices that are added later. Ours alone.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub hotplug_ports: Option<u8>,
 }
 
 #[cfg(test)]
@@ -208,9 +261,10 @@ mod tests {
         }"#;
         let config: VmConfig = serde_json::from_str(text).unwrap();
         assert_eq!(config.cpus.boot_vcpus, 2);
-        assert_eq!(config.serial.mode, ConsoleMode::Tty);
+        assert_eq!(config.serial.unwrap().mode, ConsoleMode::Tty);
         assert_eq!(config.disks.unwrap()[0].vhost_socket, Some("/d".into()));
         assert_eq!(config.rng.src, PathBuf::from("/dev/urandom"));
+        assert_eq!(config.other.keys().collect::<Vec<_>>(), ["watchdog"]);
     }
 
     #[test]
@@ -218,7 +272,7 @@ mod tests {
         let text = serde_json::to_value(VmConfig::default()).unwrap();
         assert_eq!(text["cpus"]["boot_vcpus"], 1);
         assert_eq!(text["memory"]["size"], 512 << 20);
-        assert_eq!(text["serial"]["mode"], "Off");
+        assert_eq!(text.get("serial"), None);
         assert_eq!(text.get("disks"), None);
     }
 }

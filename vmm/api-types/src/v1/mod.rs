@@ -5,16 +5,16 @@
 //! | GET `vmm.ping` | | [`VmmPing`] |
 //! | GET `vm.info` | | [`VmInfo`] |
 //! | GET `vm.counters` | | [`VmCounters`] |
-//! | PUT `vm.boot`, `vm.pause`, `vm.resume`, `vm.power-button`, `vm.reboot`, `vm.shutdown`, `vmm.shutdown` | | 204 |
+//! | PUT `vm.create` | [`VmConfig`] | 204 |
+//! | PUT `vm.boot`, `vm.pause`, `vm.resume`, `vm.power-button`, `vm.reboot`, `vm.shutdown`, `vm.delete`, `vmm.shutdown` | | 204 |
 //!
-//! An error is 400 (not understood), 404 (no such request, or no guest running), or 500 (refused or
-//! failed), with an [`ErrorMessages`].
+//! An error has an [`ErrorMessages`]; docs/api.md has the codes.
 
 mod config;
 mod vm;
 
 pub use config::{
-    ConsoleConfig, ConsoleMode, CpusConfig, DiskConfig, MemoryConfig, NetConfig, PayloadConfig,
-    PlatformConfig, RngConfig, VmConfig,
+    ConsoleConfig, ConsoleMode, CpusConfig, DiskConfig, MemoryConfig, MemoryZone, NetConfig,
+    PayloadConfig, PlatformConfig, RngConfig, VmConfig,
 };
 pub use vm::{DeviceNode, ErrorMessages, VmCounters, VmInfo, VmState, VmmPing};

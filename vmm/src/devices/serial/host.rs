@@ -123,6 +123,15 @@ impl SerialHost {
         }
     }
 
+    /// Takes everything out of the event loop again.
+    pub fn unwatch(&self, events: &EventLoop) {
+        events.remove(self.input.room_event());
+        if let Place::Socket { listener, .. } = &self.place {
+            events.remove(listener);
+        }
+        self.unwatch_input(events);
+    }
+
     fn watch_input(&self, events: &EventLoop) -> io::Result<()> {
         match &self.place {
             Place::WriteOnly | Place::Socket { client: None, .. } => Ok(()),

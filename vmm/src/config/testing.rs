@@ -1,0 +1,31 @@
+//! A configuration for unit tests.
+
+use super::{
+    CpusConfig, KernelEntry, MemoryConfig, PayloadConfig, RngConfig, SerialConfig, VmConfig,
+    convert,
+};
+
+/// One vCPU, 512 MiB, no device that another process serves.
+pub(crate) fn config() -> VmConfig {
+    VmConfig {
+        cpus: CpusConfig { boot: 1 },
+        memory: MemoryConfig {
+            size_bytes: 512 << 20,
+            hugepages: false,
+        },
+        payload: PayloadConfig {
+            kernel: "/k".into(),
+            entry: KernelEntry::Auto,
+            initramfs: None,
+            cmdline: String::new(),
+        },
+        disks: Vec::new(),
+        nets: Vec::new(),
+        serial: SerialConfig::Null,
+        serial_is_console: false,
+        rng: RngConfig {
+            src: "/dev/urandom".into(),
+        },
+        platform: convert::platform("root_port_vendor=1").unwrap(),
+    }
+}
