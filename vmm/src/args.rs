@@ -12,6 +12,7 @@ use clap::error::{ContextKind, ContextValue, ErrorKind};
 use clap::{ArgAction, Parser};
 
 use crate::config::{ArgError, PayloadConfig, VmConfig, convert};
+use crate::sandbox;
 use crate::socket::ApiSocket;
 
 const EXAMPLES: &str = "\
@@ -99,6 +100,18 @@ struct Flags {
     /// Unix socket of the REST API: where to listen, or one that listens
     #[arg(long, value_name = "path=PATH|fd=N")]
     api_socket: Option<String>,
+    /// Whether the process confines itself (docs/threat-model.md); log: the kernel logs what would be refused
+    #[arg(long, value_name = "on|off|log")]
+    sandbox: Option<String>,
+    /// The same, in Cloud Hypervisor's words
+    #[arg(long, value_name = "true|false|log")]
+    seccomp: Option<String>,
+    /// Confine files also where system calls are not confined
+    #[arg(long)]
+    landlock: bool,
+    /// A file or folder that requests of the API may name later
+    #[arg(long, action = ArgAction::Append, num_args = 1.., value_name = "path=PATH,access=r|w|rw")]
+    landlock_rules: Vec<String>,
     /// File for the log, else standard error
     #[arg(long, value_name = "PATH")]
     log_file: Option<PathBuf>,
@@ -114,6 +127,8 @@ pub struct Options {
     pub config: Option<VmConfig>,
     /// Where the API listens.
     pub api_socket: Option<ApiSocket>,
+    /// What the process gives up.
+    pub sandbox: sandbox::Settings,
     /// Where the log goes, else standard error.
     pub log_file: Option<PathBuf>,
     /// How many `-v`.
@@ -146,6 +161,12 @@ pub fn parse(words: impl IntoIterator<Item = OsString>) -> Result<Options, Stop>
     }
     Ok(Options {
         api_socket,
+        sandbox: sandbox::Settings::from_flags(
+            flags.sandbox.as_deref(),
+            flags.seccomp.as_deref(),
+            flags.landlock,
+            &flags.landlock_rules,
+        )?,
         log_file: flags.log_file.clone(),
         verbosity: flags.verbose,
         config: guest(flags)?,

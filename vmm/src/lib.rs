@@ -16,7 +16,7 @@
 //!
 //! Map, in the order to read: [`vm`] (assembly and life of the guest), [`config`] and [`args`], [`kvm`],
 //! [`memory`], [`boot`], [`cpu`], [`bus`], [`pci`], [`devices`], [`vhost_user`], [`api`], [`event_loop`],
-//! [`socket`].
+//! [`socket`], [`sandbox`].
 
 pub mod api;
 pub mod args;
@@ -29,6 +29,7 @@ pub mod event_loop;
 pub mod kvm;
 pub mod memory;
 pub mod pci;
+pub mod sandbox;
 pub mod socket;
 pub mod telemetry;
 pub mod vhost_user;

@@ -13,7 +13,7 @@ use berth_vmm::config::validate::validate;
 use berth_vmm::socket::ApiSocket;
 use berth_vmm::vm::requests::Requests;
 use berth_vmm::vm::{Driver, Limits, Signals};
-use berth_vmm::{api, kvm};
+use berth_vmm::{api, kvm, sandbox};
 use tracing_subscriber::EnvFilter;
 
 fn main() -> ExitCode {
@@ -47,19 +47,25 @@ fn run(options: Options) -> anyhow::Result<()> {
     }
     kvm::open()?;
     let (sender, requests) = Requests::new().context("cannot make the request queue")?;
-    let _api = options
-        .api_socket
-        .as_ref()
-        .map(|socket| api::start(socket, sender.clone()))
-        .transpose()?;
+    // No thread before this; whatever is named on the command line is opened before the sandbox closes.
+    sandbox::prepare(&options.sandbox)?;
+    let api = options.api_socket.as_ref().map(api::bind).transpose()?;
     let limits = Limits {
         host,
         api_socket: api_path.map(Into::into),
     };
-    let mut driver = Driver::new(limits, signals, (sender, requests))?;
-    if let Some(config) = options.config {
-        driver.create(config)?;
+    let mut driver = Driver::new(limits, signals, (sender.clone(), requests))?;
+    let sockets: Vec<_> = api_path.map(Into::into).into_iter().collect();
+    match options.config {
+        Some(config) => {
+            driver.create(config.clone())?;
+            sandbox::confine(Some(&config), &sockets)?;
+        }
+        None => sandbox::confine(None, &sockets)?,
     }
+    let _api = api
+        .map(|listener| api::start(listener, sender))
+        .transpose()?;
     driver.run()?;
     Ok(())
 }

@@ -19,11 +19,12 @@ mod server;
 mod tests;
 
 use std::io;
-use std::thread::{Builder, JoinHandle};
+use std::thread::JoinHandle;
 
 use vmm_sys_util::eventfd::EventFd;
 
 use self::server::Server;
+use crate::sandbox::{self, ThreadKind};
 use crate::socket::{self, ApiSocket, Listener};
 use crate::vm::requests::RequestSender;
 
@@ -44,17 +45,19 @@ pub struct Api {
     thread: Option<JoinHandle<()>>,
 }
 
-/// Serves the API on `socket` until the returned value is dropped.
-pub fn start(socket: &ApiSocket, requests: RequestSender) -> Result<Api, Error> {
-    let listener = match socket {
+/// Listens; clients wait until the API is started.
+pub fn bind(socket: &ApiSocket) -> Result<Listener, Error> {
+    Ok(match socket {
         ApiSocket::Path(path) => Listener::bind(path)?,
         ApiSocket::Fd(fd) => Listener::inherit(*fd)?,
-    };
+    })
+}
+
+/// Serves the API on that socket until the returned value is dropped.
+pub fn start(listener: Listener, requests: RequestSender) -> Result<Api, Error> {
     let stop = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?;
     let server = Server::new(listener, stop.try_clone()?, requests)?;
-    let thread = Builder::new()
-        .name("api".into())
-        .spawn(move || server.run())?;
+    let thread = sandbox::spawn(ThreadKind::Api, "api", move || server.run())?;
     Ok(Api {
         stop,
         thread: Some(thread),

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use vmm_sys_util::tempdir::TempDir;
 
-use super::{Api, start};
+use super::{Api, bind, start};
 use crate::event_loop::{EventLoop, Token};
 use crate::socket::ApiSocket;
 use crate::vm::requests::{Command, Failure, Reply, Request, Requests};
@@ -28,7 +28,7 @@ fn serve() -> Served {
     let (sender, requests) = Requests::new().unwrap();
     let driver = thread::spawn(move || drive(&requests));
     Served {
-        api: Some(start(&ApiSocket::Path(path.clone()), sender).unwrap()),
+        api: Some(start(bind(&ApiSocket::Path(path.clone())).unwrap(), sender).unwrap()),
         driver,
         path,
         _dir: dir,
@@ -74,7 +74,7 @@ fn drive(requests: &Requests) {
 fn client(path: &Path) -> UnixStream {
     let stream = UnixStream::connect(path).unwrap();
     stream
-        .set_read_timeout(Some(Duration::from_secs(20)))
+        .set_read_timeout(Some(Duration::from_secs(60)))
         .unwrap();
     stream
 }

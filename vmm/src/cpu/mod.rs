@@ -17,4 +17,5 @@ pub mod topology;
 mod vcpu;
 
 pub use exits::Buses;
+pub use perf::{TRACEPOINT_FOLDERS, counts_doorbells};
 pub use vcpu::{Error, Vcpus};

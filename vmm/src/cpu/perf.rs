@@ -16,7 +16,8 @@ use std::os::fd::{AsRawFd, FromRawFd};
 
 use crate::memory::layout::{HIGH_RAM_START, MMIO32_LEN, MMIO32_START};
 
-const EVENT_FOLDERS: [&str; 2] = [
+/// Where KVM's tracepoints are described, for who may read it.
+pub const TRACEPOINT_FOLDERS: [&str; 2] = [
     "/sys/kernel/tracing/events/kvm",
     "/sys/kernel/debug/tracing/events/kvm",
 ];
@@ -64,6 +65,11 @@ impl DoorbellCounter {
     pub(super) fn read(&self, exits: u64) -> io::Result<u64> {
         Ok(read(&self.fast)? + read(&self.slow)?.saturating_sub(exits))
     }
+}
+
+/// Whether this user may read the tracepoints of this host, so that doorbells can be counted.
+pub fn counts_doorbells() -> bool {
+    tracepoint_id("kvm_mmio").is_ok()
 }
 
 /// The same addresses as [`super::exits::may_be_bar`].
@@ -125,7 +131,7 @@ fn read(mut counter: &File) -> io::Result<u64> {
 
 fn tracepoint_id(name: &str) -> io::Result<u64> {
     let mut last = Error::from(ErrorKind::NotFound);
-    for folder in EVENT_FOLDERS {
+    for folder in TRACEPOINT_FOLDERS {
         match std::fs::read_to_string(format!("{folder}/{name}/id")) {
             Ok(text) => {
                 let id = text.trim().parse();

@@ -26,6 +26,7 @@ use super::gate::{Gate, Pass};
 use super::perf::DoorbellCounter;
 use super::regs;
 use super::stats::KernelStats;
+use crate::sandbox::{self, ThreadKind};
 use crate::vm::{GuestEvent, GuestEvents};
 
 /// How long all vCPUs together may take to come out of the guest.
@@ -225,6 +226,8 @@ impl Runner {
             Ok(counter) => drop(self.shared.doorbells.set(counter)),
             Err(error) => tracing::debug!(index = self.index, %error, "doorbells are not counted"),
         }
+        // The counter's files are open.
+        sandbox::enter(ThreadKind::Vcpu);
         loop {
             self.clear_immediate_exit();
             match self.gate.pass(self.index) {

@@ -13,8 +13,9 @@ use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::thread;
 use std::time::Instant;
+
+use crate::sandbox::{self, ThreadKind};
 
 /// The list of running deadlines; its thread ends when it is dropped.
 pub(super) struct Deadlines(Arc<Inner>);
@@ -54,9 +55,7 @@ impl Deadlines {
             changed: Condvar::new(),
         });
         let thread = Arc::clone(&inner);
-        thread::Builder::new()
-            .name("vu-deadline".to_owned())
-            .spawn(move || thread.run())?;
+        sandbox::spawn(ThreadKind::Deadline, "vu-deadline", move || thread.run())?;
         Ok(Self(inner))
     }
 

@@ -44,7 +44,6 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::thread;
 use std::time::Duration;
 
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
@@ -56,6 +55,7 @@ use self::session::Session;
 pub use self::shared::SessionState;
 use self::shared::{Roster, Shared};
 use crate::devices::virtio::device::VirtioDevice;
+use crate::sandbox::{self, ThreadKind};
 
 /// Time after which a backend counts as silent.
 const OPERATION_LIMIT: Duration = Duration::from_secs(5);
@@ -149,9 +149,7 @@ impl Frontends {
             counts.threads += 1;
             counts.unsettled += 1;
         });
-        let spawned = thread::Builder::new()
-            .name(name)
-            .spawn(move || session.run());
+        let spawned = sandbox::spawn(ThreadKind::VhostUser, &name, move || session.run());
         spawned.map(drop).inspect_err(|_| shared.leave())?;
         Ok(shared)
     }

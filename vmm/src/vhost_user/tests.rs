@@ -6,6 +6,7 @@ mod backend;
 use std::fs::File;
 use std::io::{Read, Write};
 use std::os::unix::net::UnixListener;
+use std::thread;
 use std::time::Instant;
 
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};

@@ -35,7 +35,7 @@ use crate::memory::layout::{
 use crate::memory::{self, GuestRam};
 use crate::pci::{self, Pci, PciContext, PciHost};
 use crate::vhost_user::{self, Frontends, Kind};
-use crate::{bus, kvm};
+use crate::{bus, kvm, sandbox};
 
 /// How often a wait for backends looks whether it is still wanted.
 const CANCEL_POLL: Duration = Duration::from_millis(100);
@@ -96,6 +96,9 @@ pub enum Error {
     /// Entropy.
     #[error(transparent)]
     Rng(#[from] rng::Error),
+    /// The boot thread's own confinement.
+    #[error(transparent)]
+    Sandbox(#[from] sandbox::Error),
 }
 
 fn refused(what: &'static str) -> impl Fn(kvm_ioctls::Error) -> Error {
@@ -142,6 +145,7 @@ pub struct Parts {
 /// Builds the machine; its vCPUs wait for [`Machine::resume`].
 pub fn build(parts: &Parts) -> Result<Machine, Error> {
     let config = &*parts.config;
+    sandbox::confine_boot(config)?;
     let NewVm { kvm, vm } = &parts.new_vm;
     let ram = GuestRam::new(&config.memory)?;
     let slots = ram.register(vm)?;

@@ -17,7 +17,6 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
-use std::thread;
 use std::time::{Duration, Instant};
 
 use super::builder;
@@ -32,6 +31,7 @@ use crate::config::validate::Host;
 use crate::config::{SerialConfig, VmConfig};
 use crate::devices::serial::host::{self, SerialHost};
 use crate::event_loop::{EventLoop, Token};
+use crate::sandbox::{self, ThreadKind};
 
 /// How long the end of the process waits for the machine to be taken apart.
 const TEARDOWN_PATIENCE: Duration = Duration::from_secs(2);
@@ -307,17 +307,15 @@ impl Driver {
             events,
             cancel: Arc::clone(&self.cancel),
         };
-        thread::Builder::new()
-            .name("boot".into())
-            .spawn(move || {
-                // The backends serve one connection at a time: the old ones must have ended.
-                if let Some(gone) = gone {
-                    let _ = gone.recv();
-                }
-                let built = builder::build(&parts).map(Box::new);
-                sender.send(Request::Built(boot, built));
-            })
-            .map_err(failed("cannot start the boot thread"))?;
+        sandbox::spawn(ThreadKind::Boot, "boot", move || {
+            // The backends serve one connection at a time: the old ones must have ended.
+            if let Some(gone) = gone {
+                let _ = gone.recv();
+            }
+            let built = builder::build(&parts).map(Box::new);
+            sender.send(Request::Built(boot, built));
+        })
+        .map_err(failed("cannot start the boot thread"))?;
         Ok(())
     }
 
@@ -412,13 +410,11 @@ pub(super) fn error_chain(error: &dyn std::error::Error) -> String {
 
 fn take_apart(machine: Box<Machine>) -> Result<Receiver<()>, Error> {
     let (done, gone): (SyncSender<()>, _) = sync_channel(1);
-    thread::Builder::new()
-        .name("teardown".into())
-        .spawn(move || {
-            drop(machine);
-            // The driver may have stopped listening.
-            let _ = done.try_send(());
-        })
-        .map_err(failed("cannot start the teardown thread"))?;
+    sandbox::spawn(ThreadKind::Teardown, "teardown", move || {
+        drop(machine);
+        // The driver may have stopped listening.
+        let _ = done.try_send(());
+    })
+    .map_err(failed("cannot start the teardown thread"))?;
     Ok(gone)
 }

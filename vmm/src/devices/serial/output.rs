@@ -8,6 +8,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::sink::{Sink, Written};
+use crate::sandbox::{self, ThreadKind};
 
 /// Bytes that wait for a slow reader, at most.
 pub const CAPACITY: usize = 256 << 10;
@@ -58,9 +59,7 @@ impl Output {
         let output = Self::default();
         output.set_sink(sink);
         let shared = Arc::clone(&output.shared);
-        std::thread::Builder::new()
-            .name("serial-out".into())
-            .spawn(move || run(&shared))?;
+        sandbox::spawn(ThreadKind::SerialOut, "serial-out", move || run(&shared))?;
         Ok(output)
     }
 

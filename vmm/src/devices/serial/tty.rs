@@ -91,7 +91,7 @@ fn set(fd: RawFd, termios: &libc::termios) -> io::Result<()> {
 }
 
 /// Async-signal-safe: an atomic, a read of a set OnceLock, and tcsetattr.
-fn restore() {
+pub(crate) fn restore() {
     if RAW.swap(false, Ordering::SeqCst)
         && let Some((fd, saved)) = SAVED.get()
     {

@@ -4,7 +4,7 @@ use std::fs::{File, OpenOptions};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::thread::{self, JoinHandle};
+use std::thread::JoinHandle;
 
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::virtio_ids::VIRTIO_ID_RNG;
@@ -14,6 +14,7 @@ use super::worker::{Shared, Worker};
 use crate::devices::virtio::device::{
     ActivateError, Activation, ResetProgress, TransportNotify, VirtioDevice,
 };
+use crate::sandbox::{self, ThreadKind};
 
 /// Descriptors of the queue.
 const QUEUE_SIZES: [u16; 1] = [256];
@@ -97,9 +98,7 @@ impl Rng {
             source,
             Arc::clone(&shared),
         )?;
-        let thread = thread::Builder::new()
-            .name("rng".to_owned())
-            .spawn(move || worker.run(&*notify))
+        let thread = sandbox::spawn(ThreadKind::Rng, "rng", move || worker.run(&*notify))
             .map_err(|error| format!("cannot start a thread: {error}"))?;
         self.running = Some(Running { thread, shared });
         Ok(())
