@@ -10,7 +10,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use crate::msi::Change;
 use crate::routing::{Table, Vector};
-use crate::{Batch, Doorbell, Error, Line, Msi, Trigger};
+use crate::{Batch, Doorbell, Error, IOAPIC_PINS, Line, Msi, Trigger};
 
 /// What this process has set up in KVM; interrupts themselves do not pass by here to be counted.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -74,6 +74,17 @@ impl Chip {
     /// A source on an IOAPIC pin, attached at once.
     pub fn line(self: &Arc<Self>, pin: u32, trigger: Trigger) -> Result<Line, Error> {
         Line::new(self, pin, trigger)
+    }
+
+    /// Drives an IOAPIC pin high or low, with a system call for each change: for tests. A pin is as high
+    /// as the highest of what drives it.
+    pub fn drive(&self, pin: u32, high: bool) -> Result<(), Error> {
+        if pin >= IOAPIC_PINS {
+            return Err(Error::NoPin { pin });
+        }
+        self.vm
+            .set_irq_line(pin, high)
+            .map_err(|source| Error::Drive { pin, source })
     }
 
     /// An MSI vector. It raises nothing before it has a message; until then, and while it is

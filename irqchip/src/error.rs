@@ -11,6 +11,9 @@ pub enum Error {
     /// KVM refused to create the PIT.
     #[error("cannot create the in-kernel PIT")]
     CreatePit(#[source] kvm_ioctls::Error),
+    /// KVM gave or took no state of the PICs: it has none, perhaps.
+    #[error("cannot initialise the in-kernel PICs")]
+    InitialisePic(#[source] kvm_ioctls::Error),
     /// An eventfd could not be made, most likely because the process has no file descriptor left.
     #[error("cannot create an eventfd")]
     EventFd(#[source] std::io::Error),
@@ -33,6 +36,14 @@ pub enum Error {
         routes: usize,
         /// GSIs whose message this call wanted to change.
         changed: Vec<u32>,
+        /// KVM's answer.
+        source: kvm_ioctls::Error,
+    },
+    /// KVM refused to drive a pin.
+    #[error("cannot drive IOAPIC pin {pin}")]
+    Drive {
+        /// The pin.
+        pin: u32,
         /// KVM's answer.
         source: kvm_ioctls::Error,
     },

@@ -50,6 +50,7 @@ mod doorbell;
 mod error;
 mod line;
 mod msi;
+mod pic;
 mod routing;
 mod sys;
 

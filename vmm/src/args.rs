@@ -34,8 +34,12 @@ Examples:
   No guest yet: it is created and booted through the API (docs/api.md):
     berth-vmm --api-socket path=/run/vm.sock
 
+  A program of kvm-unit-tests (docs/kvm-unit-tests.md); the exit code is the program's:
+    berth-vmm --kernel x86/apic.flat --initramfs environment --cpus boot=2 --platform test-device=on
+
 A value with a comma in it is written in double quotes: --kernel '\"/boot/a,b\",entry=pvh'.
-Exit code: 0 the guest powered off or was told to, 1 it could not run or died, 2 wrong usage.";
+Exit code: 0 the guest powered off or was told to, 1 it could not run or died, 2 wrong usage; with
+test-device=on, what the guest wrote to port 0xf4, doubled and one added.";
 
 #[derive(Debug, Parser)]
 #[command(
@@ -46,9 +50,9 @@ Exit code: 0 the guest powered off or was told to, 1 it could not run or died, 2
     disable_help_subcommand = true
 )]
 struct Flags {
-    /// Kernel: ELF vmlinux or bzImage; how it is entered is chosen by what it is unless entry= says. Without
+    /// Kernel: ELF vmlinux, bzImage or multiboot image; entered as fits it unless entry= says. Without
     /// it the VMM waits for vm.create on its API socket
-    #[arg(long, value_name = "PATH[,entry=pvh|linux64|bzimage]")]
+    #[arg(long, value_name = "PATH[,entry=pvh|linux64|bzimage|multiboot]")]
     kernel: Option<String>,
     /// Initial root file system
     #[arg(long, value_name = "PATH")]
@@ -93,7 +97,7 @@ struct Flags {
     /// The board: vendor of root ports, and how many of them wait for devices that are added later
     #[arg(
         long,
-        value_name = "root_port_vendor=0xID,hotplug_ports=N",
+        value_name = "root_port_vendor=0xID,hotplug_ports=N,test-device=on|off",
         default_value = "root_port_vendor=0x1b36,hotplug_ports=8"
     )]
     platform: String,

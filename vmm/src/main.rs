@@ -1,4 +1,4 @@
-//! `berth-vmm`: reads the command line, runs the guest, ends with 0, 1 or 2.
+//! `berth-vmm`: reads the command line, runs the guest, ends with 0, 1 or 2, or as a test program says.
 
 #![forbid(unsafe_code)]
 
@@ -29,7 +29,7 @@ fn main() -> ExitCode {
         }
     };
     match run(options) {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(code) => ExitCode::from(code),
         Err(error) => {
             eprintln!("berth-vmm: {error:#}");
             ExitCode::FAILURE
@@ -37,7 +37,7 @@ fn main() -> ExitCode {
     }
 }
 
-fn run(options: Options) -> anyhow::Result<()> {
+fn run(options: Options) -> anyhow::Result<u8> {
     start_log(options.log_file.as_deref(), options.verbosity)?;
     let signals = Signals::new().context("cannot take over signals")?;
     let host = kvm::host().context("cannot ask the host for its limits")?;
@@ -66,8 +66,7 @@ fn run(options: Options) -> anyhow::Result<()> {
     let _api = api
         .map(|listener| api::start(listener, sender))
         .transpose()?;
-    driver.run()?;
-    Ok(())
+    Ok(driver.run()?)
 }
 
 fn start_log(path: Option<&Path>, verbosity: u8) -> anyhow::Result<()> {

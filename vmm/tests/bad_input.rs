@@ -41,6 +41,10 @@ fn wrong_usage_is_exit_2_and_names_the_nearest() {
     usage(&["--cpus", "boot=many"], &["boot=many"]);
     usage(&["--serial", "ttyS0"], &["'ttyS0'", "nearest: 'tty'"]);
     refused(&["--kernel", "/k,entry=uefi"], 2, &["entry=uefi", "pvh"]);
+    usage(
+        &["--platform", "test-devise=on"],
+        &["'test-devise'", "nearest: 'test-device'"],
+    );
 }
 
 #[test]

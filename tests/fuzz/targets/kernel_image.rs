@@ -1,4 +1,4 @@
-//! A kernel file: bzImage header, decompressors, ELF loader, relocations. The first byte picks the entry.
+//! A kernel file: bzImage header, decompressors, ELF loader, relocations, multiboot images. The first byte picks the entry.
 #![no_main]
 
 use std::io::Cursor;
@@ -22,11 +22,12 @@ fuzz_target!(|data: &[u8]| {
     let Some((&first, image)) = data.split_first() else {
         return;
     };
-    let entry = match first % 4 {
+    let entry = match first % 5 {
         0 => KernelEntry::Auto,
         1 => KernelEntry::Pvh,
         2 => KernelEntry::Linux64,
-        _ => KernelEntry::BzImage,
+        3 => KernelEntry::BzImage,
+        _ => KernelEntry::Multiboot,
     };
     let payload = PayloadConfig {
         kernel: PathBuf::from("kernel"),

@@ -49,6 +49,7 @@ pub(super) fn vm_config(config: &VmConfig, pty: Option<&Path>) -> wire::VmConfig
         platform: Some(wire::PlatformConfig {
             root_port_vendor: Some(config.platform.root_port_vendor),
             hotplug_ports: Some(config.platform.hotplug_ports),
+            test_device: config.platform.test_device,
         }),
         other: BTreeMap::new(),
     }
@@ -65,6 +66,7 @@ fn payload(config: &VmConfig) -> wire::PayloadConfig {
         KernelEntry::Pvh => Some("pvh"),
         KernelEntry::Linux64 => Some("linux64"),
         KernelEntry::BzImage => Some("bzimage"),
+        KernelEntry::Multiboot => Some("multiboot"),
     };
     wire::PayloadConfig {
         kernel: Some(payload.kernel.clone()),

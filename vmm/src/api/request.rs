@@ -156,11 +156,12 @@ fn payload(payload: wire::PayloadConfig) -> Result<PayloadConfig, Error> {
         Some("pvh") => KernelEntry::Pvh,
         Some("linux64") => KernelEntry::Linux64,
         Some("bzimage") => KernelEntry::BzImage,
+        Some("multiboot") => KernelEntry::Multiboot,
         Some(other) => {
             return Err(Error::Value {
                 field: "payload.entry",
                 value: other.to_owned(),
-                expected: "pvh, linux64 or bzimage",
+                expected: "pvh, linux64, bzimage or multiboot",
             });
         }
     };
@@ -231,6 +232,7 @@ fn platform(platform: wire::PlatformConfig) -> PlatformConfig {
         hotplug_ports: platform
             .hotplug_ports
             .unwrap_or(convert::DEFAULT_HOTPLUG_PORTS),
+        test_device: platform.test_device,
     }
 }
 

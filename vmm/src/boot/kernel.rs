@@ -1,11 +1,13 @@
 //! From a kernel file to a kernel in guest memory: what the file is, and which loader takes it.
 //!
 //! ```text
-//!   file ─┬─ ELF ───────────────────── elf::load ─┬─ pvh ─────────── PVH note's entry
+//!   file ─┬─ multiboot header ──────── multiboot::load ──── the image's own entry
+//!         ├─ ELF ───────────────────── elf::load ─┬─ pvh ─────────── PVH note's entry
 //!         └─ bzImage ─┬─ decompress ── elf::load ─┴─ linux64, kaslr ── e_entry
 //!                     └─ entry=bzimage, or not unpackable ────────────── its own 64-bit entry
 //! ```
 
+use std::borrow::Cow;
 use std::fs::File;
 use std::io::{self, Read, Seek};
 use std::path::PathBuf;
@@ -17,6 +19,7 @@ use super::cmdline;
 use super::decompress::Compression;
 use super::elf::{self, Loaded, Tail};
 use super::kaslr::{self, Relocations};
+use super::multiboot;
 use crate::config::{KernelEntry, PayloadConfig};
 use crate::memory::GuestRam;
 
@@ -54,6 +57,14 @@ pub enum Error {
         path: PathBuf,
         /// What is wrong.
         source: bzimage::Error,
+    },
+    /// A multiboot image is not as it should be.
+    #[error("cannot load the multiboot image {}", .path.display())]
+    Multiboot {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong.
+        source: multiboot::Error,
     },
     /// The compressed kernel cannot be unpacked here.
     #[error(
@@ -94,6 +105,8 @@ pub enum EntryPoint {
     Pvh(GuestAddress),
     /// 64-bit, with a zero page.
     Linux64(GuestAddress),
+    /// 32-bit, multiboot.
+    Multiboot(GuestAddress),
 }
 
 /// A kernel in guest memory.
@@ -116,8 +129,22 @@ impl Kernel {
         self.header.as_ref().map_or(u64::MAX, |h| h.initrd_addr_max)
     }
 
+    /// The command line that it gets: a multiboot image's begins with the image's name.
+    pub fn cmdline<'a>(&self, payload: &'a PayloadConfig) -> Cow<'a, str> {
+        match self.entry {
+            EntryPoint::Multiboot(_) => {
+                let name = payload.kernel.file_name().unwrap_or_default();
+                format!("{} {}", name.to_string_lossy(), payload.cmdline).into()
+            }
+            _ => Cow::Borrowed(&payload.cmdline),
+        }
+    }
+
     /// Longest command line that the kernel reads.
     pub fn cmdline_max(&self) -> usize {
+        if matches!(self.entry, EntryPoint::Multiboot(_)) {
+            return multiboot::CMDLINE_MAX;
+        }
         self.header
             .as_ref()
             .map_or(cmdline::DEFAULT_MAX, |h| h.cmdline_max)
@@ -149,7 +176,16 @@ pub fn load_from<F: Read + Seek + ReadVolatile>(
         .take(HEAD_LEN as u64)
         .read_to_end(&mut head)
         .map_err(|error| loader.open_error(error))?;
-    if bzimage::is_bzimage(&head) {
+    let header = multiboot::Header::find(&head);
+    let is_bzimage = bzimage::is_bzimage(&head);
+    if payload.entry == KernelEntry::Multiboot {
+        let header = header.ok_or_else(|| loader.multiboot_error(multiboot::no_header(&head)))?;
+        loader.multiboot(&header, file, &head, len)
+    } else if let Some(header) = header.filter(|header| {
+        payload.entry == KernelEntry::Auto && !is_bzimage && header.is_first_choice(&head)
+    }) {
+        loader.multiboot(&header, file, &head, len)
+    } else if is_bzimage {
         loader.bzimage(file, &head, len)
     } else if head.starts_with(b"\x7fELF") {
         file.rewind().map_err(|error| loader.open_error(error))?;
@@ -165,6 +201,25 @@ struct Loader<'a> {
 }
 
 impl Loader<'_> {
+    /// Loads a multiboot image.
+    fn multiboot<F: Read + Seek + ReadVolatile>(
+        &self,
+        header: &multiboot::Header,
+        file: &mut F,
+        head: &[u8],
+        len: u64,
+    ) -> Result<Kernel, Error> {
+        let loaded = header
+            .load(self.ram, file, head, len)
+            .map_err(|source| self.multiboot_error(source))?;
+        Ok(Kernel {
+            entry: EntryPoint::Multiboot(loaded.entry),
+            end: loaded.end,
+            header: None,
+            kaslr: false,
+        })
+    }
+
     /// Loads an ELF file.
     fn vmlinux(&self, file: &mut dyn Read) -> Result<Kernel, Error> {
         if self.payload.entry == KernelEntry::BzImage {
@@ -287,6 +342,13 @@ impl Loader<'_> {
         }
     }
 
+    fn multiboot_error(&self, source: multiboot::Error) -> Error {
+        Error::Multiboot {
+            path: self.payload.kernel.clone(),
+            source,
+        }
+    }
+
     fn foreign(&self, what: &str) -> Error {
         Error::Foreign {
             path: self.payload.kernel.clone(),
@@ -302,6 +364,7 @@ impl Loader<'_> {
                 KernelEntry::Pvh => "pvh",
                 KernelEntry::Linux64 => "linux64",
                 KernelEntry::BzImage => "bzimage",
+                KernelEntry::Multiboot => "multiboot",
             },
             reason,
         }
@@ -346,7 +409,10 @@ fn foreign_kind(head: &[u8]) -> &'static str {
     KINDS
         .iter()
         .find(|(at, magic, _)| head.get(*at..).is_some_and(|rest| rest.starts_with(magic)))
-        .map_or("neither an ELF file nor a bzImage", |&(_, _, kind)| kind)
+        .map_or(
+            "neither an ELF file nor a bzImage nor a multiboot image",
+            |&(_, _, kind)| kind,
+        )
 }
 
 #[cfg(test)]
@@ -519,7 +585,10 @@ mod tests {
             (b"\x89PNG\r\n\x1a\n", "a PNG picture"),
             (&arm, "a kernel for arm64"),
             (b"070701", "a cpio archive"),
-            (b"hello", "neither an ELF file nor a bzImage"),
+            (
+                b"hello",
+                "neither an ELF file nor a bzImage nor a multiboot image",
+            ),
         ] {
             let error = load_bytes(bytes, KernelEntry::Auto)
                 .unwrap_err()

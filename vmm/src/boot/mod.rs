@@ -3,7 +3,8 @@
 //! ```text
 //!   acpi::build ──▶ rsdp ─┐
 //!   kernel::load ─────────┼─▶ Handover ─┬─ zero_page ─▶ Entry::Linux64 ─┐
-//!   initramfs, cmdline ───┘             └─ pvh ───────▶ Entry::Pvh ─────┴─▶ cpu::regs::setup
+//!   initramfs, cmdline ───┘             ├─ pvh ───────▶ Entry::Pvh ─────┼─▶ cpu::regs::setup
+//!                                       └─ multiboot ─▶ Entry::Multiboot┘
 //! ```
 //!
 //! Everything here runs in the main thread before the vCPUs start, and again when the guest reboots.
@@ -21,6 +22,7 @@ pub mod kaslr;
 pub mod kernel;
 pub mod lz4;
 pub mod memmap;
+pub mod multiboot;
 pub mod pvh;
 #[cfg(test)]
 mod testing;
@@ -42,6 +44,13 @@ pub enum Entry {
         rip: GuestAddress,
         /// `hvm_start_info`.
         start_info: GuestAddress,
+    },
+    /// 32-bit protected mode without paging, multiboot's magic in `eax`, information in `ebx`.
+    Multiboot {
+        /// First instruction.
+        rip: GuestAddress,
+        /// Multiboot information.
+        info: GuestAddress,
     },
     /// 64-bit mode with low memory mapped one to one, zero page in `rsi`.
     Linux64 {
@@ -89,8 +98,9 @@ pub fn load(ram: &GuestRam, payload: &PayloadConfig, rsdp: GuestAddress) -> Resu
         .as_deref()
         .map(|path| initramfs::load(ram, path, kernel.end, kernel.initrd_addr_max()))
         .transpose()?;
+    let cmdline = kernel.cmdline(payload);
     let handover = Handover {
-        cmdline: cmdline::write(ram, &payload.cmdline, kernel.cmdline_max())?,
+        cmdline: cmdline::write(ram, &cmdline, kernel.cmdline_max())?,
         initramfs,
         rsdp,
     };
@@ -98,6 +108,9 @@ pub fn load(ram: &GuestRam, payload: &PayloadConfig, rsdp: GuestAddress) -> Resu
     match kernel.entry {
         EntryPoint::Pvh(rip) => pvh::write(ram, &handover)
             .map(|start_info| Entry::Pvh { rip, start_info })
+            .map_err(Error::Parameters),
+        EntryPoint::Multiboot(rip) => multiboot::write(ram, &handover)
+            .map(|info| Entry::Multiboot { rip, info })
             .map_err(Error::Parameters),
         EntryPoint::Linux64(rip) => zero_page::write(ram, &handover, &kernel)
             .map(|zero_page| Entry::Linux64 { rip, zero_page })

@@ -55,7 +55,7 @@ pub fn memory(text: &str) -> Result<MemoryConfig, ArgError> {
     })
 }
 
-/// `--kernel PATH[,entry=pvh|linux64|bzimage]`.
+/// `--kernel PATH[,entry=pvh|linux64|bzimage|multiboot]`.
 pub fn kernel(text: &str) -> Result<(PathBuf, KernelEntry), ArgError> {
     let flag = "--kernel";
     let mut keys = Keys::parse(flag, text, &["path", "entry"])?;
@@ -68,7 +68,10 @@ pub fn kernel(text: &str) -> Result<(PathBuf, KernelEntry), ArgError> {
         Some("pvh") => KernelEntry::Pvh,
         Some("linux64") => KernelEntry::Linux64,
         Some("bzimage") => KernelEntry::BzImage,
-        Some(other) => return Err(keys.bad("entry", other, "pvh, linux64 or bzimage")),
+        Some("multiboot") => KernelEntry::Multiboot,
+        Some(other) => {
+            return Err(keys.bad("entry", other, "pvh, linux64, bzimage or multiboot"));
+        }
     };
     Ok((path, entry))
 }
@@ -165,9 +168,10 @@ pub fn api_socket(text: &str) -> Result<ApiSocket, ArgError> {
     }
 }
 
-/// `--platform root_port_vendor=0x…,hotplug_ports=N`.
+/// `--platform root_port_vendor=0x…,hotplug_ports=N,test-device=on|off`.
 pub fn platform(text: &str) -> Result<PlatformConfig, ArgError> {
-    let keys = Keys::parse("--platform", text, &["root_port_vendor", "hotplug_ports"])?;
+    let known = ["root_port_vendor", "hotplug_ports", "test-device"];
+    let keys = Keys::parse("--platform", text, &known)?;
     keys.no_bare()?;
     let root_port_vendor = match keys.text("root_port_vendor") {
         None => DEFAULT_ROOT_PORT_VENDOR,
@@ -178,6 +182,7 @@ pub fn platform(text: &str) -> Result<PlatformConfig, ArgError> {
     Ok(PlatformConfig {
         root_port_vendor,
         hotplug_ports: hotplug_ports.unwrap_or(DEFAULT_HOTPLUG_PORTS),
+        test_device: keys.on_off("test-device")?.unwrap_or(false),
     })
 }
 
@@ -333,6 +338,9 @@ mod tests {
                 .root_port_vendor,
             0x1106
         );
+        assert!(!platform("root_port_vendor=1").unwrap().test_device);
+        assert!(platform("test-device=on").unwrap().test_device);
+        assert!(platform("test-device=maybe").is_err());
         for text in ["0xffff", "0", "70000", "x"] {
             assert!(
                 platform(&format!("root_port_vendor={text}")).is_err(),

@@ -133,7 +133,7 @@ pub struct MemoryConfig {
 /// What is started and how.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct PayloadConfig {
-    /// ELF vmlinux or bzImage.
+    /// ELF vmlinux, bzImage or multiboot image.
     pub kernel: PathBuf,
     /// How the kernel is entered.
     pub entry: KernelEntry,
@@ -146,7 +146,7 @@ pub struct PayloadConfig {
 /// How a kernel is entered. Which of them keep KASLR: docs/boot.md.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum KernelEntry {
-    /// Chosen by what the file is: PVH for a vmlinux with the note, else linux64; a bzImage is unpacked here
+    /// Chosen by what the file is: multiboot for a 32-bit image with its header; PVH for a vmlinux with the note, else linux64; a bzImage is unpacked here
     /// and entered by linux64.
     #[default]
     Auto,
@@ -156,6 +156,8 @@ pub enum KernelEntry {
     Linux64,
     /// A bzImage's own 64-bit entry: it unpacks and randomises itself.
     BzImage,
+    /// A multiboot (version 1) image's 32-bit entry.
+    Multiboot,
 }
 
 /// One `--disk`.
@@ -224,4 +226,6 @@ pub struct PlatformConfig {
     /// Root ports without a device, for those that are added while the guest runs; fewer where bus 0 is
     /// full.
     pub hotplug_ports: u8,
+    /// Whether there is a device by which test programs drive interrupt lines and end the process.
+    pub test_device: bool,
 }

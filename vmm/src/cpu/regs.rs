@@ -13,7 +13,7 @@ use kvm_bindings::{kvm_fpu, kvm_lapic_state, kvm_regs, kvm_segment, kvm_sregs};
 use kvm_ioctls::VcpuFd;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
 
-use crate::boot::Entry;
+use crate::boot::{Entry, multiboot};
 use crate::memory::GuestRam;
 use crate::memory::layout::{BOOT_GDT, BOOT_PAGE_TABLES, BOOT_STACK};
 
@@ -68,7 +68,7 @@ pub fn setup(vcpu: &VcpuFd, ram: &GuestRam, entry: &Entry) -> Result<(), Error> 
     let mut sregs = vcpu.get_sregs().map_err(kvm("get system registers"))?;
     let regs = match *entry {
         Entry::Pvh { rip, start_info } => {
-            pvh_sregs(&mut sregs);
+            protected_mode_sregs(&mut sregs);
             kvm_regs {
                 rip: rip.0,
                 rbx: start_info.0,
@@ -76,8 +76,19 @@ pub fn setup(vcpu: &VcpuFd, ram: &GuestRam, entry: &Entry) -> Result<(), Error> 
                 ..Default::default()
             }
         }
+        Entry::Multiboot { rip, info } => {
+            protected_mode_sregs(&mut sregs);
+            kvm_regs {
+                rip: rip.0,
+                rax: multiboot::BOOTLOADER_MAGIC.into(),
+                rbx: info.0,
+                rflags: RFLAGS_RESERVED,
+                ..Default::default()
+            }
+        }
         Entry::Linux64 { rip, zero_page } => {
             linux64_sregs(&mut sregs);
+            write_page_tables(ram).map_err(Error::Tables)?;
             kvm_regs {
                 rip: rip.0,
                 rsi: zero_page.0,
@@ -89,7 +100,6 @@ pub fn setup(vcpu: &VcpuFd, ram: &GuestRam, entry: &Entry) -> Result<(), Error> 
         }
     };
     write_gdt(ram, &sregs).map_err(Error::Tables)?;
-    write_page_tables(ram).map_err(Error::Tables)?;
     vcpu.set_sregs(&sregs)
         .map_err(kvm("set system registers"))?;
     vcpu.set_regs(&regs).map_err(kvm("set registers"))?;
@@ -146,8 +156,8 @@ fn set_segments(sregs: &mut kvm_sregs, code: kvm_segment) {
 
 const CODE_EXECUTE_READ_ACCESSED: u8 = 0xb;
 
-/// 32-bit protected mode, no paging.
-fn pvh_sregs(sregs: &mut kvm_sregs) {
+/// 32-bit protected mode, no paging: PVH's and multiboot's.
+fn protected_mode_sregs(sregs: &mut kvm_sregs) {
     set_segments(
         sregs,
         flat_segment(CODE_SELECTOR, CODE_EXECUTE_READ_ACCESSED),
@@ -362,7 +372,7 @@ mod tests {
         assert_eq!(table[2], 0x00af_9b00_0000_ffff);
         assert_eq!(table[3], 0x00cf_9300_0000_ffff);
         assert_eq!(table[4], 0x0000_8b00_0000_0067);
-        pvh_sregs(&mut sregs);
+        protected_mode_sregs(&mut sregs);
         assert_eq!(descriptor(&sregs.cs), 0x00cf_9b00_0000_ffff);
         assert_eq!((sregs.cr0, sregs.efer), (0x11, 0));
     }

@@ -3,4 +3,5 @@
 pub mod power;
 pub mod rtc;
 pub mod serial;
+pub mod test_device;
 pub mod virtio;

@@ -42,6 +42,8 @@ pub const MMIO64_LEN: u64 = 16 << 30;
 pub const BOOT_GDT: u64 = 0x500;
 /// PVH start info; its module list and memory map follow in the same page.
 pub const PVH_START_INFO: u64 = 0x6000;
+/// Multiboot information with its memory map, one page; no guest has both this and a PVH start info.
+pub const MULTIBOOT_INFO: u64 = PVH_START_INFO;
 /// Linux zero page (struct boot_params), 4 KiB.
 pub const ZERO_PAGE: u64 = 0x7000;
 /// Initial stack pointer, growing down.

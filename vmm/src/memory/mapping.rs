@@ -30,6 +30,8 @@ use crate::config::MemoryConfig;
 
 /// Name of the memfd in `/proc/<pid>/maps` and `/proc/<pid>/fd`.
 const NAME: &CStr = c"berth-guest-ram";
+/// A page of the host.
+const PAGE: u64 = 4096;
 /// Unit of the size, and of a huge page.
 const HUGE_PAGE: u64 = 2 << 20;
 
@@ -173,6 +175,22 @@ impl GuestRam {
             len,
         )
         .map_err(|errno| error(errno.into()))
+    }
+
+    /// Takes the page at `gpa` out of this process's page tables and so out of KVM's; what is in it stays
+    /// in the memfd. Where there is no RAM, nothing happens.
+    pub fn unmap_page(&self, gpa: u64) -> Result<(), io::Error> {
+        let page = gpa & !(PAGE - 1);
+        let Ok(start) = self.memory.get_host_address(GuestAddress(page)) else {
+            return Ok(());
+        };
+        // SAFETY: the page is in a mapping of ours, which lives as long as `self`, and regions are whole
+        // pages. The mapping is MAP_SHARED of a file, so MADV_DONTNEED loses nothing: the next access, by
+        // whichever thread or KVM, finds the same bytes.
+        if unsafe { libc::madvise(start.cast(), PAGE as usize, libc::MADV_DONTNEED) } < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        Ok(())
     }
 
     /// Gives the memory to a VM, one slot a piece, until the returned value is dropped.
@@ -363,6 +381,19 @@ mod tests {
             let zeroed = (start..end).contains(&i);
             assert_eq!(byte, if zeroed { 0 } else { 0xff }, "{i:#x}");
         }
+    }
+
+    #[test]
+    fn an_unmapped_page_keeps_its_bytes() {
+        let ram = ram(2 * MIB).unwrap();
+        let at = GuestAddress(0x5000);
+        ram.memory().write_slice(&[0x5a; 0x1000], at).unwrap();
+        ram.unmap_page(0x5123).unwrap();
+        let mut bytes = [0; 0x1000];
+        ram.memory().read_slice(&mut bytes, at).unwrap();
+        assert_eq!(bytes, [0x5a; 0x1000]);
+        ram.unmap_page(2 * MIB).expect("no RAM, nothing to do");
+        ram.unmap_page(u64::MAX).expect("no RAM, nothing to do");
     }
 
     #[test]

@@ -28,6 +28,7 @@ use crate::devices::rtc::{self, Rtc};
 use crate::devices::serial::output::Output;
 use crate::devices::serial::port::{Input, RaiseInterrupt, SerialPort};
 use crate::devices::serial::{PIN, PORT, PORT_LEN};
+use crate::devices::test_device;
 use crate::devices::virtio::rng;
 use crate::memory::layout::{
     KVM_IDENTITY_MAP, KVM_TSS, PM1A_EVT_PORT, RESET_PORT, SCI_PIN, mmio64_start,
@@ -156,12 +157,19 @@ pub fn build(parts: &Parts) -> Result<Machine, Error> {
     let power = add_power(&buses, &sci, &parts.events)?;
     add_clock(&buses, config)?;
     let serial = add_serial(&buses, &chip, parts)?;
+    if config.platform.test_device {
+        add_test_device(&buses, &chip, &ram, &parts.events)?;
+    }
     // Backends are dialled from here on, while the kernel is loaded.
     let mut frontends = Frontends::new().map_err(Error::Frontends)?;
     let pci = add_pci(&buses, &chip, &ram, config, &mut frontends)?;
 
     let rsdp = write_acpi(&ram, config)?;
     let entry = boot::load(&ram, &config.payload, rsdp)?;
+    if matches!(entry, Entry::Multiboot { .. }) {
+        // What such an image is made for has firmware, which leaves these behind.
+        chip.initialise_pics()?;
+    }
     let fds = create_vcpus(kvm, vm, config, &ram, &entry)?;
     wait_for_backends(&frontends, &parts.cancel)?;
     let vcpus = Vcpus::start(fds, &buses, &parts.events)?;
@@ -244,6 +252,26 @@ fn add_serial(
     let port = Arc::new(port);
     buses.pio.insert(PORT, PORT_LEN, Arc::clone(&port) as _)?;
     Ok(Some(port))
+}
+
+fn add_test_device(
+    buses: &Buses,
+    chip: &Arc<Chip>,
+    ram: &GuestRam,
+    events: &GuestEvents,
+) -> Result<(), Error> {
+    let (chip, ram) = (Arc::clone(chip), ram.clone());
+    let drive: test_device::DriveLine = Box::new(move |line, high| {
+        if let Err(error) = chip.drive(line, high) {
+            tracing::warn!(line, high, %error, "the test device");
+        }
+    });
+    let flush: test_device::FlushPage = Box::new(move |gpa| {
+        if let Err(error) = ram.unmap_page(gpa) {
+            tracing::warn!(gpa, %error, "the test device cannot unmap a page");
+        }
+    });
+    Ok(test_device::insert(buses, drive, flush, events.clone())?)
 }
 
 fn add_pci(

@@ -97,7 +97,7 @@ pub struct Driver {
     /// Tells the boot thread that nobody waits for its machine any more.
     cancel: Arc<AtomicBool>,
     /// Set once the process is to end.
-    exit: Option<Result<(), Error>>,
+    exit: Option<Result<u8, Error>>,
 }
 
 impl Driver {
@@ -133,7 +133,8 @@ impl Driver {
     }
 
     /// Serves until the process is to end. A guest that was [created](Self::create) is booted first.
-    pub fn run(mut self) -> Result<(), Error> {
+    /// Returns the process's exit code.
+    pub fn run(mut self) -> Result<u8, Error> {
         if self.state == VmState::Created {
             self.start_boot()?;
         }
@@ -200,7 +201,7 @@ impl Driver {
     fn process_signals(&mut self) {
         while let Some(signal) = self.signals.take() {
             tracing::info!(signal, "told to end by a signal");
-            self.exit = Some(Ok(()));
+            self.exit = Some(Ok(0));
         }
     }
 
@@ -228,7 +229,7 @@ impl Driver {
             Command::Counters => reply.send(Ok(Reply::Counters(self.counters()))),
             Command::VmmShutdown => {
                 tracing::info!("told to end by the API");
-                self.exit = Some(Ok(()));
+                self.exit = Some(Ok(0));
                 reply.send(Ok(Reply::Done));
             }
         }
@@ -272,7 +273,11 @@ impl Driver {
         match event {
             GuestEvent::PowerOff => {
                 tracing::info!("the guest powered off");
-                self.exit = Some(Ok(()));
+                self.exit = Some(Ok(0));
+            }
+            GuestEvent::Exit(code) => {
+                tracing::info!(code, "the guest ended this process by the test device");
+                self.exit = Some(Ok(code));
             }
             GuestEvent::Reset => {
                 // A guest may do nothing else: it must not fill the log.

@@ -9,6 +9,8 @@ pub enum GuestEvent {
     PowerOff,
     /// The guest reset its machine.
     Reset,
+    /// A test program ended the process with this exit code.
+    Exit(u8),
     /// The guest can run no further: a triple fault or an error of KVM, and the vCPU's registers.
     Fatal(String),
 }

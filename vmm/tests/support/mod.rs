@@ -141,6 +141,24 @@ impl Code {
         self
     }
 
+    /// Machine code as it is.
+    pub(crate) fn raw(mut self, bytes: &[u8]) -> Self {
+        self.0.extend(bytes);
+        self
+    }
+
+    /// A flat multiboot image with this code, its header's addresses saying that it starts at `load`.
+    pub(crate) fn multiboot(&self, load: u32) -> Vec<u8> {
+        const FLAGS: u32 = 1 << 16;
+        const MAGIC: u32 = 0x1bad_b002;
+        let checksum = 0u32.wrapping_sub(MAGIC).wrapping_sub(FLAGS);
+        let entry = load + 32;
+        let words = [MAGIC, FLAGS, checksum, load, load, 0, 0, entry];
+        let mut image: Vec<u8> = words.iter().flat_map(|word| word.to_le_bytes()).collect();
+        image.extend(&self.0);
+        image
+    }
+
     /// An ELF kernel that PVH enters at this code, at 1 MiB.
     pub(crate) fn elf(&self) -> Vec<u8> {
         const LOAD_AT: u64 = 0x10_0000;
@@ -203,9 +221,14 @@ impl Guest {
 
     /// Starts the guest with more arguments.
     pub(crate) fn start_with(code: &Code, args: &[&str]) -> Self {
+        Self::start_image(&code.elf(), args)
+    }
+
+    /// Starts a guest of this kernel image.
+    pub(crate) fn start_image(image: &[u8], args: &[&str]) -> Self {
         let dir = TempDir::new().unwrap();
         let at = |name: &str| dir.as_path().join(name).display().to_string();
-        std::fs::write(at("kernel"), code.elf()).unwrap();
+        std::fs::write(at("kernel"), image).unwrap();
         let child = vmm()
             .args(["--kernel", &at("kernel"), "--memory", "size=32M"])
             .args(["--serial", &format!("file={}", at("serial"))])
@@ -255,6 +278,11 @@ impl Guest {
 
     /// Waits for the VMM to end; its exit code and standard error.
     pub(crate) fn wait(mut self) -> (i32, String) {
+        self.ended()
+    }
+
+    /// Waits for the VMM to end; what the guest wrote stays.
+    pub(crate) fn ended(&mut self) -> (i32, String) {
         let status = eventually("the VMM ends", || self.child.try_wait().unwrap());
         let mut stderr = String::new();
         let mut pipe = self.child.stderr.take().unwrap();

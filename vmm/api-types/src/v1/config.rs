@@ -97,7 +97,7 @@ pub struct PayloadConfig {
     /// Kernel.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub kernel: Option<PathBuf>,
-    /// How it is entered: `pvh`, `linux64` or `bzimage`; absent, what fits the file. Ours alone.
+    /// How it is entered: `pvh`, `linux64`, `bzimage` or `multiboot`; absent, what fits the file. Ours alone.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub entry: Option<String>,
     /// Its command line.
@@ -242,6 +242,9 @@ pub struct PlatformConfig {
     /// Root ports for devices that are added later. Ours alone.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub hotplug_ports: Option<u8>,
+    /// Whether test programs find the device that they are ended by. Ours alone.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub test_device: bool,
 }
 
 #[cfg(test)]
