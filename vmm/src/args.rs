@@ -11,7 +11,7 @@ use std::path::PathBuf;
 use clap::error::{ContextKind, ContextValue, ErrorKind};
 use clap::{ArgAction, Parser};
 
-use crate::config::{ArgError, PayloadConfig, VmConfig, convert};
+use crate::config::{ArgError, PayloadConfig, VmConfig, convert, device_flags};
 use crate::sandbox;
 use crate::socket::ApiSocket;
 
@@ -21,15 +21,20 @@ Examples:
   Ctrl-C goes to the guest):
     berth-vmm --kernel vmlinux --initramfs root.cpio --cmdline 'console=ttyS0' --memory size=512M
 
-  Two vCPUs, the root on a disk daemon, a network card, the console in a file, an API socket:
-    berth-blk --socket-path=/run/disk.sock --blk-file=disk.img &
-    berth-net --socket-path=/run/net.sock --tap=tap0 &
+  Two vCPUs, the root on an image, a network card, the console in a file, an API socket; a berth-blk and
+  a berth-net are started for the guest and end with it:
     berth-vmm --kernel vmlinuz --cmdline 'console=ttyS0 root=/dev/vda1' \\
       --cpus boot=2 --memory size=1G \\
-      --disk vhost_user=on,socket=/run/disk.sock \\
-      --net vhost_user=on,socket=/run/net.sock,mac=52:54:00:12:34:56 \\
+      --disk path=disk.img --net tap=tap0,mac=52:54:00:12:34:56 \\
       --serial file=serial.log --api-socket path=/run/vm.sock
     curl --unix-socket /run/vm.sock http://localhost/api/v1/vm.info
+
+  Daemons that are started by somebody else, a folder shared by virtiofsd, a device of another type:
+    berth-blk --socket-path=/run/disk.sock --blk-file=disk.img &
+    virtiofsd --socket-path=/run/fs.sock --shared-dir=/srv &
+    berth-vmm --kernel vmlinuz --disk vhost_user=on,socket=/run/disk.sock \\
+      --fs tag=srv,socket=/run/fs.sock \\
+      --generic-vhost-user device_type=rng,socket=/run/rng.sock,queue_sizes=[64]
 
   No guest yet: it is created and booted through the API (docs/api.md):
     berth-vmm --api-socket path=/run/vm.sock
@@ -76,14 +81,27 @@ struct Flags {
         default_value = "size=512M"
     )]
     memory: String,
-    /// A disk: the socket of a vhost-user-blk daemon [default: num_queues=1,queue_size=128]
+    /// A disk: an image, for which a berth-blk is started, or the socket of a vhost-user-blk daemon; also
+    /// serial=, backend=PROGRAM, bw_size=, bw_one_time_burst=, bw_refill_time=, ops_size= …
+    /// [default: num_queues=1,queue_size=128]
     #[arg(long, action = ArgAction::Append, num_args = 1..,
-          value_name = "vhost_user=on,socket=PATH,num_queues=N,queue_size=N,readonly=on|off,id=ID")]
+          value_name = "path=IMAGE|socket=PATH,readonly=on|off,direct=on|off,num_queues=N,queue_size=N,id=ID")]
     disk: Vec<String>,
-    /// A network card: the socket of a vhost-user-net daemon [default: num_queues=2,queue_size=256]
+    /// A network card: a tap, for which a berth-net is started, or the socket of a vhost-user-net daemon,
+    /// where with vhost_mode=server the VMM listens; also backend=PROGRAM, bw_size= … as for a disk
+    /// [default: num_queues=2,queue_size=256]
     #[arg(long, action = ArgAction::Append, num_args = 1..,
-          value_name = "vhost_user=on,socket=PATH,mac=MAC,num_queues=N,queue_size=N,id=ID")]
+          value_name = "tap=NAME|fd=[N,N]|socket=PATH,mac=MAC,mtu=N,vhost_mode=client|server,num_queues=N,queue_size=N,id=ID")]
     net: Vec<String>,
+    /// A shared folder: the socket of a virtiofs daemon; the guest mounts it by its tag
+    /// [default: num_queues=1,queue_size=1024]
+    #[arg(long, action = ArgAction::Append, num_args = 1..,
+          value_name = "tag=TAG,socket=PATH,num_queues=N,queue_size=N,id=ID")]
+    fs: Vec<String>,
+    /// A device of any other type: the socket of its vhost-user daemon
+    #[arg(long, action = ArgAction::Append, num_args = 1..,
+          value_name = "device_type=NAME|NUMBER,socket=PATH,queue_sizes=[N,N],id=ID")]
+    generic_vhost_user: Vec<String>,
     /// First serial port
     #[arg(
         long,
@@ -181,6 +199,8 @@ pub fn parse(words: impl IntoIterator<Item = OsString>) -> Result<Options, Stop>
 fn guest(flags: Flags) -> Result<Option<VmConfig>, Stop> {
     let disks = flags.disk.iter().enumerate();
     let nets = flags.net.iter().enumerate();
+    let fs = flags.fs.iter().enumerate();
+    let generics = flags.generic_vhost_user.iter().enumerate();
     let kernel = flags.kernel.as_deref().unwrap_or("none");
     let (kernel, entry) = convert::kernel(kernel)?;
     let config = VmConfig {
@@ -193,10 +213,16 @@ fn guest(flags: Flags) -> Result<Option<VmConfig>, Stop> {
             cmdline: flags.cmdline,
         },
         disks: disks
-            .map(|(index, text)| convert::disk(text, index))
+            .map(|(index, text)| device_flags::disk(text, index))
             .collect::<Result<_, _>>()?,
         nets: nets
-            .map(|(index, text)| convert::net(text, index))
+            .map(|(index, text)| device_flags::net(text, index))
+            .collect::<Result<_, _>>()?,
+        fs: fs
+            .map(|(index, text)| device_flags::fs(text, index))
+            .collect::<Result<_, _>>()?,
+        generics: generics
+            .map(|(index, text)| device_flags::generic(text, index))
             .collect::<Result<_, _>>()?,
         serial: convert::serial(&flags.serial)?,
         serial_is_console: false,

@@ -31,10 +31,15 @@ fn wrong_usage_is_exit_2_and_names_the_nearest() {
     refused(&[], 2, &["--kernel"]);
     usage(&["--memroy", "1G"], &["--memroy", "nearest: '--memory'"]);
     usage(&["--disk", "socet=/a"], &["'socet'", "nearest: 'socket'"]);
-    usage(&["--disk", "readonly=on"], &["socket= is missing"]);
+    usage(&["--disk", "readonly=on"], &["path= is missing"]);
     usage(
-        &["--disk", "vhost_user=off,socket=/a"],
-        &["not supported", "berth-blk"],
+        &["--disk", "path=/a,socket=/b"],
+        &["path= and socket= exclude each other"],
+    );
+    usage(&["--fs", "tag=t"], &["socket= is missing"]);
+    usage(
+        &["--generic-vhost-user", "device_type=vsocks,socket=/a"],
+        &["'vsocks'", "nearest: 'vsock'"],
     );
     usage(&["--net", "socket=/a,mac=nonsense"], &["mac=nonsense"]);
     usage(&["--memory", "size=lots"], &["size=lots", "512M"]);

@@ -12,7 +12,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use berth_vmm::config::{DiskConfig, MemoryConfig, VhostUserConfig};
+use berth_vmm::config::{DiskConfig, Link, MemoryConfig, VhostUserConfig};
 use berth_vmm::devices::virtio::device::{
     Activation, ResetProgress, TransportNotify, VirtioDevice,
 };
@@ -88,7 +88,7 @@ fn disk(path: &Path) -> Kind {
     Kind::Blk(DiskConfig {
         id: "_disk0".to_owned(),
         backend: VhostUserConfig {
-            socket: path.to_owned(),
+            link: Link::Connect(path.to_owned()),
             num_queues: 2,
             queue_size: 128,
         },

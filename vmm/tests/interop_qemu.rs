@@ -12,7 +12,7 @@ use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use berth_vmm::config::{DiskConfig, MemoryConfig, VhostUserConfig};
+use berth_vmm::config::{DiskConfig, Link, MemoryConfig, VhostUserConfig};
 use berth_vmm::devices::virtio::device::{
     Activation, ResetProgress, TransportNotify, VirtioDevice,
 };
@@ -104,7 +104,7 @@ fn bench() -> Bench {
     let disk = DiskConfig {
         id: "_disk0".to_owned(),
         backend: VhostUserConfig {
-            socket: socket.clone(),
+            link: Link::Connect(socket.clone()),
             num_queues: 2,
             queue_size: 64,
         },

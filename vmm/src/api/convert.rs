@@ -7,7 +7,7 @@ use std::path::Path;
 
 use berth_vmm_api_types::v1 as wire;
 
-use crate::config::{DiskConfig, KernelEntry, NetConfig, SerialConfig, VmConfig};
+use crate::config::{KernelEntry, SerialConfig, VmConfig, device_wire};
 use crate::vm::state::VmState;
 
 /// State on the wire.
@@ -36,8 +36,10 @@ pub(super) fn vm_config(config: &VmConfig, pty: Option<&Path>) -> wire::VmConfig
             zones: None,
         },
         payload: Some(payload(config)),
-        disks: some(config.disks.iter().map(disk)),
-        net: some(config.nets.iter().map(net)),
+        disks: some(config.disks.iter().map(device_wire::disk_to_wire)),
+        net: some(config.nets.iter().map(device_wire::net_to_wire)),
+        fs: some(config.fs.iter().map(device_wire::fs_to_wire)),
+        generic_vhost_user: some(config.generics.iter().map(device_wire::generic_to_wire)),
         rng: wire::RngConfig {
             src: config.rng.src.clone(),
         },
@@ -74,32 +76,6 @@ fn payload(config: &VmConfig) -> wire::PayloadConfig {
         cmdline: Some(payload.cmdline.clone()),
         initramfs: payload.initramfs.clone(),
         ..wire::PayloadConfig::default()
-    }
-}
-
-fn disk(disk: &DiskConfig) -> wire::DiskConfig {
-    wire::DiskConfig {
-        id: Some(disk.id.clone()),
-        path: None,
-        readonly: disk.readonly,
-        num_queues: disk.backend.num_queues,
-        queue_size: disk.backend.queue_size,
-        vhost_user: true,
-        vhost_socket: Some(disk.backend.socket.clone()),
-    }
-}
-
-fn net(net: &NetConfig) -> wire::NetConfig {
-    let mac = net
-        .mac
-        .map(|mac| mac.map(|octet| format!("{octet:02x}")).join(":"));
-    wire::NetConfig {
-        id: Some(net.id.clone()),
-        mac,
-        num_queues: net.backend.num_queues,
-        queue_size: net.backend.queue_size,
-        vhost_user: true,
-        vhost_socket: Some(net.backend.socket.clone()),
     }
 }
 

@@ -11,20 +11,12 @@ use berth_vmm_api_types::v1 as wire;
 use berth_vmm_api_types::v1::ConsoleMode;
 
 use crate::config::{
-    CpusConfig, DiskConfig, KernelEntry, MemoryConfig, NetConfig, PayloadConfig, PlatformConfig,
-    RngConfig, SerialConfig, VhostUserConfig, VmConfig, convert,
+    ArgError, CpusConfig, DiskConfig, KernelEntry, MemoryConfig, NetConfig, PayloadConfig,
+    PlatformConfig, RngConfig, SerialConfig, VmConfig, convert, device_wire, shared_fd::SharedFd,
 };
 
 /// Devices that a guest would miss.
-const REFUSED: [&str; 7] = [
-    "devices",
-    "user_devices",
-    "vdpa",
-    "pmem",
-    "fs",
-    "generic_vhost_user",
-    "tpm",
-];
+const REFUSED: [&str; 5] = ["devices", "user_devices", "vdpa", "pmem", "tpm"];
 /// Devices that known clients always ask for, and that a guest can do without.
 const IGNORED: [&str; 4] = ["vsock", "balloon", "watchdog", "pvpanic"];
 
@@ -52,6 +44,9 @@ pub(super) enum Error {
     /// Something that is needed.
     #[error("{0} is missing")]
     Missing(&'static str),
+    /// A device.
+    #[error(transparent)]
+    Device(#[from] ArgError),
     /// Understood, and not served.
     #[error("{what} is not supported{hint}")]
     Unsupported {
@@ -86,6 +81,8 @@ pub(super) fn vm_config(config: wire::VmConfig) -> Result<VmConfig, Error> {
     let (serial, serial_is_console) = serial(config.serial, config.console)?;
     let disks = config.disks.into_iter().flatten().enumerate();
     let nets = config.net.into_iter().flatten().enumerate();
+    let fs = config.fs.into_iter().flatten().enumerate();
+    let generics = config.generic_vhost_user.into_iter().flatten().enumerate();
     Ok(VmConfig {
         cpus: CpusConfig {
             // More than fits is refused by validation, which knows the limit.
@@ -94,10 +91,19 @@ pub(super) fn vm_config(config: wire::VmConfig) -> Result<VmConfig, Error> {
         memory: memory(&config.memory),
         payload: payload(config.payload.ok_or(Error::Missing("payload"))?)?,
         disks: disks
-            .map(|(index, disk)| disk_config(disk, &format!("_disk{index}")))
+            .map(|(index, disk)| disk_config(&disk, &format!("_disk{index}")))
             .collect::<Result<_, _>>()?,
         nets: nets
-            .map(|(index, net)| net_config(net, &format!("_net{index}")))
+            .map(|(index, net)| net_config(&net, &format!("_net{index}"), Vec::new()))
+            .collect::<Result<_, _>>()?,
+        fs: fs
+            .map(|(index, fs)| device_wire::fs(&fs, &format!("_fs{index}"), "fs"))
+            .collect::<Result<_, _>>()?,
+        generics: generics
+            .map(|(index, generic)| {
+                let id = format!("_generic_vhost_user{index}");
+                device_wire::generic(&generic, &id, "generic_vhost_user")
+            })
             .collect::<Result<_, _>>()?,
         serial,
         serial_is_console,
@@ -237,55 +243,18 @@ fn platform(platform: wire::PlatformConfig) -> PlatformConfig {
 }
 
 /// One disk; `id` is its name unless the client gave one.
-pub(super) fn disk_config(disk: wire::DiskConfig, id: &str) -> Result<DiskConfig, Error> {
-    let socket = match (disk.vhost_socket, disk.path) {
-        (Some(socket), _) => socket,
-        (None, Some(_)) => {
-            return Err(Error::Unsupported {
-                what: "a disk's path".to_owned(),
-                hint: ": start berth-blk and give its vhost_socket",
-            });
-        }
-        (None, None) => return Err(Error::Missing("a disk's vhost_socket")),
-    };
-    Ok(DiskConfig {
-        id: name(disk.id, id),
-        backend: backend(socket, disk.num_queues, disk.queue_size),
-        readonly: disk.readonly,
-    })
+pub(super) fn disk_config(disk: &wire::DiskConfig, id: &str) -> Result<DiskConfig, Error> {
+    Ok(device_wire::disk(disk, id, "disk")?)
 }
 
-/// One network card; `id` is its name unless the client gave one.
-pub(super) fn net_config(net: wire::NetConfig, id: &str) -> Result<NetConfig, Error> {
-    let socket = net
-        .vhost_socket
-        .ok_or(Error::Missing("a network card's vhost_socket"))?;
-    let mac = net.mac.filter(|mac| !mac.is_empty());
-    let mac = mac.map(|text| {
-        convert::mac(&text).ok_or(Error::Value {
-            field: "mac",
-            value: text,
-            expected: "a unicast address xx:xx:xx:xx:xx:xx",
-        })
-    });
-    Ok(NetConfig {
-        id: name(net.id, id),
-        backend: backend(socket, net.num_queues, net.queue_size),
-        mac: mac.transpose()?,
-    })
-}
-
-fn name(given: Option<String>, otherwise: &str) -> String {
-    let given = given.filter(|id| !id.is_empty());
-    given.unwrap_or_else(|| otherwise.to_owned())
-}
-
-fn backend(socket: PathBuf, num_queues: u16, queue_size: u16) -> VhostUserConfig {
-    VhostUserConfig {
-        socket,
-        num_queues,
-        queue_size,
-    }
+/// One network card; `id` is its name unless the client gave one, `fds` are the descriptors of its tap
+/// that came with the request.
+pub(super) fn net_config(
+    net: &wire::NetConfig,
+    id: &str,
+    fds: Vec<SharedFd>,
+) -> Result<NetConfig, Error> {
+    Ok(device_wire::net(net, id, "net", fds)?)
 }
 
 #[cfg(test)]
@@ -324,8 +293,8 @@ mod tests {
                 r#"payload.entry: "uefi" is not pvh, linux64 or bzimage"#,
             ),
             (
-                r#"{"payload": {"kernel": "/k"}, "disks": [{"path": "/d"}]}"#,
-                "a disk's path is not supported: start berth-blk and give its vhost_socket",
+                r#"{"payload": {"kernel": "/k"}, "disks": [{}]}"#,
+                "disk: path= is missing",
             ),
             (
                 r#"{"payload": {"kernel": "/k"}, "pmem": [{"file": "/p"}]}"#,
@@ -340,8 +309,8 @@ mod tests {
                 "a console beside the serial port is not supported: give one of serial and console a place",
             ),
             (
-                r#"{"payload": {"kernel": "/k"}, "net": [{"vhost_socket": "/n", "mac": "nonsense"}]}"#,
-                r#"mac: "nonsense" is not a unicast address xx:xx:xx:xx:xx:xx"#,
+                r#"{"payload": {"kernel": "/k"}, "net": [{"tap": "t", "mac": "nonsense"}]}"#,
+                r#"net: mac=nonsense is not a unicast address xx:xx:xx:xx:xx:xx"#,
             ),
         ] {
             assert_eq!(created(text).unwrap_err(), reason, "{text}");

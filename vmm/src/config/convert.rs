@@ -8,8 +8,7 @@ use std::path::PathBuf;
 
 use super::keys::{Keys, hint};
 use super::{
-    ArgError, CpusConfig, DiskConfig, KernelEntry, MemoryConfig, NetConfig, PlatformConfig,
-    RngConfig, SerialConfig, VhostUserConfig,
+    ArgError, CpusConfig, KernelEntry, MemoryConfig, PlatformConfig, RngConfig, SerialConfig,
 };
 use crate::socket::ApiSocket;
 
@@ -74,50 +73,6 @@ pub fn kernel(text: &str) -> Result<(PathBuf, KernelEntry), ArgError> {
         }
     };
     Ok((path, entry))
-}
-
-/// One `--disk`; `index` counts them.
-pub fn disk(text: &str, index: usize) -> Result<DiskConfig, ArgError> {
-    let flag = "--disk";
-    let known = [
-        "vhost_user",
-        "socket",
-        "num_queues",
-        "queue_size",
-        "readonly",
-        "id",
-    ];
-    let keys = Keys::parse(flag, text, &known)?;
-    Ok(DiskConfig {
-        id: id(&keys, "_disk", index),
-        backend: backend(flag, &keys, 1, 128)?,
-        readonly: keys.on_off("readonly")?.unwrap_or(false),
-    })
-}
-
-/// One `--net`; `index` counts them.
-pub fn net(text: &str, index: usize) -> Result<NetConfig, ArgError> {
-    let flag = "--net";
-    let known = [
-        "vhost_user",
-        "socket",
-        "mac",
-        "num_queues",
-        "queue_size",
-        "id",
-    ];
-    let keys = Keys::parse(flag, text, &known)?;
-    let mac = keys
-        .text("mac")
-        .map(|value| {
-            mac(value).ok_or_else(|| keys.bad("mac", value, "a unicast address xx:xx:xx:xx:xx:xx"))
-        })
-        .transpose()?;
-    Ok(NetConfig {
-        id: id(&keys, "_net", index),
-        backend: backend(flag, &keys, 2, 256)?,
-        mac,
-    })
 }
 
 /// `--serial tty|pty|null|off|file=PATH|socket=PATH`.
@@ -202,81 +157,9 @@ fn path(flag: &'static str, key: &'static str, text: &str) -> Result<PathBuf, Ar
     }
 }
 
-fn id(keys: &Keys, prefix: &str, index: usize) -> String {
-    keys.text("id")
-        .map_or_else(|| format!("{prefix}{index}"), str::to_owned)
-}
-
-fn backend(
-    flag: &'static str,
-    keys: &Keys,
-    num_queues: u16,
-    queue_size: u16,
-) -> Result<VhostUserConfig, ArgError> {
-    keys.no_bare()?;
-    if keys.on_off("vhost_user")? == Some(false) {
-        return Err(ArgError::Unsupported {
-            flag,
-            what:
-                "vhost_user=off is not supported: start berth-blk or berth-net and give its socket="
-                    .into(),
-        });
-    }
-    Ok(VhostUserConfig {
-        socket: keys.required("socket")?.into(),
-        num_queues: keys.number("num_queues")?.unwrap_or(num_queues),
-        queue_size: keys.number("queue_size")?.unwrap_or(queue_size),
-    })
-}
-
-/// A unicast hardware address.
-pub fn mac(text: &str) -> Option<[u8; 6]> {
-    let mut octets = [0; 6];
-    let mut parts = text.split(':');
-    for octet in &mut octets {
-        let hex = |part: &&str| part.len() == 2 && part.bytes().all(|b| b.is_ascii_hexdigit());
-        let part = parts.next().filter(hex)?;
-        *octet = u8::from_str_radix(part, 16).ok()?;
-    }
-    let multicast = octets[0] & 1 != 0;
-    (parts.next().is_none() && !multicast && octets != [0; 6]).then_some(octets)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn a_disk_has_cloud_hypervisors_defaults() {
-        let disk = disk("vhost_user=on,socket=/run/d.sock", 3).unwrap();
-        assert_eq!(disk.id, "_disk3");
-        assert_eq!(disk.backend.num_queues, 1);
-        assert_eq!(disk.backend.queue_size, 128);
-        assert!(!disk.readonly);
-    }
-
-    #[test]
-    fn a_net_takes_a_mac_and_pairs_of_queues() {
-        let net = net("socket=/n,mac=52:54:00:12:34:56,num_queues=4,id=lan", 0).unwrap();
-        assert_eq!(net.mac, Some([0x52, 0x54, 0, 0x12, 0x34, 0x56]));
-        assert_eq!((net.id.as_str(), net.backend.num_queues), ("lan", 4));
-    }
-
-    #[test]
-    fn macs_that_no_card_may_have_are_refused() {
-        for text in [
-            "",
-            "52:54:00:12:34",
-            "5254:00:12:34:56",
-            "01:00:00:00:00:01",
-            "0g:00:00:00:00:01",
-            "00:00:00:00:00:00",
-            "52:54:00:12:34:56:78",
-            "+2:54:00:12:34:56",
-        ] {
-            assert!(net(&format!("socket=/n,mac={text}"), 0).is_err(), "{text}");
-        }
-    }
 
     #[test]
     fn a_kernel_is_a_path_and_perhaps_an_entry() {
@@ -320,12 +203,6 @@ mod tests {
 
     #[test]
     fn what_is_not_done_says_so() {
-        assert!(
-            disk("vhost_user=off,socket=/d", 0)
-                .unwrap_err()
-                .to_string()
-                .contains("vhost_user=off is not supported")
-        );
         assert!(memory("size=1G,shared=off").is_err());
         assert!(memory("hugepages=on").is_err());
     }

@@ -1,7 +1,7 @@
 //! The `key=value,key=value` lists of the command line.
 //!
 //! A value may stand in double quotes, inside which a comma and an equals sign mean themselves; a
-//! doubled quote inside quotes is one quote. A list may open with a bare value where the flag has one
+//! doubled quote inside quotes is one quote. Commas between square brackets mean themselves too. A list may open with a bare value where the flag has one
 //! (`--kernel PATH,entry=pvh`). Every key is known or an error that names the nearest known one.
 
 #![forbid(unsafe_code)]
@@ -97,6 +97,18 @@ impl Keys {
             .transpose()
     }
 
+    /// `[1,2]` or `1`; not empty.
+    pub fn list<T: FromStr>(&self, key: &'static str) -> Result<Option<Vec<T>>, ArgError> {
+        let Some(value) = self.text(key) else {
+            return Ok(None);
+        };
+        let inside = value.strip_prefix('[').and_then(|v| v.strip_suffix(']'));
+        let items = inside.unwrap_or(value).split(',');
+        let numbers: Result<Vec<T>, _> = items.map(|item| item.trim().parse()).collect();
+        let bad = |_| self.bad(key, value, "a list of numbers in range such as [64,64]");
+        numbers.map(Some).map_err(bad)
+    }
+
     /// A decimal number that fits `T`.
     pub fn number<T: FromStr>(&self, key: &'static str) -> Result<Option<T>, ArgError> {
         self.text(key)
@@ -166,6 +178,7 @@ fn split(flag: &'static str, text: &str) -> Result<Vec<Item>, ArgError> {
     let mut key = None;
     let mut word = String::new();
     let mut quoted = false;
+    let mut brackets = 0_usize;
     let mut chars = text.chars().peekable();
     while let Some(c) = chars.next() {
         match c {
@@ -174,10 +187,23 @@ fn split(flag: &'static str, text: &str) -> Result<Vec<Item>, ArgError> {
                 word.push('"');
             }
             '"' => quoted = !quoted,
-            ',' if !quoted => items.push(item(&mut key, &mut word)),
+            ',' if !quoted && brackets == 0 => items.push(item(&mut key, &mut word)),
             '=' if !quoted && key.is_none() => key = Some(std::mem::take(&mut word)),
-            _ => word.push(c),
+            _ => {
+                match c {
+                    '[' if !quoted && key.is_some() => brackets += 1,
+                    ']' if !quoted => brackets = brackets.saturating_sub(1),
+                    _ => {}
+                }
+                word.push(c);
+            }
         }
+    }
+    if brackets > 0 {
+        return Err(ArgError::OpenBracket {
+            flag,
+            text: text.to_owned(),
+        });
     }
     if quoted {
         return Err(ArgError::OpenQuote {
@@ -218,6 +244,22 @@ mod tests {
     fn quotes_protect_commas_and_quotes() {
         let keys = parse(r#"socket="/tmp/a,b=c""d""#).unwrap();
         assert_eq!(keys.text("socket"), Some("/tmp/a,b=c\"d"));
+    }
+
+    #[test]
+    fn a_list_in_brackets_is_one_value() {
+        let keys = parse("num_queues=[1,2],socket=\"a[\"").unwrap();
+        assert_eq!(keys.list::<u16>("num_queues").unwrap(), Some(vec![1, 2]));
+        assert_eq!(keys.text("socket"), Some("a["));
+        assert!(parse("socket=[1,2").is_err());
+        assert_eq!(
+            parse("num_queues=7").unwrap().list("num_queues").unwrap(),
+            Some(vec![7])
+        );
+        for text in ["[]", "", "[1,]", "[70000]", "[1"] {
+            let keys = parse(&format!("num_queues=\"{text}\"")).unwrap();
+            assert!(keys.list::<u16>("num_queues").is_err(), "{text}");
+        }
     }
 
     #[test]

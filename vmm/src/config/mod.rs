@@ -4,15 +4,22 @@
 //! the VMM reads either. Alternatives are enums, never groups of `Option`. [`convert`] makes a
 //! configuration from text, [`validate`] holds it against the host.
 
-#![forbid(unsafe_code)]
-
 pub mod convert;
+mod device;
+pub mod device_flags;
+pub mod device_wire;
 pub mod keys;
+pub mod shared_fd;
 #[cfg(test)]
 pub(crate) mod testing;
 pub mod validate;
 
 use std::path::PathBuf;
+
+pub use self::device::{
+    Bucket, Daemon, DiskConfig, FsConfig, GenericConfig, Image, Link, NetConfig, RateLimit, Serves,
+    Tap, TapSource, VhostUserConfig,
+};
 
 /// What was typed and cannot be read; the command line is at fault (exit code 2).
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
@@ -51,6 +58,14 @@ pub enum ArgError {
         /// All of the list.
         text: String,
     },
+    /// A square bracket that is never closed.
+    #[error("{flag}: a bracket is left open in '{text}'")]
+    OpenBracket {
+        /// The flag.
+        flag: &'static str,
+        /// All of the list.
+        text: String,
+    },
     /// A key that must be there.
     #[error("{flag}: {key}= is missing")]
     Missing {
@@ -79,6 +94,16 @@ pub enum ArgError {
         /// What is not done, and what to write instead.
         what: String,
     },
+    /// Two keys, of which one can be given.
+    #[error("{flag}: {first}= and {second}= exclude each other")]
+    Excluding {
+        /// The flag.
+        flag: &'static str,
+        /// The one.
+        first: &'static str,
+        /// The other.
+        second: &'static str,
+    },
     /// A word that none of the flag's alternatives matches.
     #[error("{flag}: unknown value '{value}' ({hint})")]
     UnknownValue {
@@ -100,10 +125,14 @@ pub struct VmConfig {
     pub memory: MemoryConfig,
     /// What is started.
     pub payload: PayloadConfig,
-    /// Block devices, each a vhost-user socket, in the order given.
+    /// Block devices, in the order given.
     pub disks: Vec<DiskConfig>,
-    /// Network cards, each a vhost-user socket, in the order given.
+    /// Network cards, in the order given.
     pub nets: Vec<NetConfig>,
+    /// Shared folders, in the order given.
+    pub fs: Vec<FsConfig>,
+    /// vhost-user devices of other types, in the order given.
+    pub generics: Vec<GenericConfig>,
     /// Where the first serial port goes.
     pub serial: SerialConfig,
     /// Whether a client asked for it as `console`: there is no other console, so both names show it.
@@ -158,40 +187,6 @@ pub enum KernelEntry {
     BzImage,
     /// A multiboot (version 1) image's 32-bit entry.
     Multiboot,
-}
-
-/// One `--disk`.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct DiskConfig {
-    /// Name in `vm.info` and `vm.counters`, `_disk0` unless given.
-    pub id: String,
-    /// The daemon behind it.
-    pub backend: VhostUserConfig,
-    /// Whether the guest is told that it must not write.
-    pub readonly: bool,
-}
-
-/// One `--net`.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct NetConfig {
-    /// Name in `vm.info` and `vm.counters`, `_net0` unless given.
-    pub id: String,
-    /// The daemon behind it.
-    pub backend: VhostUserConfig,
-    /// Hardware address that the guest sees, else the backend's.
-    pub mac: Option<[u8; 6]>,
-}
-
-/// A vhost-user backend and its queues.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct VhostUserConfig {
-    /// Unix socket on which the backend listens.
-    pub socket: PathBuf,
-    /// Virtqueues: of a disk 1 to 64; of a network card receive and transmit together, so even, and
-    /// the control queue not counted.
-    pub num_queues: u16,
-    /// Descriptors of a queue, a power of two from 2 to 32768.
-    pub queue_size: u16,
 }
 
 /// `--serial`.

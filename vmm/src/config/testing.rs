@@ -21,6 +21,8 @@ pub(crate) fn config() -> VmConfig {
         },
         disks: Vec::new(),
         nets: Vec::new(),
+        fs: Vec::new(),
+        generics: Vec::new(),
         serial: SerialConfig::Null,
         serial_is_console: false,
         rng: RngConfig {

@@ -8,7 +8,7 @@
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
-use super::{VhostUserConfig, VmConfig};
+use super::{Link, VhostUserConfig, VmConfig};
 use crate::memory::layout::{MMIO64_LEN, mmio64_start};
 
 /// vCPUs of a guest, at most.
@@ -123,7 +123,7 @@ pub enum Error {
         queue_size: u16,
     },
     /// More devices than slots.
-    #[error("{count} disks and network cards, at most {MAX_EXTERNAL_DEVICES} fit the PCI bus")]
+    #[error("{count} devices in other processes, at most {MAX_EXTERNAL_DEVICES} fit the PCI bus")]
     TooManyDevices {
         /// How many.
         count: usize,
@@ -176,60 +176,102 @@ fn cmdline(cmdline: &str) -> Result<(), Error> {
 }
 
 fn devices(config: &VmConfig) -> Result<(), Error> {
-    let count = config.disks.len() + config.nets.len();
+    let devices = external_devices(config);
+    let count = devices.len();
     if count > MAX_EXTERNAL_DEVICES {
         return Err(Error::TooManyDevices { count });
     }
     let mut ids = BTreeSet::new();
-    let all = config.disks.iter().map(|disk| &disk.id);
-    for id in all.chain(config.nets.iter().map(|net| &net.id)) {
+    for External { id, queues, .. } in &devices {
         let plain = |c: char| c.is_ascii_alphanumeric() || "_-.".contains(c);
         if id.is_empty() || id.len() > 40 || !id.chars().all(plain) {
-            return Err(Error::BadId { id: id.clone() });
+            return Err(Error::BadId { id: id.to_string() });
         }
-        let reserved = id == "vmm" || id == "rng" || id.starts_with("vcpu");
-        if reserved || !ids.insert(id) {
-            return Err(Error::IdTwice { id: id.clone() });
+        let reserved = *id == "vmm" || *id == "rng" || id.starts_with("vcpu");
+        if reserved || !ids.insert(*id) {
+            return Err(Error::IdTwice { id: id.to_string() });
         }
-    }
-    for disk in &config.disks {
-        let one_to_64 = (1..=64).contains(&disk.backend.num_queues);
-        queues(&disk.id, &disk.backend, one_to_64, "1 to 64")?;
-    }
-    for net in &config.nets {
-        let pairs =
-            (2..=64).contains(&net.backend.num_queues) && net.backend.num_queues.is_multiple_of(2);
-        queues(
-            &net.id,
-            &net.backend,
-            pairs,
-            "even, 2 to 64 (receive and transmit together)",
-        )?;
+        queues.check(id)?;
     }
     Ok(())
 }
 
-fn queues(
-    id: &str,
-    backend: &VhostUserConfig,
-    count_fits: bool,
-    expected: &'static str,
-) -> Result<(), Error> {
-    if !count_fits {
-        return Err(Error::Queues {
-            id: id.to_owned(),
-            num_queues: backend.num_queues,
-            expected,
+/// What is checked of a device whatever it is.
+struct External<'a> {
+    id: &'a str,
+    link: &'a Link,
+    queues: Queues<'a>,
+}
+
+enum Queues<'a> {
+    /// So many of a size, if there may be so many.
+    Alike(&'a VhostUserConfig, bool, &'static str),
+    Each(&'a [u16]),
+}
+
+fn external_devices(config: &VmConfig) -> Vec<External<'_>> {
+    let mut devices = Vec::new();
+    let mut alike = |id, backend, fits: fn(u16) -> bool, expected| {
+        let backend: &VhostUserConfig = backend;
+        devices.push(External {
+            id,
+            link: &backend.link,
+            queues: Queues::Alike(backend, fits(backend.num_queues), expected),
         });
+    };
+    for disk in &config.disks {
+        alike(
+            &disk.id,
+            &disk.backend,
+            |n| (1..=64).contains(&n),
+            "1 to 64",
+        );
     }
-    let size = backend.queue_size;
-    if !size.is_power_of_two() || !(2..=32768).contains(&size) {
-        return Err(Error::QueueSize {
-            id: id.to_owned(),
-            queue_size: size,
-        });
+    for net in &config.nets {
+        let pairs = |n: u16| (2..=64).contains(&n) && n.is_multiple_of(2);
+        let expected = "even, 2 to 64 (receive and transmit together)";
+        alike(&net.id, &net.backend, pairs, expected);
     }
-    Ok(())
+    for fs in &config.fs {
+        alike(&fs.id, &fs.backend, |n| (1..=63).contains(&n), "1 to 63");
+    }
+    devices.extend(config.generics.iter().map(|generic| External {
+        id: &generic.id,
+        link: &generic.link,
+        queues: Queues::Each(&generic.queue_sizes),
+    }));
+    devices
+}
+
+impl Queues<'_> {
+    fn check(&self, id: &str) -> Result<(), Error> {
+        let (count, fits, expected) = match self {
+            Self::Alike(backend, fits, expected) => (backend.num_queues, *fits, *expected),
+            Self::Each(sizes) => {
+                let count = u16::try_from(sizes.len()).unwrap_or(u16::MAX);
+                (count, (1..=64).contains(&count), "1 to 64")
+            }
+        };
+        if !fits {
+            return Err(Error::Queues {
+                id: id.to_owned(),
+                num_queues: count,
+                expected,
+            });
+        }
+        let sizes = match self {
+            Self::Alike(backend, ..) => std::slice::from_ref(&backend.queue_size),
+            Self::Each(sizes) => sizes,
+        };
+        let odd = |size: &&u16| !size.is_power_of_two() || !(2..=32768).contains(*size);
+        match sizes.iter().find(odd) {
+            Some(&queue_size) => Err(Error::QueueSize {
+                id: id.to_owned(),
+                queue_size,
+            }),
+            None => Ok(()),
+        }
+    }
 }
 
 fn sockets(config: &VmConfig, api_socket: Option<&Path>) -> Result<(), Error> {
@@ -237,13 +279,10 @@ fn sockets(config: &VmConfig, api_socket: Option<&Path>) -> Result<(), Error> {
         super::SerialConfig::Socket(path) => Some(path.as_path()),
         _ => None,
     };
-    let disks = config
-        .disks
-        .iter()
-        .map(|disk| disk.backend.socket.as_path());
-    let nets = config.nets.iter().map(|net| net.backend.socket.as_path());
+    let devices = external_devices(config);
+    let devices = devices.iter().filter_map(|device| device.link.socket());
     let mut seen = BTreeSet::new();
-    for path in disks.chain(nets).chain(serial).chain(api_socket) {
+    for path in devices.chain(serial).chain(api_socket) {
         if path.as_os_str().len() > 107 {
             return Err(Error::SocketTooLong { path: path.into() });
         }
@@ -257,7 +296,7 @@ fn sockets(config: &VmConfig, api_socket: Option<&Path>) -> Result<(), Error> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::{DiskConfig, SerialConfig, convert, testing};
+    use crate::config::{DiskConfig, SerialConfig, device_flags, testing};
 
     const HOST: Host = Host {
         physical_bits: 40,
@@ -267,13 +306,14 @@ mod tests {
     fn config() -> VmConfig {
         VmConfig {
             disks: vec![disk("socket=/d0"), disk("socket=/d1,id=second")],
-            nets: vec![convert::net("socket=/n", 0).unwrap()],
+            nets: vec![device_flags::net("socket=/n", 0).unwrap()],
+            fs: vec![device_flags::fs("tag=t,socket=/f", 0).unwrap()],
             ..testing::config()
         }
     }
 
     fn disk(text: &str) -> DiskConfig {
-        convert::disk(text, 0).unwrap()
+        device_flags::disk(text, 0).unwrap()
     }
 
     fn check(change: impl FnOnce(&mut VmConfig)) -> Result<(), String> {
@@ -318,7 +358,7 @@ mod tests {
     fn two_of_a_thing() {
         let error = check(|c| c.disks[1].id = "_disk0".into()).unwrap_err();
         assert_eq!(error, "id='_disk0' is used by two devices");
-        let error = check(|c| c.nets[0].backend.socket = "/d1".into()).unwrap_err();
+        let error = check(|c| c.nets[0].backend.link = Link::Listen("/d1".into())).unwrap_err();
         assert_eq!(error, "socket /d1 is given twice");
         assert!(check(|c| c.serial = SerialConfig::Socket("/api".into())).is_err());
     }
@@ -328,6 +368,14 @@ mod tests {
         assert!(check(|c| c.disks[0].backend.num_queues = 0).is_err());
         assert!(check(|c| c.nets[0].backend.num_queues = 3).is_err());
         assert!(check(|c| c.disks[0].backend.queue_size = 100).is_err());
+        assert!(check(|c| c.fs[0].backend.num_queues = 64).is_err());
+        let generic = |sizes| {
+            let text = format!("device_type=rng,socket=/g,queue_sizes={sizes}");
+            let device = device_flags::generic(&text, 0).unwrap();
+            check(|c| c.generics.push(device))
+        };
+        assert_eq!(generic("[64,256]"), Ok(()));
+        assert!(generic("[64,100]").is_err());
         assert!(check(|c| c.disks[0].id = "a b".into()).is_err());
         assert!(check(|c| c.disks[0].id = "vcpu0".into()).is_err());
     }

@@ -245,10 +245,10 @@ impl Session {
     fn live(&mut self, queues: u16) {
         tracing::info!(
             device = self.shared.id(),
-            socket = %self.shared.socket.display(),
+            socket = %self.shared.socket(),
             "the backend is connected"
         );
-        let configured = self.shared.kind.backend().num_queues;
+        let configured = self.shared.kind.configured_queues();
         if queues < configured {
             let device = self.shared.id();
             tracing::warn!(

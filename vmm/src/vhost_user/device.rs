@@ -66,7 +66,7 @@ impl VirtioDevice for Device {
             return;
         };
         let kind = &self.shared.kind;
-        if kind.config_writable(offset, data.len(), offer.features) {
+        if kind.config_writable(offset, data.len(), offer) {
             offer.config[offset..offset + data.len()].copy_from_slice(data);
             state.config_writes.insert(offset, data.to_vec());
             drop(state);

@@ -1,4 +1,4 @@
-//! Connecting to a backend's socket without ever waiting for it.
+//! Getting a connection to a backend without ever waiting for it: by its socket, or by ours.
 //!
 //! `connect` on a unix socket blocks while the listener's backlog is full, as it is when a stopped
 //! backend was dialled often enough; std offers no other way, so the call is made here.
@@ -8,14 +8,89 @@
     reason = "socket(2) and connect(2) with SOCK_NONBLOCK, which std does not offer"
 )]
 
-use std::io;
+use std::io::{self, ErrorKind};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::UnixStream;
-use std::path::Path;
+use std::path::{Path, PathBuf};
+
+use super::Error;
+use super::kind::Kind;
+use crate::config::Link;
+use crate::socket::{self, Listener};
 
 /// Longest path of a unix socket, its final NUL not counted.
 pub(super) const MAX_PATH: usize = 107;
+
+/// How a session gets its connections.
+pub(super) enum Dialer {
+    /// The backend listens.
+    Connect(PathBuf),
+    /// We do. A socket that is still another session's is tried again.
+    Listen(PathBuf, Option<Listener>),
+}
+
+impl Dialer {
+    /// For that device.
+    pub(super) fn new(kind: &Kind) -> Result<Self, Error> {
+        match kind.link() {
+            Link::Connect(path) => {
+                check_socket(path)?;
+                Ok(Self::Connect(path.clone()))
+            }
+            Link::Listen(path) => match Listener::bind(path) {
+                Ok(listener) => Ok(Self::Listen(path.clone(), Some(listener))),
+                Err(socket::Error::InUse { .. }) => Ok(Self::Listen(path.clone(), None)),
+                Err(error) => Err(error.into()),
+            },
+            Link::Start(_) => Err(Error::NoLauncher {
+                device: kind.id().to_owned(),
+            }),
+        }
+    }
+
+    /// A connection, if there is one to have at once.
+    ///
+    /// # Errors
+    /// As [`connect`]; `NotConnected` where nobody connected to our socket yet.
+    pub(super) fn dial(&mut self) -> io::Result<UnixStream> {
+        match self {
+            Self::Connect(path) => connect(path),
+            Self::Listen(path, listener) => {
+                let listener = match listener {
+                    Some(listener) => listener,
+                    none => none.insert(Listener::bind(path).map_err(io::Error::other)?),
+                };
+                let stream = listener.accept()?.ok_or(ErrorKind::NotConnected)?;
+                stream.set_nonblocking(false)?;
+                Ok(stream)
+            }
+        }
+    }
+
+    /// What is readable when there is a connection to have.
+    pub(super) fn event(&self) -> Option<&Listener> {
+        match self {
+            Self::Connect(_) => None,
+            Self::Listen(_, listener) => listener.as_ref(),
+        }
+    }
+}
+
+/// Refuses what will never be a socket; one that does not exist yet is fine.
+fn check_socket(path: &Path) -> Result<(), Error> {
+    let path_buf = || path.to_owned();
+    if path.as_os_str().as_bytes().len() > MAX_PATH {
+        return Err(Error::PathTooLong { path: path_buf() });
+    }
+    match path.metadata() {
+        Ok(metadata) if !metadata.file_type().is_socket() => {
+            Err(Error::NotASocket { path: path_buf() })
+        }
+        _ => Ok(()),
+    }
+}
 
 /// Connects to `path` if somebody takes the connection at once.
 ///
@@ -61,12 +136,12 @@ fn address(path: &Path) -> io::Result<(libc::sockaddr_un, libc::socklen_t)> {
 
 #[cfg(test)]
 mod tests {
-    use std::io::ErrorKind;
     use std::os::unix::net::UnixListener;
 
     use vmm_sys_util::tempdir::TempDir;
 
     use super::*;
+    use crate::config::{NetConfig, VhostUserConfig};
 
     #[test]
     fn nobody_there_is_said_at_once() {
@@ -94,6 +169,36 @@ mod tests {
         };
         assert_eq!(error.kind(), ErrorKind::WouldBlock);
         assert!(!taken.is_empty());
+    }
+
+    #[test]
+    fn who_comes_to_our_socket_is_taken_one_after_the_other() {
+        let dir = TempDir::new().unwrap();
+        let path = dir.as_path().join("socket");
+        let card = Kind::Net(NetConfig {
+            id: "_net0".to_owned(),
+            backend: VhostUserConfig {
+                link: Link::Listen(path.clone()),
+                num_queues: 2,
+                queue_size: 64,
+            },
+            mac: None,
+        });
+        let mut dialer = Dialer::new(&card).unwrap();
+        assert_eq!(dialer.dial().unwrap_err().kind(), ErrorKind::NotConnected);
+        // The next session's, which begins before this one is over.
+        let mut next = Dialer::new(&card).unwrap();
+        assert!(next.event().is_none());
+        assert_eq!(next.dial().unwrap_err().kind(), ErrorKind::Other);
+        let _both = [connect(&path).unwrap(), connect(&path).unwrap()];
+        dialer.dial().unwrap();
+        dialer.dial().unwrap();
+        drop(dialer);
+        assert_eq!(next.dial().unwrap_err().kind(), ErrorKind::NotConnected);
+        let _backend = connect(&path).unwrap();
+        next.dial().unwrap();
+        drop(next);
+        assert!(!path.exists());
     }
 
     #[test]

@@ -40,9 +40,7 @@ mod vring;
 mod wait;
 
 use std::io;
-use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::FileTypeExt;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -50,12 +48,14 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use self::deadline::Deadlines;
 use self::device::Device;
+use self::dial::Dialer;
 pub use self::kind::Kind;
 use self::session::Session;
 pub use self::shared::SessionState;
 use self::shared::{Roster, Shared};
 use crate::devices::virtio::device::VirtioDevice;
 use crate::sandbox::{self, ThreadKind};
+use crate::socket;
 
 /// Time after which a backend counts as silent.
 const OPERATION_LIMIT: Duration = Duration::from_secs(5);
@@ -77,6 +77,15 @@ pub enum Error {
         /// The path.
         path: PathBuf,
     },
+    /// There is no launcher, which is made when the process starts.
+    #[error("{device}: nothing here can start its daemon")]
+    NoLauncher {
+        /// The device's name.
+        device: String,
+    },
+    /// A socket of ours.
+    #[error(transparent)]
+    Listen(#[from] socket::Error),
     /// The system refused a thread or a descriptor.
     #[error("cannot start a session for {device}")]
     Start {
@@ -93,8 +102,8 @@ pub enum Error {
 pub struct SessionInfo {
     /// The device's name.
     pub id: String,
-    /// The backend's socket.
-    pub socket: PathBuf,
+    /// The socket, if it has a path.
+    pub socket: Option<PathBuf>,
     /// Where the session is.
     pub state: SessionState,
 }
@@ -126,16 +135,16 @@ impl Frontends {
 
     /// Makes a device and starts to dial its backend, in the background.
     pub fn connect(&mut self, kind: Kind) -> Result<Box<dyn VirtioDevice>, Error> {
-        check_socket(&kind.backend().socket)?;
+        let dialer = Dialer::new(&kind)?;
         let device = kind.id().to_owned();
         let shared = self
-            .start(kind)
+            .start(kind, dialer)
             .map_err(|source| Error::Start { device, source })?;
         self.sessions.push(Arc::clone(&shared));
         Ok(Box::new(Device::new(shared)))
     }
 
-    fn start(&self, kind: Kind) -> io::Result<Arc<Shared>> {
+    fn start(&self, kind: Kind, dialer: Dialer) -> io::Result<Arc<Shared>> {
         let wake = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?;
         let name: String = format!("vu-{}", kind.id())
             .chars()
@@ -143,7 +152,7 @@ impl Frontends {
             .collect();
         let shared = Arc::new(Shared::new(kind, wake, Arc::clone(&self.roster)));
         let deadlines = Arc::clone(&self.deadlines);
-        let session = Session::new(Arc::clone(&shared), deadlines, self.operation_limit)?;
+        let session = Session::new(Arc::clone(&shared), dialer, deadlines, self.operation_limit)?;
         // Counted before the thread can leave.
         self.roster.change(|counts| {
             counts.threads += 1;
@@ -168,7 +177,7 @@ impl Frontends {
     pub fn sessions(&self) -> Vec<SessionInfo> {
         let info = |shared: &Arc<Shared>| SessionInfo {
             id: shared.id().to_owned(),
-            socket: shared.socket.clone(),
+            socket: shared.kind.link().socket().map(Into::into),
             state: shared.state().session,
         };
         self.sessions.iter().map(info).collect()
@@ -199,19 +208,5 @@ impl Frontends {
 impl Drop for Frontends {
     fn drop(&mut self) {
         self.stop(Duration::ZERO);
-    }
-}
-
-/// Refuses what will never be a socket; one that does not exist yet is fine.
-fn check_socket(path: &Path) -> Result<(), Error> {
-    let path_buf = || path.to_owned();
-    if path.as_os_str().as_bytes().len() > dial::MAX_PATH {
-        return Err(Error::PathTooLong { path: path_buf() });
-    }
-    match path.metadata() {
-        Ok(metadata) if !metadata.file_type().is_socket() => {
-            Err(Error::NotASocket { path: path_buf() })
-        }
-        _ => Ok(()),
     }
 }

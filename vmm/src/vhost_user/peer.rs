@@ -17,7 +17,7 @@ use vhost::vhost_user::{self, Frontend, VhostUserFrontend};
 
 use super::backend_requests::BackendRequests;
 use super::deadline::Deadlines;
-use super::kind::{Found, Kind};
+use super::kind::{ConfigLen, Found, Kind};
 
 /// Most queues of a backend: SET_VRING_KICK and its like have eight bits for the index.
 const MAX_QUEUES: u64 = 256;
@@ -148,12 +148,38 @@ impl Peer {
         if !self.protocol.contains(VhostUserProtocolFeatures::CONFIG) {
             return Ok(None);
         }
-        let zeros = vec![0; kind.config_len()];
+        match kind.config_len() {
+            ConfigLen::Exactly(0) => Ok(None),
+            ConfigLen::Exactly(len) => self.read_config_bytes(len).map(Some),
+            ConfigLen::UpTo(most) => self.read_config_up_to(most).map(Some),
+        }
+    }
+
+    /// As much as the backend gives, which says no more than that it was asked for too much.
+    fn read_config_up_to(&mut self, most: usize) -> Result<Vec<u8>, Error> {
+        let mut config = Vec::new();
+        let mut step = most;
+        while step > 0 {
+            let len = config.len() + step;
+            if len <= most {
+                match self.read_config_bytes(len) {
+                    Ok(read) => config = read,
+                    Err(Error::Refused { .. }) => {}
+                    Err(error) => return Err(error),
+                }
+            }
+            step /= 2;
+        }
+        Ok(config)
+    }
+
+    fn read_config_bytes(&mut self, len: usize) -> Result<Vec<u8>, Error> {
+        let zeros = vec![0; len];
         let len = zeros.len() as u32;
         let (_, config) = self.ask("GET_CONFIG", |frontend| {
             frontend.get_config(0, len, VhostUserConfigFlags::empty(), &zeros)
         })?;
-        Ok(Some(config))
+        Ok(config)
     }
 
     /// Writes configuration space on behalf of the driver.

@@ -24,7 +24,7 @@ use std::time::{Duration, Instant};
 
 use super::connection::Connection;
 use super::deadline::Deadlines;
-use super::dial;
+use super::dial::Dialer;
 use super::inflight::Inflight;
 use super::peer::{Error, Peer};
 use super::shared::{Rings, SessionState, Shared};
@@ -57,6 +57,7 @@ impl From<Error> for End {
 /// A session's thread.
 pub(super) struct Session {
     pub(super) shared: Arc<Shared>,
+    dialer: Dialer,
     deadlines: Arc<Deadlines>,
     pub(super) limit: Duration,
     /// For pauses, while no backend is connected.
@@ -75,6 +76,7 @@ impl Session {
     /// `limit` is the longest time that an operation on the backend may take.
     pub(super) fn new(
         shared: Arc<Shared>,
+        dialer: Dialer,
         deadlines: Arc<Deadlines>,
         limit: Duration,
     ) -> io::Result<Self> {
@@ -82,6 +84,7 @@ impl Session {
         idle.watch(shared.wake_event(), WAKE)?;
         Ok(Self {
             shared,
+            dialer,
             deadlines,
             limit,
             idle,
@@ -119,7 +122,7 @@ impl Session {
         let mut pause = FIRST_PAUSE;
         let start = Instant::now();
         loop {
-            match dial::connect(&self.shared.socket) {
+            match self.dialer.dial() {
                 Ok(stream) => return Some(stream),
                 Err(error) => {
                     self.say_waiting(&error);
@@ -129,11 +132,25 @@ impl Session {
                     }
                 }
             }
-            if !self.pause(pause) {
+            if !self.pause_unless_called(pause) {
                 return None;
             }
             pause = (2 * pause).min(LONGEST_PAUSE);
         }
+    }
+
+    /// The same, where somebody who connects to our socket ends the pause.
+    fn pause_unless_called(&self, pause: Duration) -> bool {
+        let Some(listener) = self.dialer.event() else {
+            return self.pause(pause);
+        };
+        if let Err(error) = self.idle.watch(listener, SOCKET) {
+            tracing::error!(device = self.shared.id(), %error, "cannot wait");
+            return false;
+        }
+        let goes_on = self.pause(pause);
+        self.idle.forget(listener);
+        goes_on
     }
 
     /// Waits; returns false to end.
@@ -146,9 +163,13 @@ impl Session {
             if Instant::now() >= until {
                 return true;
             }
-            if let Err(error) = self.idle.wait(Some(until)) {
-                tracing::error!(device = self.shared.id(), %error, "cannot wait");
-                return false;
+            match self.idle.wait(Some(until)) {
+                Ok(ready) if ready.iter().any(|ready| ready.token == SOCKET) => return true,
+                Ok(_) => {}
+                Err(error) => {
+                    tracing::error!(device = self.shared.id(), %error, "cannot wait");
+                    return false;
+                }
             }
             let _ = self.shared.wake_event().read();
         }
@@ -214,7 +235,7 @@ impl Session {
         if self.said.as_ref() != Some(&text) {
             tracing::info!(
                 device = self.shared.id(),
-                socket = %self.shared.socket.display(),
+                socket = %self.shared.socket(),
                 %error,
                 "waiting for the backend"
             );
@@ -228,7 +249,7 @@ impl Session {
         if self.said.as_ref() != Some(&text) {
             tracing::warn!(
                 device = self.shared.id(),
-                socket = %self.shared.socket.display(),
+                socket = %self.shared.socket(),
                 reason = %error,
                 "the backend is lost; dialling it again"
             );

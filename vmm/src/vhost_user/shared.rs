@@ -5,7 +5,8 @@
 //! the transport's notifications are made under it, which take no lock but the interrupt's.
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::fmt::Display;
+use std::path::Path;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -69,7 +70,6 @@ impl Ring {
 
 pub(super) struct Shared {
     pub(super) kind: Kind,
-    pub(super) socket: PathBuf,
     /// Wakes the session's thread.
     wake: EventFd,
     state: Mutex<State>,
@@ -107,7 +107,6 @@ impl Shared {
             settled: false,
         };
         Self {
-            socket: kind.backend().socket.clone(),
             kind,
             wake,
             state: Mutex::new(state),
@@ -117,6 +116,12 @@ impl Shared {
 
     pub(super) fn id(&self) -> &str {
         self.kind.id()
+    }
+
+    /// Where the backend is, for the log.
+    pub(super) fn socket(&self) -> impl Display {
+        let socket = self.kind.link().socket();
+        socket.map_or(Path::new("(started)"), |path| path).display()
     }
 
     pub(super) fn wake_event(&self) -> &EventFd {

@@ -290,8 +290,7 @@ fn add_pci(
     });
     let rng = rng::Rng::new("_rng", &config.rng.src)?;
     host.add_builtin("_rng", Box::new(rng))?;
-    let disks = config.disks.iter().cloned().map(Kind::Blk);
-    for kind in disks.chain(config.nets.iter().cloned().map(Kind::Net)) {
+    for kind in Kind::all(config) {
         let id = kind.id().to_owned();
         let device = frontends.connect(kind)?;
         host.add_below_root_port(&id, device, config.platform.root_port_vendor)?;

@@ -21,6 +21,8 @@ pub fn add(config: &mut VmConfig, mut kind: Kind, in_use: impl Fn(&str) -> bool)
     match kind.clone() {
         Kind::Blk(disk) => config.disks.push(disk),
         Kind::Net(net) => config.nets.push(net),
+        Kind::Fs(fs) => config.fs.push(fs),
+        Kind::Generic(generic) => config.generics.push(generic),
     }
     kind
 }
@@ -30,22 +32,27 @@ pub fn remove(config: &mut VmConfig, id: &str) -> bool {
     let before = ids(config).count();
     config.disks.retain(|disk| disk.id != id);
     config.nets.retain(|net| net.id != id);
+    config.fs.retain(|fs| fs.id != id);
+    config.generics.retain(|generic| generic.id != id);
     ids(config).count() < before
 }
 
 /// Ids of all devices that other processes serve.
 pub fn ids(config: &VmConfig) -> impl Iterator<Item = &str> {
     let disks = config.disks.iter().map(|disk| disk.id.as_str());
-    disks.chain(config.nets.iter().map(|net| net.id.as_str()))
+    let nets = config.nets.iter().map(|net| net.id.as_str());
+    let fs = config.fs.iter().map(|fs| fs.id.as_str());
+    let generics = config.generics.iter().map(|generic| generic.id.as_str());
+    disks.chain(nets).chain(fs).chain(generics)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::{convert, testing};
+    use crate::config::{device_flags, testing};
 
     fn disk(text: &str) -> Kind {
-        Kind::Blk(convert::disk(text, 0).unwrap())
+        Kind::Blk(device_flags::disk(text, 0).unwrap())
     }
 
     fn nameless() -> Kind {

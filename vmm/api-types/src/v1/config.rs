@@ -5,6 +5,8 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+use super::{DiskConfig, FsConfig, GenericVhostUserConfig, NetConfig};
+
 /// A guest, whole.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
@@ -22,6 +24,12 @@ pub struct VmConfig {
     /// Network cards.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub net: Option<Vec<NetConfig>>,
+    /// Shared folders.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub fs: Option<Vec<FsConfig>>,
+    /// vhost-user devices of any other type.
+    #[serde(alias = "generic-vhost-user", skip_serializing_if = "Option::is_none")]
+    pub generic_vhost_user: Option<Vec<GenericVhostUserConfig>>,
     /// Entropy.
     pub rng: RngConfig,
     /// First serial port.
@@ -112,77 +120,6 @@ pub struct PayloadConfig {
     /// A confidential guest's image; not served.
     #[serde(skip_serializing)]
     pub igvm: Option<PathBuf>,
-}
-
-/// A disk.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(default)]
-pub struct DiskConfig {
-    /// Its id.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub id: Option<String>,
-    /// Image, where the disk is in the VMM.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub path: Option<PathBuf>,
-    /// Whether writes are refused.
-    pub readonly: bool,
-    /// Virtqueues.
-    pub num_queues: u16,
-    /// Descriptors of each.
-    pub queue_size: u16,
-    /// Whether the disk is in another process.
-    pub vhost_user: bool,
-    /// Socket of that process.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub vhost_socket: Option<PathBuf>,
-}
-
-impl Default for DiskConfig {
-    fn default() -> Self {
-        Self {
-            id: None,
-            path: None,
-            readonly: false,
-            num_queues: 1,
-            queue_size: 128,
-            vhost_user: false,
-            vhost_socket: None,
-        }
-    }
-}
-
-/// A network card.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(default)]
-pub struct NetConfig {
-    /// Its id.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub id: Option<String>,
-    /// Its address in the guest, such as `52:54:00:12:34:56`.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub mac: Option<String>,
-    /// Virtqueues, two for each pair.
-    pub num_queues: u16,
-    /// Descriptors of each.
-    pub queue_size: u16,
-    /// Whether the card is in another process.
-    pub vhost_user: bool,
-    /// Socket of that process.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub vhost_socket: Option<PathBuf>,
-}
-
-impl Default for NetConfig {
-    fn default() -> Self {
-        Self {
-            id: None,
-            mac: None,
-            num_queues: 2,
-            queue_size: 256,
-            vhost_user: false,
-            vhost_socket: None,
-        }
-    }
 }
 
 /// Entropy.

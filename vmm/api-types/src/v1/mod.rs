@@ -11,10 +11,15 @@
 //! An error has an [`ErrorMessages`]; docs/api.md has the codes.
 
 mod config;
+mod devices;
 mod vm;
 
 pub use config::{
-    ConsoleConfig, ConsoleMode, CpusConfig, DiskConfig, MemoryConfig, MemoryZone, NetConfig,
-    PayloadConfig, PlatformConfig, RngConfig, VmConfig,
+    ConsoleConfig, ConsoleMode, CpusConfig, MemoryConfig, MemoryZone, PayloadConfig,
+    PlatformConfig, RngConfig, VmConfig,
+};
+pub use devices::{
+    DiskConfig, FsConfig, GenericVhostUserConfig, NetConfig, RateLimiterConfig, TokenBucketConfig,
+    VhostMode,
 };
 pub use vm::{DeviceNode, ErrorMessages, VmCounters, VmInfo, VmState, VmmPing};

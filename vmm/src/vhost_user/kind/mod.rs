@@ -13,7 +13,7 @@ use virtio_bindings::virtio_blk::{
 use virtio_bindings::virtio_config::{
     VIRTIO_F_ANY_LAYOUT, VIRTIO_F_IN_ORDER, VIRTIO_F_ORDER_PLATFORM, VIRTIO_F_VERSION_1,
 };
-use virtio_bindings::virtio_ids::{VIRTIO_ID_BLOCK, VIRTIO_ID_NET};
+use virtio_bindings::virtio_ids::{VIRTIO_ID_BLOCK, VIRTIO_ID_FS, VIRTIO_ID_NET};
 use virtio_bindings::virtio_net::{
     VIRTIO_NET_F_CTRL_GUEST_OFFLOADS, VIRTIO_NET_F_CTRL_MAC_ADDR, VIRTIO_NET_F_CTRL_RX,
     VIRTIO_NET_F_CTRL_RX_EXTRA, VIRTIO_NET_F_CTRL_VLAN, VIRTIO_NET_F_CTRL_VQ,
@@ -23,7 +23,11 @@ use virtio_bindings::virtio_net::{
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 
 use super::shared::Rings;
-use crate::config::{DiskConfig, NetConfig, VhostUserConfig};
+use crate::config::{DiskConfig, FsConfig, GenericConfig, Link, NetConfig, VmConfig};
+
+mod other;
+#[cfg(test)]
+mod tests;
 
 /// A set of feature bits from their numbers.
 pub(super) const fn bits(numbers: &[u32]) -> u64 {
@@ -95,6 +99,19 @@ pub enum Kind {
     Blk(DiskConfig),
     /// A network card.
     Net(NetConfig),
+    /// A shared folder.
+    Fs(FsConfig),
+    /// A device of any other type.
+    Generic(GenericConfig),
+}
+
+/// How much configuration space a backend is asked for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum ConfigLen {
+    /// So many bytes; 0: it is not asked.
+    Exactly(usize),
+    /// As many as it gives, up to this number.
+    UpTo(usize),
 }
 
 /// What a backend said of itself in the handshake.
@@ -155,11 +172,22 @@ impl Offer {
 }
 
 impl Kind {
+    /// All devices of a guest, in the order in which it finds them.
+    pub fn all(config: &VmConfig) -> impl Iterator<Item = Self> {
+        let disks = config.disks.iter().cloned().map(Self::Blk);
+        let nets = config.nets.iter().cloned().map(Self::Net);
+        let fs = config.fs.iter().cloned().map(Self::Fs);
+        let generics = config.generics.iter().cloned().map(Self::Generic);
+        disks.chain(nets).chain(fs).chain(generics)
+    }
+
     /// The device's name.
     pub fn id(&self) -> &str {
         match self {
             Self::Blk(disk) => &disk.id,
             Self::Net(net) => &net.id,
+            Self::Fs(fs) => &fs.id,
+            Self::Generic(generic) => &generic.id,
         }
     }
 
@@ -168,6 +196,8 @@ impl Kind {
         match self {
             Self::Blk(_) => "_disk",
             Self::Net(_) => "_net",
+            Self::Fs(_) => "_fs",
+            Self::Generic(_) => "_generic_vhost_user",
         }
     }
 
@@ -176,13 +206,18 @@ impl Kind {
         match self {
             Self::Blk(disk) => disk.id = id,
             Self::Net(net) => net.id = id,
+            Self::Fs(fs) => fs.id = id,
+            Self::Generic(generic) => generic.id = id,
         }
     }
 
-    pub(super) fn backend(&self) -> &VhostUserConfig {
+    /// How its backend is reached.
+    pub(super) fn link(&self) -> &Link {
         match self {
-            Self::Blk(disk) => &disk.backend,
-            Self::Net(net) => &net.backend,
+            Self::Blk(disk) => &disk.backend.link,
+            Self::Net(net) => &net.backend.link,
+            Self::Fs(fs) => &fs.backend.link,
+            Self::Generic(generic) => &generic.link,
         }
     }
 
@@ -190,34 +225,61 @@ impl Kind {
         match self {
             Self::Blk(_) => VIRTIO_ID_BLOCK,
             Self::Net(_) => VIRTIO_ID_NET,
+            Self::Fs(_) => VIRTIO_ID_FS,
+            Self::Generic(generic) => generic.device_type,
         }
     }
 
-    /// Sizes of all queues that the guest may find: those configured, and a card's control queue.
+    /// Sizes of all queues that the guest may find: those configured, a card's control queue, and a
+    /// shared folder's for urgent requests.
     pub(super) fn queue_sizes(&self) -> Vec<u16> {
-        let backend = self.backend();
-        let control = u16::from(matches!(self, Self::Net(_)));
-        vec![backend.queue_size; usize::from(backend.num_queues + control)]
+        let (backend, more) = match self {
+            Self::Blk(disk) => (&disk.backend, 0),
+            Self::Net(net) => (&net.backend, 1),
+            Self::Fs(fs) => (&fs.backend, other::FS_MORE_QUEUES),
+            Self::Generic(generic) => return generic.queue_sizes.clone(),
+        };
+        vec![backend.queue_size; usize::from(backend.num_queues + more)]
     }
 
-    /// Bytes of configuration space to ask the backend for.
-    pub(super) fn config_len(&self) -> usize {
+    /// Queues that were asked for: more of them than a backend has are worth a word.
+    pub(super) fn configured_queues(&self) -> u16 {
         match self {
-            Self::Blk(_) => BLK_CONFIG_LEN,
-            Self::Net(_) => NET_CONFIG_LEN,
+            Self::Net(net) => net.backend.num_queues,
+            // As many as are shown.
+            _ => u16::try_from(self.queue_sizes().len()).unwrap_or(u16::MAX),
+        }
+    }
+
+    /// Bytes of configuration space to ask the backend for; none where it is not asked.
+    pub(super) fn config_len(&self) -> ConfigLen {
+        match self {
+            Self::Blk(_) => ConfigLen::Exactly(BLK_CONFIG_LEN),
+            Self::Net(_) => ConfigLen::Exactly(NET_CONFIG_LEN),
+            Self::Fs(_) => ConfigLen::Exactly(0),
+            Self::Generic(generic) => other::config_len(generic.device_type),
         }
     }
 
     /// Whether the backend's answer to GET_QUEUE_NUM counts queues. For network cards it may count pairs
     /// (QEMU reads it so), and their configuration space says it better.
     pub(super) fn asks_queue_num(&self) -> bool {
-        matches!(self, Self::Blk(_))
+        !matches!(self, Self::Net(_))
     }
 
     /// Whether the guest may write these bytes of configuration space.
-    pub(super) fn config_writable(&self, offset: usize, len: usize, features: u64) -> bool {
-        let wce = features >> VIRTIO_BLK_F_CONFIG_WCE & 1 == 1;
-        matches!(self, Self::Blk(_)) && wce && (offset, len) == (BLK_WRITEBACK, 1)
+    pub(super) fn config_writable(&self, offset: usize, len: usize, offer: &Offer) -> bool {
+        match self {
+            Self::Blk(_) => {
+                let wce = offer.features >> VIRTIO_BLK_F_CONFIG_WCE & 1 == 1;
+                wce && (offset, len) == (BLK_WRITEBACK, 1)
+            }
+            Self::Net(_) | Self::Fs(_) => false,
+            // What its driver may write only the backend knows.
+            Self::Generic(_) => offset
+                .checked_add(len)
+                .is_some_and(|end| end <= offer.config.len()),
+        }
     }
 
     /// What the guest is offered of what was found, or why the backend will not do.
@@ -228,6 +290,8 @@ impl Kind {
         match self {
             Self::Blk(disk) => offer_blk(disk, found),
             Self::Net(net) => Ok(offer_net(net, found)),
+            Self::Fs(fs) => other::offer_fs(fs, found),
+            Self::Generic(generic) => other::offer_generic(generic, found),
         }
     }
 }
@@ -310,174 +374,4 @@ fn get(config: &[u8], offset: usize) -> u16 {
 
 fn put(config: &mut [u8], offset: usize, value: u16) {
     config[offset..offset + 2].copy_from_slice(&value.to_le_bytes());
-}
-
-#[cfg(test)]
-mod tests {
-    use virtio_bindings::virtio_config::{VIRTIO_F_ACCESS_PLATFORM, VIRTIO_F_RING_PACKED};
-
-    use super::*;
-
-    fn backend(num_queues: u16) -> VhostUserConfig {
-        VhostUserConfig {
-            socket: "/run/test.sock".into(),
-            num_queues,
-            queue_size: 128,
-        }
-    }
-
-    fn disk(num_queues: u16, readonly: bool) -> Kind {
-        Kind::Blk(DiskConfig {
-            id: "_disk0".to_owned(),
-            backend: backend(num_queues),
-            readonly,
-        })
-    }
-
-    fn net(num_queues: u16, mac: Option<[u8; 6]>) -> Kind {
-        Kind::Net(NetConfig {
-            id: "_net0".to_owned(),
-            backend: backend(num_queues),
-            mac,
-        })
-    }
-
-    fn found(features: &[u32], config: Option<Vec<u8>>, queues: Option<u16>) -> Found {
-        Found {
-            features: bits(features) | VERSION_1 | 1 << 30,
-            config,
-            queues,
-        }
-    }
-
-    fn blk_config(queues: u16) -> Option<Vec<u8>> {
-        let mut config = vec![0; BLK_CONFIG_LEN];
-        put(&mut config, BLK_NUM_QUEUES, queues);
-        Some(config)
-    }
-
-    fn net_config(pairs: u16) -> Option<Vec<u8>> {
-        let mut config = vec![2, 0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0];
-        put(&mut config, NET_PAIRS, pairs);
-        Some(config)
-    }
-
-    #[test]
-    fn what_the_frontend_would_take_part_in_does_not_pass() {
-        let features = [
-            VIRTIO_F_ACCESS_PLATFORM,
-            VIRTIO_F_RING_PACKED,
-            26,
-            VIRTIO_BLK_F_FLUSH,
-        ];
-        let offer = disk(1, false)
-            .offer(&found(&features, blk_config(1), Some(1)))
-            .unwrap();
-        assert_eq!(offer.features, VERSION_1 | bits(&[VIRTIO_BLK_F_FLUSH]));
-    }
-
-    #[test]
-    fn a_disk_has_the_least_of_the_three_queue_counts() {
-        let queues = |configured, in_config, said| {
-            let found = found(&[VIRTIO_BLK_F_MQ], blk_config(in_config), said);
-            let offer = disk(configured, false).offer(&found).unwrap();
-            assert_eq!(get(&offer.config, BLK_NUM_QUEUES), offer.queues);
-            let multi = offer.features & bits(&[VIRTIO_BLK_F_MQ]) != 0;
-            assert_eq!(multi, offer.queues > 1);
-            offer.queues
-        };
-        assert_eq!(queues(4, 8, Some(8)), 4);
-        assert_eq!(queues(4, 2, Some(8)), 2);
-        assert_eq!(queues(4, 8, Some(3)), 3);
-        assert_eq!(queues(4, 8, None), 1);
-        assert_eq!(queues(4, 0, Some(0)), 1);
-    }
-
-    #[test]
-    fn read_only_is_the_guests_view_alone() {
-        let offer = disk(1, true)
-            .offer(&found(&[], blk_config(1), None))
-            .unwrap();
-        let read_only = bits(&[VIRTIO_BLK_F_RO]);
-        assert_eq!(offer.features & read_only, read_only);
-        assert_eq!(offer.acknowledge(offer.features) & read_only, 0);
-    }
-
-    #[test]
-    fn a_disk_without_configuration_and_a_legacy_backend_are_refused() {
-        let error = disk(1, false).offer(&found(&[], None, None)).unwrap_err();
-        assert!(error.contains("configuration space"), "{error}");
-        let legacy = Found {
-            features: 0,
-            config: blk_config(1),
-            queues: None,
-        };
-        let error = disk(1, false).offer(&legacy).unwrap_err();
-        assert!(error.contains("VERSION_1"), "{error}");
-    }
-
-    #[test]
-    fn only_the_cache_mode_of_a_disk_is_writable_and_only_if_offered() {
-        let wce = bits(&[VIRTIO_BLK_F_CONFIG_WCE]);
-        assert!(disk(1, false).config_writable(32, 1, wce));
-        assert!(!disk(1, false).config_writable(32, 1, 0));
-        assert!(!disk(1, false).config_writable(32, 2, wce));
-        assert!(!disk(1, false).config_writable(0, 1, wce));
-        assert!(!net(2, None).config_writable(32, 1, wce));
-    }
-
-    #[test]
-    fn a_mac_that_is_given_hides_the_backends() {
-        let mac = [0x52, 0x54, 0, 1, 2, 3];
-        let offer = net(2, Some(mac))
-            .offer(&found(&[], net_config(1), None))
-            .unwrap();
-        assert_eq!(offer.config[..6], mac);
-        let feature = bits(&[VIRTIO_NET_F_MAC]);
-        assert_eq!(offer.features & feature, feature);
-        assert_eq!(offer.acknowledge(offer.features) & feature, 0);
-    }
-
-    #[test]
-    fn a_backend_that_knows_another_mac_does_not_filter_addresses() {
-        let filters = bits(&[VIRTIO_NET_F_CTRL_RX, VIRTIO_NET_F_CTRL_MAC_ADDR]);
-        let offered = |mac, features: &[u32]| {
-            let mut all = vec![VIRTIO_NET_F_CTRL_VQ, VIRTIO_NET_F_CTRL_RX];
-            all.extend([VIRTIO_NET_F_CTRL_MAC_ADDR].iter().chain(features));
-            let offer = net(2, Some(mac)).offer(&found(&all, net_config(1), None));
-            offer.unwrap().features & filters
-        };
-        let (same, other) = ([2, 0, 0, 0, 0, 1], [2, 0, 0, 0, 0, 2]);
-        assert_eq!(offered(same, &[VIRTIO_NET_F_MAC]), filters);
-        assert_eq!(offered(other, &[VIRTIO_NET_F_MAC]), 0);
-        // One that does not know the address cannot filter for a wrong one.
-        assert_eq!(offered(other, &[]), filters);
-    }
-
-    #[test]
-    fn the_control_queue_is_the_last_for_guest_and_backend_alike() {
-        let features = [VIRTIO_NET_F_MQ, VIRTIO_NET_F_CTRL_VQ];
-        let found = found(&features, net_config(4), None);
-        let offer = net(4, None).offer(&found).unwrap();
-        assert_eq!((offer.queues, get(&offer.config, NET_PAIRS)), (5, 2));
-        assert_eq!(offer.backend_index(4, offer.features), 8);
-        assert_eq!(offer.backend_index(3, offer.features), 3);
-        // Without MQ it is the third, here and there.
-        let one = net(2, None).offer(&found).unwrap();
-        assert_eq!(one.queues, 3);
-        assert_eq!(one.features & bits(&[VIRTIO_NET_F_MQ]), 0);
-        assert_eq!(one.backend_index(2, one.features), 2);
-    }
-
-    #[test]
-    fn a_card_without_configuration_gets_one_and_no_control_queue() {
-        let features = [VIRTIO_NET_F_MQ, VIRTIO_NET_F_CTRL_VQ, VIRTIO_NET_F_MAC, 15];
-        let offer = net(4, None).offer(&found(&features, None, None)).unwrap();
-        assert_eq!(offer.queues, 2);
-        assert_eq!(
-            offer.features,
-            VERSION_1 | 1 << 15 | bits(&[VIRTIO_NET_F_STATUS])
-        );
-        assert_eq!(get(&offer.config, NET_STATUS), NET_LINK_UP);
-    }
 }
