@@ -14,8 +14,8 @@ use std::time::Duration;
 use berth_queue_worker::protocol::message::FrontendReq;
 use support::guest::{ETH, Guest, HDR, frame, tcp, tso4};
 use support::{
-    Daemon, PacketSocket, VNET_HDR, attach, describe, ended_by, exists, in_namespace, ip,
-    socket_path, wait_until_gone,
+    Daemon, PacketSocket, SocketPath, VNET_HDR, attach, describe, ended_by, exists, in_namespace,
+    ip, wait_until_gone,
 };
 use virtio_bindings::virtio_net::{VIRTIO_NET_F_GUEST_CSUM, VIRTIO_NET_F_GUEST_TSO4};
 
@@ -210,7 +210,7 @@ fn frames_wait_in_the_tap_for_receive_buffers() {
 fn frames_that_the_tap_has_no_room_for_are_counted() {
     in_namespace(|| {
         // Arrange: room for ten, and a guest that gives no buffers
-        let metrics = socket_path();
+        let metrics = SocketPath::new();
         let metrics_arg = format!("--metrics-socket={}", metrics.display());
         let daemon = start_on_tap("", &[&metrics_arg]);
         ip("link set tap0 txqueuelen 10");
@@ -222,7 +222,7 @@ fn frames_that_the_tap_has_no_room_for_are_counted() {
         }
         // Assert
         let mut text = String::new();
-        let mut stream = UnixStream::connect(metrics).unwrap();
+        let mut stream = UnixStream::connect(&*metrics).unwrap();
         stream.read_to_string(&mut text).unwrap();
         let line = "berth_host_dropped_total{device=\"net\"} 90\n";
         assert!(text.contains(line), "{text}");

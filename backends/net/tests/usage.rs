@@ -4,7 +4,7 @@
 mod support;
 
 use support::{
-    Daemon, attach, describe, fails, fails_with_stdin, in_namespace, ip, run, socket_path,
+    Daemon, SocketPath, attach, describe, fails, fails_with_stdin, in_namespace, ip, run,
 };
 
 fn stdout(args: &[&str]) -> String {
@@ -15,7 +15,8 @@ fn stdout(args: &[&str]) -> String {
 
 /// The error of a tap that cannot be used.
 fn tap_error(args: &[&str]) -> String {
-    let socket = format!("--socket-path={}", socket_path().display());
+    let socket = SocketPath::new();
+    let socket = format!("--socket-path={}", socket.display());
     fails(1, &[&[&*socket], args].concat())
 }
 
@@ -91,7 +92,8 @@ fn taps_that_cannot_be_used() {
             "--tap-fd=77 is not a tap's file descriptor",
         );
         let bare = attach("single", 0);
-        let socket = format!("--socket-path={}", socket_path().display());
+        let socket = SocketPath::new();
+        let socket = format!("--socket-path={}", socket.display());
         let line = fails_with_stdin(1, &[&socket, "--tap-fd=0"], bare.into());
         assert!(line.contains("was made without IFF_VNET_HDR"), "{line}");
         assert!(!describe("single").contains("multi_queue"), "as it was");

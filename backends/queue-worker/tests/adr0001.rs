@@ -48,23 +48,31 @@ impl VhostUserBackendMut for Stock {
     }
 }
 
+/// A socket that goes with the test, also with one that fails.
+struct SocketPath(PathBuf);
+
+impl Drop for SocketPath {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_file(&self.0);
+    }
+}
+
 /// A session with a stock device; what `talk` found.
 fn with_stock<T>(name: &str, talk: impl FnOnce(&mut FakeFrontend) -> T) -> T {
     let file = format!("berth-adr0001-{}-{name}.sock", std::process::id());
-    let path: PathBuf = std::env::temp_dir().join(file);
+    let path = SocketPath(std::env::temp_dir().join(file));
     let memory = GuestMemoryAtomic::new(GuestMemoryMmap::<()>::new());
     let device = Arc::new(Mutex::new(Stock));
     let mut daemon = VhostUserDaemon::new("stock".to_owned(), device, memory).unwrap();
-    let mut listener = vhost::vhost_user::Listener::new(&path, true).unwrap();
+    let mut listener = vhost::vhost_user::Listener::new(&*path.0, true).unwrap();
     // The connection waits in the backlog until the daemon accepts it.
-    let mut frontend = FakeFrontend::new(UnixStream::connect(&path).unwrap());
+    let mut frontend = FakeFrontend::new(UnixStream::connect(&path.0).unwrap());
     daemon.start(&mut listener).unwrap();
     let result = talk(&mut frontend);
     frontend.disconnect();
     let _ = daemon.wait();
     // Its drop would wait for queue threads that nothing tells to end.
     std::mem::forget(daemon);
-    let _ = std::fs::remove_file(&path);
     result
 }
 

@@ -300,9 +300,8 @@ mod tests {
 
     fn pair(name: &str) -> (Console, UnixStream) {
         let (ours, guest) = UnixStream::pair().expect("a socket pair");
-        let log = std::env::temp_dir().join(format!("berth-console-{}-{name}", std::process::id()));
+        let log = crate::testing::TempPath::new(name);
         let console = Console::new(ours, &log).expect("a console");
-        let _ = std::fs::remove_file(log);
         (console, guest)
     }
 

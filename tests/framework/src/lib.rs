@@ -35,5 +35,7 @@ pub mod qmp;
 pub mod relay;
 pub mod story;
 mod sys;
+#[cfg(test)]
+mod testing;
 pub mod vmm;
 pub mod wait;

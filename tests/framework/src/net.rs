@@ -283,18 +283,17 @@ fn count_frames(socket: &OwnedFd, stop: &AtomicBool) -> std::io::Result<Frames> 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::testing::TempPath;
 
     #[test]
     fn a_page_is_fetched_whole() {
-        let path = std::env::temp_dir().join(format!("berth-page-{}", std::process::id()));
-        std::fs::write(&path, b"a page").expect("written");
+        let path = TempPath::new("page");
+        std::fs::write(&*path, b"a page").expect("written");
         let server = PageServer::start(Ipv4Addr::LOCALHOST, &path).expect("a server");
         let limit = Duration::from_secs(20);
-        let copy = path.with_extension("copy");
+        let copy = TempPath::new("copy");
         let size = fetch(server.address, "/page", &copy, limit).expect("a page");
         assert_eq!(size, 6);
-        assert_eq!(std::fs::read(&copy).expect("a copy"), b"a page");
-        let _ = std::fs::remove_file(path);
-        let _ = std::fs::remove_file(copy);
+        assert_eq!(std::fs::read(&*copy).expect("a copy"), b"a page");
     }
 }

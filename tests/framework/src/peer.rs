@@ -191,9 +191,9 @@ mod tests {
 
     #[test]
     fn it_answers_until_the_chosen_request() {
-        let socket = std::env::temp_dir().join(format!("berth-peer-{}", std::process::id()));
+        let socket = crate::testing::TempPath::new("peer");
         let peer = SilentPeer::start(&socket, SilentFrom::GetConfig).expect("a peer");
-        let mut stream = UnixStream::connect(&socket).expect("connected");
+        let mut stream = UnixStream::connect(&*socket).expect("connected");
         stream
             .set_read_timeout(Some(Duration::from_millis(100)))
             .expect("a timeout");
@@ -201,6 +201,5 @@ mod tests {
         assert_eq!(features, (VERSION_1 | PROTOCOL_FEATURES).to_le_bytes());
         assert!(ask(&mut stream, GET_CONFIG).is_err());
         peer.wait_silent(Duration::from_secs(20)).expect("silent");
-        let _ = std::fs::remove_file(socket);
     }
 }

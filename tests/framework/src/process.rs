@@ -306,10 +306,7 @@ fn private_kib(smaps_rollup: &str) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    fn log(name: &str) -> PathBuf {
-        std::env::temp_dir().join(format!("berth-framework-{}-{name}.log", std::process::id()))
-    }
+    use crate::testing::TempPath;
 
     #[test]
     fn private_memory_is_the_sum_of_private_lines() {
@@ -319,19 +316,18 @@ mod tests {
 
     #[test]
     fn a_dropped_process_is_gone() {
-        let log = log("drop");
+        let log = TempPath::new("drop.log");
         let mut command = Command::new("sleep");
         command.arg("1000");
         let process = Process::spawn("sleep", command, &log).expect("sleep starts");
         let pid = process.pid();
         drop(process);
         assert!(!Path::new(&format!("/proc/{pid}")).exists());
-        let _ = fs::remove_file(log);
     }
 
     #[test]
     fn a_stopped_process_stands_still_and_goes_on() {
-        let log = log("stop");
+        let log = TempPath::new("stop.log");
         let mut command = Command::new("sh");
         command.args(["-c", "while :; do :; done"]);
         let process = Process::spawn("sh", command, &log).expect("sh starts");
@@ -347,19 +343,17 @@ mod tests {
             assert!(!state());
         }
         drop(process);
-        let _ = fs::remove_file(log);
     }
 
     #[test]
     fn waiting_for_a_path_ends_when_the_process_does() {
-        let log = log("path");
+        let log = TempPath::new("path.log");
         let mut command = Command::new("sh");
         command.args(["-c", "echo no luck >&2; exit 1"]);
         let process = Process::spawn("sh", command, &log).expect("sh starts");
         let error = process
-            .wait_path(&std::env::temp_dir().join("berth-never-made"), seconds(20))
+            .wait_path(&TempPath::new("never-made"), seconds(20))
             .expect_err("nobody makes it");
         assert!(error.to_string().contains("no luck"), "{error}");
-        let _ = fs::remove_file(log);
     }
 }

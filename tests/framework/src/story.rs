@@ -425,16 +425,17 @@ fn tell(story: &Story, options: &Options) -> Vec<Line> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::testing::TempPath;
 
-    fn context(name: &str) -> Context {
-        let out = std::env::temp_dir().join(format!("berth-story-{}-{name}", std::process::id()));
+    fn context(name: &str) -> (Context, TempPath) {
+        let out = TempPath::new(name);
         let options = Options {
             assets: PathBuf::new(),
             bin: PathBuf::new(),
-            out: out.clone(),
+            out: out.to_path_buf(),
             jobs: 1,
         };
-        Context::new("s", &options).expect("a context")
+        (Context::new("s", &options).expect("a context"), out)
     }
 
     fn story() -> Story {
@@ -449,7 +450,7 @@ mod tests {
 
     #[test]
     fn a_failed_check_does_not_stop_the_story_but_a_dead_machine_does() {
-        let context = context("stop");
+        let (context, _out) = context("stop");
         context
             .check("a", || anyhow::bail!("wrong"))
             .expect("goes on");
@@ -459,26 +460,23 @@ mod tests {
         context.close(&story(), end);
         let lines = context.progress.borrow().lines.clone();
         assert_eq!(lines, [Line::Failed; 3]);
-        let _ = fs::remove_dir_all(&context.options.out);
     }
 
     #[test]
     fn a_check_that_was_never_made_fails() {
-        let context = context("missing");
+        let (context, _out) = context("missing");
         context.check("a", || Ok(())).expect("passes");
         context.skip("b", "no reason");
         context.close(&story(), Ok(()));
         let lines = context.progress.borrow().lines.clone();
         assert_eq!(lines, [Line::Passed, Line::Skipped, Line::Failed]);
-        let _ = fs::remove_dir_all(&context.options.out);
     }
 
     #[test]
     fn scratch_goes_with_its_context() {
-        let context = context("scratch");
+        let (context, _out) = context("scratch");
         let path = context.scratch("x");
         fs::write(&path, b"x").expect("written");
-        let _ = fs::remove_dir_all(&context.options.out);
         drop(context);
         assert!(!path.parent().expect("a directory").exists());
     }

@@ -228,13 +228,15 @@ mod tests {
             options.open(&path).unwrap()
         };
         let (first, refused, third) = (open(), open(), open());
+        let path_again = format!("/proc/self/fd/{}", first.as_raw_fd());
+        std::fs::remove_file(&path).unwrap();
+        let path = std::path::PathBuf::from(path_again);
         let marker = Marker::new(&first, &path).unwrap();
         lock(&first, &marker, false).unwrap();
         let error = lock(&refused, &marker, false).unwrap_err();
         assert!(matches!(error, LockError::InUse { .. }), "{error}");
         unlock(&first).unwrap();
         lock(&third, &marker, false).unwrap();
-        std::fs::remove_file(&path).unwrap();
     }
 
     #[test]

@@ -8,6 +8,7 @@
 pub(crate) mod guest;
 
 use std::io::{self, BufRead, BufReader, Read};
+use std::ops::Deref;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
@@ -86,11 +87,31 @@ pub(crate) fn describe(interface: &str) -> String {
     String::from_utf8(output.stdout).unwrap()
 }
 
-/// A path for a socket that no other test uses.
-pub(crate) fn socket_path() -> PathBuf {
-    static NEXT: AtomicU32 = AtomicU32::new(0);
-    let n = NEXT.fetch_add(1, Ordering::Relaxed);
-    std::env::temp_dir().join(format!("berth-net-test-{}-{n}.sock", std::process::id()))
+/// A path for a socket that no other test uses; what is there goes when this is dropped, as a daemon
+/// that is killed leaves its sockets behind.
+pub(crate) struct SocketPath(PathBuf);
+
+impl SocketPath {
+    pub(crate) fn new() -> Self {
+        static NEXT: AtomicU32 = AtomicU32::new(0);
+        let n = NEXT.fetch_add(1, Ordering::Relaxed);
+        let name = format!("berth-net-test-{}-{n}.sock", std::process::id());
+        Self(std::env::temp_dir().join(name))
+    }
+}
+
+impl Deref for SocketPath {
+    type Target = Path;
+
+    fn deref(&self) -> &Path {
+        &self.0
+    }
+}
+
+impl Drop for SocketPath {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_file(&self.0);
+    }
 }
 
 fn command() -> Command {
@@ -148,7 +169,7 @@ pub(crate) fn attach(tap: &str, flags: i32) -> OwnedFd {
 /// A running daemon; killed when dropped.
 pub(crate) struct Daemon {
     child: Child,
-    socket: PathBuf,
+    socket: SocketPath,
     lines: Receiver<String>,
 }
 
@@ -160,7 +181,7 @@ impl Daemon {
 
     /// The same, with this standard input.
     pub(crate) fn start_with_stdin(args: &[&str], stdin: Stdio) -> Self {
-        let socket = socket_path();
+        let socket = SocketPath::new();
         let mut child = command()
             .arg(format!("--socket-path={}", socket.display()))
             .args(args)
@@ -234,7 +255,6 @@ impl Drop for Daemon {
     fn drop(&mut self) {
         let _ = self.child.kill();
         let _ = self.child.wait();
-        let _ = std::fs::remove_file(&self.socket);
     }
 }
 

@@ -203,15 +203,28 @@ impl Load {
 mod tests {
     use super::*;
 
-    fn directory(name: &str) -> PathBuf {
-        let path = std::env::temp_dir().join(format!("guest-load-{}-{name}", std::process::id()));
-        std::fs::create_dir_all(&path).expect("made");
-        path
+    /// Goes with its test, also when that fails.
+    struct Directory(PathBuf);
+
+    impl Directory {
+        fn new() -> Self {
+            let name = format!("berth-guest-load-{}", std::process::id());
+            let path = std::env::temp_dir().join(name);
+            std::fs::create_dir_all(&path).expect("made");
+            Self(path)
+        }
+    }
+
+    impl Drop for Directory {
+        fn drop(&mut self) {
+            let _ = std::fs::remove_dir_all(&self.0);
+        }
     }
 
     #[test]
     fn a_file_that_is_what_was_written_is_well_and_one_block_of_before_is_not() {
-        let dir = directory("one");
+        let directory = Directory::new();
+        let dir = &directory.0;
         let mut load = Load::new(&dir.join("file"), 3, 64).expect("a file");
         for _ in 0..400 {
             load.step().expect("all well");
@@ -230,6 +243,5 @@ mod tests {
             .expect("written");
         let error = load.until(&stop).expect_err("a stale block");
         assert!(error.to_string().contains("block 5 holds"), "{error:#}");
-        std::fs::remove_dir_all(dir).expect("removed");
     }
 }
