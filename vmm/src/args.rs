@@ -122,7 +122,7 @@ struct Flags {
     /// Unix socket of the REST API: where to listen, or one that listens
     #[arg(long, value_name = "path=PATH|fd=N")]
     api_socket: Option<String>,
-    /// Whether the process confines itself (docs/threat-model.md); log: the kernel logs what would be refused
+    /// Whether the process confines itself [default: on]; log: the kernel logs what would be refused
     #[arg(long, value_name = "on|off|log")]
     sandbox: Option<String>,
     /// The same, in Cloud Hypervisor's words

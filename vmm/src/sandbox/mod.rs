@@ -40,9 +40,9 @@ use crate::config::{ArgError, VmConfig};
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Mode {
     /// It ends the process.
+    #[default]
     On,
     /// It is made.
-    #[default]
     Off,
     /// It is made, and the kernel logs it.
     Log,

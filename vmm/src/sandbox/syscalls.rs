@@ -120,7 +120,10 @@ pub(super) const WITHOUT: [Syscall; 2] = [
         SYS_openat,
         Check::OneOf(
             2,
-            &[("O_RDONLY", READ_ONLY), ("O_RDONLY", libc::O_RDONLY as u32)]
+            &[
+                ("O_RDONLY with O_CLOEXEC", READ_ONLY),
+                ("O_RDONLY", libc::O_RDONLY as u32)
+            ]
         )
     ),
     checked!(SYS_readlink, Check::Any),
@@ -308,6 +311,11 @@ const DOORBELLS: &[&[Syscall]] = &[
         Check::OneOf(1, &[("PERF_EVENT_IOC_SET_FILTER", 0x4008_2406)])
     )],
 ];
+
+/// What every thread may do.
+pub fn common() -> Vec<Syscall> {
+    COMMON.iter().copied().flatten().copied().collect()
+}
 
 /// Whether a thread of that kind opens files by path.
 pub(super) fn opens_files(kind: ThreadKind) -> bool {
