@@ -1,16 +1,35 @@
 //! The interrupt controllers of one VM, and the only writer of KVM's routing table.
+//!
+//! Which controllers KVM has is the [`Mode`]; everything else is the same in both: a line, a vector
+//! and a doorbell are eventfds, and KVM listens to them.
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use kvm_bindings::{KVM_PIT_SPEAKER_DUMMY, KvmIrqRouting, kvm_pit_config};
+use kvm_bindings::{
+    KVM_CAP_SPLIT_IRQCHIP, KVM_CAP_X2APIC_API, KVM_PIT_SPEAKER_DUMMY,
+    KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK, KVM_X2APIC_API_USE_32BIT_IDS, KvmIrqRouting,
+    kvm_enable_cap, kvm_pit_config,
+};
 use kvm_ioctls::{Cap, VmFd};
 use vmm_sys_util::eventfd::EventFd;
 
+use crate::line::Ends;
 use crate::msi::Change;
+use crate::pins::Pins;
 use crate::routing::{Table, Vector};
-use crate::{Batch, Doorbell, Error, IOAPIC_PINS, Line, Msi, Trigger};
+use crate::{Batch, Doorbell, Error, IOAPIC_PINS, Line, Msi, MsiMessage, Trigger};
+
+/// Who has which interrupt controller.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mode {
+    /// KVM has them all: local APICs, IOAPIC, two PICs, and the PIT.
+    Kernel,
+    /// KVM has the local APICs, this crate the IOAPIC ([`Chip::ioapic_write`]). There is no PIC and
+    /// no PIT; APIC ids may be larger than 255.
+    Split,
+}
 
 /// What this process has set up in KVM; interrupts themselves do not pass by here to be counted.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -21,6 +40,8 @@ pub struct Counters {
     pub lines: u64,
     /// Interrupts raised by [`Line::raise`]; those that somebody else wrote are not in it.
     pub line_raises: u64,
+    /// Level interrupts whose end came to this process, which it does with the split irqchip.
+    pub ends_of_interrupt: u64,
     /// MSI vectors that exist.
     pub msis: u64,
     /// MSI vectors whose eventfd KVM listens to.
@@ -38,6 +59,8 @@ pub struct Chip {
     /// The routing table and the state of each vector; held while KVM is told of a change, so that
     /// what KVM has and what is here do not part.
     table: Mutex<Table>,
+    /// Our own IOAPIC; none, KVM has it. Taken before `table`, never after.
+    pins: Option<Mutex<Pins>>,
     counts: Counts,
 }
 
@@ -46,29 +69,78 @@ struct Counts {
     routing_updates: AtomicU64,
     lines: AtomicU64,
     line_raises: AtomicU64,
+    ends_of_interrupt: AtomicU64,
     doorbells: AtomicU64,
     doorbells_placed: AtomicU64,
 }
 
 impl Chip {
-    /// Creates local APICs, IOAPIC, PICs and the PIT (its speaker port a dummy) in KVM, and routes
-    /// every pin. To be called before the VM's first vCPU; the VMM sets the TSS address itself,
-    /// before this.
-    pub fn new(vm: Arc<VmFd>) -> Result<Arc<Self>, Error> {
-        vm.create_irq_chip().map_err(Error::CreateIrqchip)?;
-        let pit = kvm_pit_config {
-            flags: KVM_PIT_SPEAKER_DUMMY,
-            ..Default::default()
-        };
-        vm.create_pit2(pit).map_err(Error::CreatePit)?;
+    /// Creates the controllers that KVM is to have, and routes the pins. To be called before the VM's
+    /// first vCPU; the VMM sets the TSS address itself, before this.
+    pub fn new(vm: Arc<VmFd>, mode: Mode) -> Result<Arc<Self>, Error> {
         let max_routes = u32::try_from(vm.check_extension_int(Cap::IrqRouting)).unwrap_or(0);
+        let mut table = Table::new(max_routes, mode);
+        match mode {
+            Mode::Kernel => create_kernel_irqchip(&vm)?,
+            Mode::Split => {
+                split_irqchip(&vm)?;
+                if use_x2apic_ids(&vm) {
+                    table.extend_destinations();
+                }
+            }
+        }
         let chip = Self {
             vm,
-            table: Mutex::new(Table::new(max_routes)),
+            table: Mutex::new(table),
+            pins: (mode == Mode::Split).then(|| Mutex::new(Pins::new())),
             counts: Counts::default(),
         };
         chip.write_routes(&mut chip.table(), Vec::new())?;
         Ok(Arc::new(chip))
+    }
+
+    /// Who has which controller.
+    pub fn mode(&self) -> Mode {
+        match self.pins {
+            None => Mode::Kernel,
+            Some(_) => Mode::Split,
+        }
+    }
+
+    /// Whether messages reach APIC ids from 256 to 32767 through address bits 11 to 5. Only then may
+    /// a guest be told so (`KVM_FEATURE_MSI_EXT_DEST_ID`).
+    pub fn has_extended_destinations(&self) -> bool {
+        self.table().has_extended_destinations()
+    }
+
+    /// The guest reads the IOAPIC's page at this offset. Zeros if KVM has the IOAPIC: then no such
+    /// access comes out of it.
+    pub fn ioapic_read(&self, offset: u64, data: &mut [u8]) {
+        match self.pins() {
+            Some(pins) => pins.ioapic.read(offset, data),
+            None => data.fill(0),
+        }
+    }
+
+    /// The guest writes the IOAPIC's page at this offset.
+    ///
+    /// # Errors
+    /// KVM may refuse a route that the guest has chosen, or an irqfd; the entry is then as before.
+    pub fn ioapic_write(&self, offset: u64, data: &[u8]) -> Result<(), Error> {
+        match self.pins() {
+            Some(mut pins) => pins.write(self, offset, data),
+            None => Ok(()),
+        }
+    }
+
+    /// A vCPU ended a level interrupt of our IOAPIC (`KVM_EXIT_IOAPIC_EOI`).
+    pub fn end_of_interrupt(&self, vector: u8) {
+        self.counts
+            .ends_of_interrupt
+            .fetch_add(1, Ordering::Relaxed);
+        if let Some(mut pins) = self.pins() {
+            pins.end_of_interrupt(vector);
+        }
     }
 
     /// A source on an IOAPIC pin, attached at once.
@@ -119,6 +191,7 @@ impl Chip {
             routing_updates: read(&self.counts.routing_updates),
             lines: read(&self.counts.lines),
             line_raises: read(&self.counts.line_raises),
+            ends_of_interrupt: read(&self.counts.ends_of_interrupt),
             msis: table.vectors().len() as u64,
             msis_attached: table.vectors().filter(|vector| vector.attached).count() as u64,
             doorbells: read(&self.counts.doorbells),
@@ -128,6 +201,61 @@ impl Chip {
 
     pub(crate) fn vm(&self) -> &VmFd {
         &self.vm
+    }
+
+    pub(crate) fn pins(&self) -> Option<MutexGuard<'_, Pins>> {
+        let pins = self.pins.as_ref()?;
+        Some(pins.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// Leads a pin of our IOAPIC to a message.
+    pub(crate) fn set_pin_route(&self, pin: u32, message: MsiMessage) -> Result<(), Error> {
+        let mut table = self.table();
+        let before = table.set_pin(pin, Some(message));
+        if before == Some(message) {
+            return Ok(());
+        }
+        self.write_routes(&mut table, vec![pin]).inspect_err(|_| {
+            table.set_pin(pin, before);
+        })
+    }
+
+    pub(crate) fn attach_line(&self, ends: &Arc<Ends>) -> Result<(), Error> {
+        let gsi = ends.pin;
+        match (self.pins(), &ends.resample) {
+            (Some(mut pins), _) => pins.add(self, ends)?,
+            (None, Some(resample)) => self
+                .vm
+                .register_irqfd_with_resample(&ends.event, resample, gsi)
+                .map_err(|source| Error::Attach { gsi, source })?,
+            (None, None) => self
+                .vm
+                .register_irqfd(&ends.event, gsi)
+                .map_err(|source| Error::Attach { gsi, source })?,
+        }
+        self.counts.lines.fetch_add(1, Ordering::Relaxed);
+        Ok(())
+    }
+
+    pub(crate) fn detach_line(&self, ends: &Arc<Ends>) -> Result<(), Error> {
+        self.counts.lines.fetch_sub(1, Ordering::Relaxed);
+        let gsi = ends.pin;
+        match self.pins() {
+            Some(mut pins) => pins.remove(self, ends),
+            None => self
+                .vm
+                .unregister_irqfd(&ends.event, gsi)
+                .map_err(|source| Error::Detach { gsi, source }),
+        }
+    }
+
+    pub(crate) fn raise_line(&self, ends: &Ends) -> std::io::Result<()> {
+        match self.pins() {
+            Some(mut pins) => pins.raise(ends)?,
+            None => ends.event.write(1)?,
+        }
+        self.counts.line_raises.fetch_add(1, Ordering::Relaxed);
+        Ok(())
     }
 
     pub(crate) fn allocate_vector(&self) -> Result<u32, Error> {
@@ -270,18 +398,6 @@ type Touched<'a> = BTreeMap<u32, (&'a Msi, Vector)>;
 
 /// Bookkeeping for [`Counters`].
 impl Chip {
-    pub(crate) fn count_line_added(&self) {
-        self.counts.lines.fetch_add(1, Ordering::Relaxed);
-    }
-
-    pub(crate) fn count_line_removed(&self) {
-        self.counts.lines.fetch_sub(1, Ordering::Relaxed);
-    }
-
-    pub(crate) fn count_line_raised(&self) {
-        self.counts.line_raises.fetch_add(1, Ordering::Relaxed);
-    }
-
     pub(crate) fn count_doorbell_placed(&self) {
         self.counts.doorbells_placed.fetch_add(1, Ordering::Relaxed);
         self.counts.doorbells.fetch_add(1, Ordering::Relaxed);
@@ -290,6 +406,36 @@ impl Chip {
     pub(crate) fn count_doorbell_removed(&self) {
         self.counts.doorbells.fetch_sub(1, Ordering::Relaxed);
     }
+}
+
+fn create_kernel_irqchip(vm: &VmFd) -> Result<(), Error> {
+    vm.create_irq_chip().map_err(Error::CreateIrqchip)?;
+    let pit = kvm_pit_config {
+        flags: KVM_PIT_SPEAKER_DUMMY,
+        ..Default::default()
+    };
+    vm.create_pit2(pit).map_err(Error::CreatePit)
+}
+
+/// Local APICs in KVM, which tells us of the end of a level interrupt of the first GSIs.
+fn split_irqchip(vm: &VmFd) -> Result<(), Error> {
+    let cap = kvm_enable_cap {
+        cap: KVM_CAP_SPLIT_IRQCHIP,
+        args: [IOAPIC_PINS.into(), 0, 0, 0],
+        ..Default::default()
+    };
+    vm.enable_cap(&cap).map_err(Error::SplitIrqchip)
+}
+
+/// Makes KVM take destinations of 32 bits, 255 for no broadcast in x2APIC mode. Older hosts cannot.
+fn use_x2apic_ids(vm: &VmFd) -> bool {
+    let flags = KVM_X2APIC_API_USE_32BIT_IDS | KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK;
+    let cap = kvm_enable_cap {
+        cap: KVM_CAP_X2APIC_API,
+        args: [flags.into(), 0, 0, 0],
+        ..Default::default()
+    };
+    vm.enable_cap(&cap).is_ok()
 }
 
 /// An eventfd for an interrupt or a doorbell: nobody may block on either side of it.

@@ -8,6 +8,9 @@ pub enum Error {
     /// KVM has no in-kernel irqchip, or the VM has vCPUs or an irqchip already.
     #[error("cannot create the in-kernel irqchip")]
     CreateIrqchip(#[source] kvm_ioctls::Error),
+    /// KVM cannot do without its own IOAPIC, or the VM has vCPUs or an irqchip already.
+    #[error("cannot create the split irqchip (KVM_CAP_SPLIT_IRQCHIP)")]
+    SplitIrqchip(#[source] kvm_ioctls::Error),
     /// KVM refused to create the PIT.
     #[error("cannot create the in-kernel PIT")]
     CreatePit(#[source] kvm_ioctls::Error),

@@ -28,10 +28,10 @@
 //!
 //! ```no_run
 //! # fn main() -> Result<(), Box<dyn std::error::Error>> {
-//! use berth_irqchip::{Chip, DoorbellAddress, MsiMessage};
+//! use berth_irqchip::{Chip, DoorbellAddress, Mode, MsiMessage};
 //!
 //! let vm = kvm_ioctls::Kvm::new()?.create_vm()?;
-//! let chip = Chip::new(vm.into())?;
+//! let chip = Chip::new(vm.into(), Mode::Kernel)?;
 //! let (call, kick) = (chip.msi()?, chip.doorbell()?);
 //! // Both may go to a backend now; the guest says where they lead to later.
 //! let (for_backend, from_guest) = (call.event().try_clone()?, kick.event().try_clone()?);
@@ -48,15 +48,18 @@
 mod chip;
 mod doorbell;
 mod error;
+mod ioapic;
 mod line;
 mod msi;
 mod pic;
+mod pins;
 mod routing;
 mod sys;
 
-pub use chip::{Chip, Counters};
+pub use chip::{Chip, Counters, Mode};
 pub use doorbell::{Doorbell, DoorbellAddress};
 pub use error::Error;
+pub use ioapic::IOAPIC_LEN;
 pub use line::{Line, Trigger};
 pub use msi::{Batch, Msi};
 pub use routing::{IOAPIC_PINS, MsiMessage};

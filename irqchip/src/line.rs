@@ -1,8 +1,9 @@
 //! A wired interrupt: one IOAPIC pin, raised by writing an eventfd.
 //!
 //! **Edge**: every write is one pulse. **Level**: a write asserts the pin, which stays asserted
-//! until the guest ends the interrupt; KVM then deasserts it and signals the resample eventfd, on
-//! which a device whose condition still holds raises again.
+//! until the guest ends the interrupt; then it is deasserted and the resample eventfd signalled, on
+//! which a device whose condition still holds raises again. KVM does so itself, or, with the split
+//! irqchip, [`Chip::end_of_interrupt`].
 //!
 //! ```text
 //!  device: condition ─▶ raise() ─▶ pin high ─▶ guest handles, EOI ─▶ pin low ─▶ resample()
@@ -33,9 +34,23 @@ pub enum Trigger {
 #[derive(Debug)]
 pub struct Line {
     chip: Arc<Chip>,
-    pin: u32,
-    event: EventFd,
-    resample: Option<EventFd>,
+    ends: Arc<Ends>,
+}
+
+/// Where a line begins and where it answers.
+#[derive(Debug)]
+pub(crate) struct Ends {
+    pub(crate) pin: u32,
+    pub(crate) trigger: Trigger,
+    pub(crate) event: EventFd,
+    /// A level line has one.
+    pub(crate) resample: Option<EventFd>,
+}
+
+impl Ends {
+    pub(crate) fn is_level(&self) -> bool {
+        self.trigger == Trigger::Level
+    }
 }
 
 impl Line {
@@ -43,56 +58,50 @@ impl Line {
         if pin >= IOAPIC_PINS {
             return Err(Error::NoPin { pin });
         }
-        let event = new_event()?;
         let resample = match trigger {
             Trigger::Edge => None,
             Trigger::Level => Some(new_event()?),
         };
-        let attached = match &resample {
-            Some(resample) => chip
-                .vm()
-                .register_irqfd_with_resample(&event, resample, pin),
-            None => chip.vm().register_irqfd(&event, pin),
-        };
-        attached.map_err(|source| Error::Attach { gsi: pin, source })?;
-        chip.count_line_added();
+        let ends = Arc::new(Ends {
+            pin,
+            trigger,
+            event: new_event()?,
+            resample,
+        });
+        chip.attach_line(&ends)?;
         Ok(Self {
             chip: Arc::clone(chip),
-            pin,
-            event,
-            resample,
+            ends,
         })
     }
 
     /// The pin, which is also its GSI in the guest's ACPI tables.
     pub fn pin(&self) -> u32 {
-        self.pin
+        self.ends.pin
     }
 
     /// Raises the interrupt: one write of an eventfd, never blocks.
     pub fn raise(&self) -> io::Result<()> {
-        self.event.write(1)?;
-        self.chip.count_line_raised();
-        Ok(())
+        self.chip.raise_line(&self.ends)
     }
 
-    /// The eventfd behind [`raise`](Self::raise), for whoever raises the interrupt instead.
+    /// The eventfd behind [`raise`](Self::raise), for whoever raises the interrupt instead. With the
+    /// split irqchip a level interrupt that is raised so does not show in the guest's remote IRR.
     pub fn event(&self) -> &EventFd {
-        &self.event
+        &self.ends.event
     }
 
     /// Signalled whenever the guest ends an interrupt of this pin; a level-triggered line has one.
     /// To be read (it does not block) before the condition is looked at, or a change is missed.
     pub fn resample(&self) -> Option<&EventFd> {
-        self.resample.as_ref()
+        self.ends.resample.as_ref()
     }
 }
 
 impl Drop for Line {
     fn drop(&mut self) {
-        self.chip.count_line_removed();
-        if let Err(error) = self.chip.vm().unregister_irqfd(&self.event, self.pin) {
-            tracing::warn!(pin = self.pin, %error, "cannot detach an interrupt line");
+        if let Err(error) = self.chip.detach_line(&self.ends) {
+            tracing::warn!(pin = self.ends.pin, %error, "cannot detach an interrupt line");
         }
     }
 }

@@ -7,7 +7,8 @@
 //! table, an array as long as the largest GSI, stays short.
 //!
 //! KVM takes the table as a whole and a pin of both controllers costs two entries, so 16 of the
-//! routes KVM allows (`KVM_CAP_IRQ_ROUTING`, 4096) do not become vectors.
+//! routes KVM allows (`KVM_CAP_IRQ_ROUTING`, 4096) do not become vectors. With the split irqchip there
+//! are no controllers in KVM: a pin's route is the message that our IOAPIC's entry stands for.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -16,6 +17,8 @@ use kvm_bindings::{
     KVM_IRQCHIP_PIC_SLAVE, kvm_irq_routing_entry, kvm_irq_routing_entry__bindgen_ty_1,
     kvm_irq_routing_irqchip, kvm_irq_routing_msi,
 };
+
+use crate::Mode;
 
 /// Pins of KVM's IOAPIC; also the first GSI that is an MSI vector.
 pub const IOAPIC_PINS: u32 = 24;
@@ -64,9 +67,21 @@ impl Vector {
     }
 }
 
-/// The pins, which never change, and the MSI vectors, which come and go.
+/// Where the pins lead.
+#[derive(Debug)]
+enum PinRoutes {
+    /// To KVM's controllers, always.
+    Controllers,
+    /// To these messages; a pin that was never unmasked leads nowhere.
+    Messages(Box<[Option<MsiMessage>; IOAPIC_PINS as usize]>),
+}
+
+/// The pins and the MSI vectors, which come and go.
 #[derive(Debug)]
 pub(crate) struct Table {
+    pins: PinRoutes,
+    /// Whether bits 11 to 5 of a message's address are bits 14 to 8 of its destination.
+    extended_destinations: bool,
     vectors: BTreeMap<u32, Vector>,
     /// GSIs below `next` that are free again.
     free: BTreeSet<u32>,
@@ -78,12 +93,36 @@ pub(crate) struct Table {
 
 impl Table {
     /// A table without vectors, for a KVM that takes `max_routes` entries.
-    pub(crate) fn new(max_routes: u32) -> Self {
+    pub(crate) fn new(max_routes: u32, mode: Mode) -> Self {
         Self {
+            pins: match mode {
+                Mode::Kernel => PinRoutes::Controllers,
+                Mode::Split => PinRoutes::Messages(Box::new([None; IOAPIC_PINS as usize])),
+            },
+            extended_destinations: false,
             vectors: BTreeMap::new(),
             free: BTreeSet::new(),
             next: IOAPIC_PINS,
             end: max_routes.saturating_sub(PIC_PINS).max(IOAPIC_PINS),
+        }
+    }
+
+    /// From now on the guest may name destinations above 255.
+    pub(crate) fn extend_destinations(&mut self) {
+        self.extended_destinations = true;
+    }
+
+    pub(crate) fn has_extended_destinations(&self) -> bool {
+        self.extended_destinations
+    }
+
+    /// Leads a pin of the split irqchip to a message, or nowhere; returns where it led.
+    pub(crate) fn set_pin(&mut self, pin: u32, message: Option<MsiMessage>) -> Option<MsiMessage> {
+        match &mut self.pins {
+            PinRoutes::Controllers => None,
+            PinRoutes::Messages(messages) => {
+                std::mem::replace(&mut messages[pin as usize], message)
+            }
         }
     }
 
@@ -136,19 +175,44 @@ impl Table {
         }
     }
 
-    /// The table as KVM takes it: both controllers' pins, then every vector that has a route.
+    /// The table as KVM takes it: every pin, then every vector that has a route.
     pub(crate) fn entries(&self) -> Vec<kvm_irq_routing_entry> {
-        let pins = (0..IOAPIC_PINS).flat_map(|gsi| {
-            let pic = (gsi < PIC_PINS).then(|| pic_entry(gsi));
-            pic.into_iter()
-                .chain([pin_entry(gsi, KVM_IRQCHIP_IOAPIC, gsi)])
-        });
-        let vectors = self
-            .vectors
-            .iter()
-            .filter_map(|(gsi, vector)| Some(msi_entry(*gsi, vector.route()?)));
-        pins.chain(vectors).collect()
+        let msi = |gsi, message| msi_entry(gsi, self.destination(message));
+        let mut entries = match &self.pins {
+            PinRoutes::Controllers => controller_entries(),
+            PinRoutes::Messages(messages) => {
+                let pins = (0..).zip(messages.iter());
+                let routed = pins.filter_map(|(pin, message)| Some(msi(pin, (*message)?)));
+                routed.collect()
+            }
+        };
+        let vectors = self.vectors.iter();
+        entries.extend(vectors.filter_map(|(gsi, vector)| Some(msi(*gsi, vector.route()?))));
+        entries
     }
+
+    /// A guest's message with its destination where KVM looks for it (`KVM_CAP_X2APIC_API`): bits 31 to
+    /// 8 of it in the upper half of the address.
+    fn destination(&self, message: MsiMessage) -> MsiMessage {
+        const EXTENDED: u64 = 0xfe0;
+        const REMAPPABLE: u64 = 1 << 4;
+        let MsiMessage { address, data } = message;
+        if !self.extended_destinations || address & REMAPPABLE != 0 || address >> 32 != 0 {
+            return message;
+        }
+        let address = (address & !EXTENDED) | (address & EXTENDED) << 35;
+        MsiMessage { address, data }
+    }
+}
+
+/// Routes of the pins of KVM's own controllers.
+fn controller_entries() -> Vec<kvm_irq_routing_entry> {
+    let pins = (0..IOAPIC_PINS).flat_map(|gsi| {
+        let pic = (gsi < PIC_PINS).then(|| pic_entry(gsi));
+        pic.into_iter()
+            .chain([pin_entry(gsi, KVM_IRQCHIP_IOAPIC, gsi)])
+    });
+    pins.collect()
 }
 
 fn pic_entry(gsi: u32) -> kvm_irq_routing_entry {

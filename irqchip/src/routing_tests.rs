@@ -18,14 +18,14 @@ fn set(table: &mut Table, gsi: u32, data: u32) {
 
 #[test]
 fn vectors_are_numbered_from_the_last_pin_up() {
-    let mut table = Table::new(KVM_MAX);
+    let mut table = Table::new(KVM_MAX, Mode::Kernel);
     let gsis: Vec<_> = (0..3).map(|_| table.allocate().unwrap()).collect();
     assert_eq!(gsis, [24, 25, 26]);
 }
 
 #[test]
 fn a_freed_number_is_used_again_lowest_first() {
-    let mut table = Table::new(KVM_MAX);
+    let mut table = Table::new(KVM_MAX, Mode::Kernel);
     for _ in 0..5 {
         table.allocate().unwrap();
     }
@@ -38,7 +38,7 @@ fn a_freed_number_is_used_again_lowest_first() {
 
 #[test]
 fn a_number_freed_twice_is_given_once() {
-    let mut table = Table::new(KVM_MAX);
+    let mut table = Table::new(KVM_MAX, Mode::Kernel);
     table.allocate().unwrap();
     table.release(24);
     table.release(24);
@@ -49,7 +49,7 @@ fn a_number_freed_twice_is_given_once() {
 
 #[test]
 fn a_full_table_is_exactly_what_kvm_takes() {
-    let mut table = Table::new(KVM_MAX);
+    let mut table = Table::new(KVM_MAX, Mode::Kernel);
     while let Some(gsi) = table.allocate() {
         set(&mut table, gsi, gsi);
     }
@@ -64,17 +64,17 @@ fn a_full_table_is_exactly_what_kvm_takes() {
 fn a_kvm_that_cannot_route_has_no_vectors() {
     for max_routes in [0, 1, 40] {
         assert_eq!(
-            Table::new(max_routes).allocate(),
+            Table::new(max_routes, Mode::Kernel).allocate(),
             None,
             "{max_routes} routes"
         );
     }
-    assert_eq!(Table::new(41).allocate(), Some(24));
+    assert_eq!(Table::new(41, Mode::Kernel).allocate(), Some(24));
 }
 
 #[test]
 fn a_reused_number_does_not_keep_its_message() {
-    let mut table = Table::new(KVM_MAX);
+    let mut table = Table::new(KVM_MAX, Mode::Kernel);
     let gsi = table.allocate().unwrap();
     set(&mut table, gsi, 0x41);
     table.release(gsi);
@@ -84,7 +84,7 @@ fn a_reused_number_does_not_keep_its_message() {
 
 #[test]
 fn pins_lead_to_both_controllers_unchanged() {
-    let entries = Table::new(KVM_MAX).entries();
+    let entries = Table::new(KVM_MAX, Mode::Kernel).entries();
     let mut routes: Vec<_> = entries
         .iter()
         .map(|entry| {
@@ -103,7 +103,7 @@ fn pins_lead_to_both_controllers_unchanged() {
 
 #[test]
 fn only_vectors_with_a_message_have_a_route() {
-    let mut table = Table::new(KVM_MAX);
+    let mut table = Table::new(KVM_MAX, Mode::Kernel);
     let [_, with, _] = [(); 3].map(|()| table.allocate().unwrap());
     set(&mut table, with, 0x4051);
     let entries = table.entries();
@@ -141,7 +141,7 @@ fn a_vector_wants_its_irqfd_with_a_message_and_unmasked() {
 
 #[test]
 fn a_masked_vectors_new_message_waits() {
-    let mut table = Table::new(KVM_MAX);
+    let mut table = Table::new(KVM_MAX, Mode::Kernel);
     let [shown, hidden] = [(); 2].map(|()| table.allocate().unwrap());
     table.vector_mut(hidden).unwrap().masked = true;
     for gsi in [shown, hidden] {
@@ -159,7 +159,7 @@ fn a_masked_vectors_new_message_waits() {
 
 #[test]
 fn a_vector_that_is_masked_again_keeps_its_route() {
-    let mut table = Table::new(KVM_MAX);
+    let mut table = Table::new(KVM_MAX, Mode::Kernel);
     let gsi = table.allocate().unwrap();
     set(&mut table, gsi, 0x41);
     table.set_routed();
@@ -170,4 +170,56 @@ fn a_vector_that_is_masked_again_keeps_its_route() {
     set(&mut table, gsi, 0x41);
     table.vector_mut(gsi).unwrap().masked = false;
     assert_eq!(table.stale(), [], "the message it had: no update");
+}
+
+/// Address and data of each MSI route, by GSI.
+fn messages(table: &Table) -> Vec<(u32, u64, u32)> {
+    let entries = table.entries().into_iter();
+    entries
+        .map(|entry| {
+            assert_eq!(entry.type_, KVM_IRQ_ROUTING_MSI);
+            // SAFETY: the type says which member is in use; all bits are initialised.
+            let to = unsafe { entry.u.msi };
+            let address = u64::from(to.address_hi) << 32 | u64::from(to.address_lo);
+            (entry.gsi, address, to.data)
+        })
+        .collect()
+}
+
+#[test]
+fn split_pins_lead_where_the_ioapic_says_and_nowhere_before() {
+    let mut table = Table::new(KVM_MAX, Mode::Split);
+    assert_eq!(messages(&table), []);
+    assert_eq!(table.allocate(), Some(24), "numbered as in kernel mode");
+    let old = table.set_pin(4, Some(message(0x34)));
+    assert_eq!(old, None);
+    assert_eq!(messages(&table), [(4, 0x1_fee0_1000, 0x34)]);
+    assert_eq!(table.set_pin(4, None), Some(message(0x34)));
+    assert_eq!(messages(&table), []);
+}
+
+#[test]
+fn an_extended_destination_is_told_to_kvm_in_the_upper_half() {
+    let to = |address| MsiMessage { address, data: 1 };
+    let mut table = Table::new(KVM_MAX, Mode::Split);
+    let gsi = table.allocate().unwrap();
+    let routed = |table: &mut Table, address| {
+        table.vector_mut(gsi).unwrap().message = Some(to(address));
+        messages(table)[0].1
+    };
+    // APIC 300 is 0x12c: 0x2c in bits 19 to 12, 1 in bits 11 to 5.
+    assert_eq!(
+        routed(&mut table, 0xfee2_c020),
+        0xfee2_c020,
+        "not agreed on"
+    );
+    table.extend_destinations();
+    assert_eq!(routed(&mut table, 0xfee2_c020), 0x100_fee2_c000);
+    assert_eq!(routed(&mut table, 0xfeef_ffe0), 0x7f00_feef_f000, "0x7fff");
+    assert_eq!(routed(&mut table, 0xfee2_c030), 0xfee2_c030, "remappable");
+    assert_eq!(
+        routed(&mut table, 0x2_fee2_c020),
+        0x2_fee2_c020,
+        "KVM's form"
+    );
 }

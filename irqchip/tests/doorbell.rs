@@ -1,6 +1,6 @@
 //! Doorbells: guest writes that signal an eventfd and never leave the kernel.
 
-use berth_irqchip::{DoorbellAddress, Error};
+use berth_irqchip::{DoorbellAddress, Error, Mode};
 
 use crate::guest::{Exit, Machine, is_signalled};
 
@@ -12,9 +12,8 @@ fn mmio(gpa: u32) -> DoorbellAddress {
     DoorbellAddress::MmioAny { gpa: gpa.into() }
 }
 
-#[test]
-fn a_write_of_any_width_and_value_rings_and_none_leaves_the_kernel() {
-    let Some(machine) = Machine::new(1) else {
+fn a_write_of_any_width_and_value_rings_and_none_leaves_the_kernel(mode: Mode) {
+    let Some(machine) = Machine::new(mode, 1) else {
         return;
     };
     let cpu = machine.cpu(0);
@@ -27,9 +26,8 @@ fn a_write_of_any_width_and_value_rings_and_none_leaves_the_kernel() {
     assert_eq!(machine.take_exits(), []);
 }
 
-#[test]
-fn a_thousand_rings_cost_no_exit() {
-    let Some(machine) = Machine::new(1) else {
+fn a_thousand_rings_cost_no_exit(mode: Mode) {
+    let Some(machine) = Machine::new(mode, 1) else {
         return;
     };
     let cpu = machine.cpu(0);
@@ -41,9 +39,8 @@ fn a_thousand_rings_cost_no_exit() {
     assert_eq!(doorbell.event().read().unwrap(), 1000);
 }
 
-#[test]
-fn a_write_next_to_it_does_not_ring() {
-    let Some(machine) = Machine::new(1) else {
+fn a_write_next_to_it_does_not_ring(mode: Mode) {
+    let Some(machine) = Machine::new(mode, 1) else {
         return;
     };
     let doorbell = machine.chip.doorbell().unwrap();
@@ -57,9 +54,8 @@ fn a_write_next_to_it_does_not_ring() {
     assert!(!is_signalled(doorbell.event()));
 }
 
-#[test]
-fn a_queue_each_at_neighbouring_addresses() {
-    let Some(machine) = Machine::new(1) else {
+fn a_queue_each_at_neighbouring_addresses(mode: Mode) {
+    let Some(machine) = Machine::new(mode, 1) else {
         return;
     };
     let doorbells = [(); 4].map(|()| machine.chip.doorbell().unwrap());
@@ -72,9 +68,8 @@ fn a_queue_each_at_neighbouring_addresses() {
     assert_eq!(machine.take_exits(), []);
 }
 
-#[test]
-fn it_moves_with_its_bar_and_the_eventfd_stays() {
-    let Some(machine) = Machine::new(1) else {
+fn it_moves_with_its_bar_and_the_eventfd_stays(mode: Mode) {
+    let Some(machine) = Machine::new(mode, 1) else {
         return;
     };
     let cpu = machine.cpu(0);
@@ -94,9 +89,8 @@ fn it_moves_with_its_bar_and_the_eventfd_stays() {
     assert_eq!((counters.doorbells, counters.doorbells_placed), (1, 2));
 }
 
-#[test]
-fn placed_where_it_is_nothing_happens() {
-    let Some(machine) = Machine::new(1) else {
+fn placed_where_it_is_nothing_happens(mode: Mode) {
+    let Some(machine) = Machine::new(mode, 1) else {
         return;
     };
     let doorbell = machine.chip.doorbell().unwrap();
@@ -107,9 +101,8 @@ fn placed_where_it_is_nothing_happens() {
     assert_eq!(machine.chip.counters().doorbells_placed, 1);
 }
 
-#[test]
-fn removed_it_is_silent_and_placed_again_it_rings() {
-    let Some(machine) = Machine::new(1) else {
+fn removed_it_is_silent_and_placed_again_it_rings(mode: Mode) {
+    let Some(machine) = Machine::new(mode, 1) else {
         return;
     };
     let cpu = machine.cpu(0);
@@ -126,9 +119,8 @@ fn removed_it_is_silent_and_placed_again_it_rings() {
     assert!(is_signalled(doorbell.event()));
 }
 
-#[test]
-fn a_dropped_doorbell_leaves_its_address() {
-    let Some(machine) = Machine::new(1) else {
+fn a_dropped_doorbell_leaves_its_address(mode: Mode) {
+    let Some(machine) = Machine::new(mode, 1) else {
         return;
     };
     let doorbell = machine.chip.doorbell().unwrap();
@@ -141,9 +133,8 @@ fn a_dropped_doorbell_leaves_its_address() {
     assert_eq!(machine.chip.counters().doorbells, 0);
 }
 
-#[test]
-fn a_port_with_a_value_rings_for_that_value_only() {
-    let Some(machine) = Machine::new(1) else {
+fn a_port_with_a_value_rings_for_that_value_only(mode: Mode) {
+    let Some(machine) = Machine::new(mode, 1) else {
         return;
     };
     let cpu = machine.cpu(0);
@@ -171,9 +162,8 @@ fn a_port_with_a_value_rings_for_that_value_only() {
     );
 }
 
-#[test]
-fn a_width_without_a_value_rings_for_any_value_of_that_width() {
-    let Some(machine) = Machine::new(1) else {
+fn a_width_without_a_value_rings_for_any_value_of_that_width(mode: Mode) {
+    let Some(machine) = Machine::new(mode, 1) else {
         return;
     };
     let cpu = machine.cpu(0);
@@ -201,9 +191,8 @@ fn a_width_without_a_value_rings_for_any_value_of_that_width() {
     assert_eq!(machine.take_exits().len(), 2);
 }
 
-#[test]
-fn a_taken_address_is_refused_and_both_doorbells_stay() {
-    let Some(machine) = Machine::new(1) else {
+fn a_taken_address_is_refused_and_both_doorbells_stay(mode: Mode) {
+    let Some(machine) = Machine::new(mode, 1) else {
         return;
     };
     let cpu = machine.cpu(0);
@@ -226,9 +215,8 @@ fn a_taken_address_is_refused_and_both_doorbells_stay() {
     assert_eq!(machine.take_exits(), []);
 }
 
-#[test]
-fn a_doorbell_that_no_write_can_ring_is_refused() {
-    let Some(machine) = Machine::new(1) else {
+fn a_doorbell_that_no_write_can_ring_is_refused(mode: Mode) {
+    let Some(machine) = Machine::new(mode, 1) else {
         return;
     };
     let doorbell = machine.chip.doorbell().unwrap();
@@ -263,4 +251,19 @@ fn a_doorbell_that_no_write_can_ring_is_refused() {
         assert!(matches!(error, Error::DoorbellShape { at: named } if named == at));
     }
     assert_eq!(doorbell.address(), None);
+}
+
+both_modes! {
+    a_write_of_any_width_and_value_rings_and_none_leaves_the_kernel,
+    a_thousand_rings_cost_no_exit,
+    a_write_next_to_it_does_not_ring,
+    a_queue_each_at_neighbouring_addresses,
+    it_moves_with_its_bar_and_the_eventfd_stays,
+    placed_where_it_is_nothing_happens,
+    removed_it_is_silent_and_placed_again_it_rings,
+    a_dropped_doorbell_leaves_its_address,
+    a_port_with_a_value_rings_for_that_value_only,
+    a_width_without_a_value_rings_for_any_value_of_that_width,
+    a_taken_address_is_refused_and_both_doorbells_stay,
+    a_doorbell_that_no_write_can_ring_is_refused,
 }

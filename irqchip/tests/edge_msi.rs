@@ -1,12 +1,11 @@
 //! MSI vectors: a write of an eventfd is an interrupt on the vCPU that the message names.
 
-use berth_irqchip::{Error, Msi, MsiMessage};
+use berth_irqchip::{Error, Mode, Msi, MsiMessage};
 
 use crate::guest::{Machine, to_cpu0};
 
-#[test]
-fn each_write_of_the_eventfd_is_an_interrupt() {
-    let Some(machine) = Machine::new(1) else {
+fn each_write_of_the_eventfd_is_an_interrupt(mode: Mode) {
+    let Some(machine) = Machine::new(mode, 1) else {
         return;
     };
     let msi = machine.msi(0x41);
@@ -18,9 +17,8 @@ fn each_write_of_the_eventfd_is_an_interrupt() {
     machine.assert_no_interrupt();
 }
 
-#[test]
-fn a_halted_vcpu_wakes_up() {
-    let Some(machine) = Machine::new(1) else {
+fn a_halted_vcpu_wakes_up(mode: Mode) {
+    let Some(machine) = Machine::new(mode, 1) else {
         return;
     };
     let msi = machine.msi(0x41);
@@ -29,9 +27,8 @@ fn a_halted_vcpu_wakes_up() {
     assert_eq!(machine.cpu(0).woken_by(), 0x41);
 }
 
-#[test]
-fn a_copy_of_the_eventfd_raises_it_too() {
-    let Some(machine) = Machine::new(1) else {
+fn a_copy_of_the_eventfd_raises_it_too(mode: Mode) {
+    let Some(machine) = Machine::new(mode, 1) else {
         return;
     };
     let msi = machine.msi(0x42);
@@ -42,9 +39,8 @@ fn a_copy_of_the_eventfd_raises_it_too() {
     assert_eq!(machine.cpu(0).interrupt(), 0x42);
 }
 
-#[test]
-fn a_new_message_takes_the_place_of_the_old_one() {
-    let Some(machine) = Machine::new(1) else {
+fn a_new_message_takes_the_place_of_the_old_one(mode: Mode) {
+    let Some(machine) = Machine::new(mode, 1) else {
         return;
     };
     let msi = machine.msi(0x41);
@@ -55,9 +51,8 @@ fn a_new_message_takes_the_place_of_the_old_one() {
     machine.assert_no_interrupt();
 }
 
-#[test]
-fn the_same_message_again_costs_no_update() {
-    let Some(machine) = Machine::new(1) else {
+fn the_same_message_again_costs_no_update(mode: Mode) {
+    let Some(machine) = Machine::new(mode, 1) else {
         return;
     };
     let msi = machine.msi(0x41);
@@ -66,9 +61,8 @@ fn the_same_message_again_costs_no_update() {
     assert_eq!(machine.chip.counters(), before);
 }
 
-#[test]
-fn a_device_with_64_vectors_costs_one_update() {
-    let Some(machine) = Machine::new(1) else {
+fn a_device_with_64_vectors_costs_one_update(mode: Mode) {
+    let Some(machine) = Machine::new(mode, 1) else {
         return;
     };
     let vectors: Vec<Msi> = (0..64).map(|_| machine.chip.msi().unwrap()).collect();
@@ -94,9 +88,8 @@ fn a_device_with_64_vectors_costs_one_update() {
     machine.assert_no_interrupt();
 }
 
-#[test]
-fn a_message_that_kvm_refuses_changes_nothing() {
-    let Some(machine) = Machine::new(1) else {
+fn a_message_that_kvm_refuses_changes_nothing(mode: Mode) {
+    let Some(machine) = Machine::new(mode, 1) else {
         return;
     };
     machine.use_x2apic_ids();
@@ -118,9 +111,8 @@ fn a_message_that_kvm_refuses_changes_nothing() {
         .expect("the refused message is gone from the table");
 }
 
-#[test]
-fn a_bad_message_of_a_masked_vector_disturbs_no_other() {
-    let Some(machine) = Machine::new(1) else {
+fn a_bad_message_of_a_masked_vector_disturbs_no_other(mode: Mode) {
+    let Some(machine) = Machine::new(mode, 1) else {
         return;
     };
     machine.use_x2apic_ids();
@@ -145,9 +137,8 @@ fn a_bad_message_of_a_masked_vector_disturbs_no_other() {
     assert_eq!(machine.cpu(0).interrupt(), 0x44);
 }
 
-#[test]
-fn messages_set_while_masked_cost_one_update_when_unmasked() {
-    let Some(machine) = Machine::new(1) else {
+fn messages_set_while_masked_cost_one_update_when_unmasked(mode: Mode) {
+    let Some(machine) = Machine::new(mode, 1) else {
         return;
     };
     let msi = machine.msi(0x41);
@@ -166,9 +157,8 @@ fn messages_set_while_masked_cost_one_update_when_unmasked() {
     assert_eq!(machine.cpu(0).interrupt(), 0x5f);
 }
 
-#[test]
-fn a_dropped_vector_is_silent_and_its_gsi_goes_to_the_next() {
-    let Some(machine) = Machine::new(1) else {
+fn a_dropped_vector_is_silent_and_its_gsi_goes_to_the_next(mode: Mode) {
+    let Some(machine) = Machine::new(mode, 1) else {
         return;
     };
     let old = machine.msi(0x41);
@@ -188,9 +178,8 @@ fn a_dropped_vector_is_silent_and_its_gsi_goes_to_the_next() {
     machine.assert_no_interrupt();
 }
 
-#[test]
-fn vectors_come_and_go_on_many_threads() {
-    let Some(machine) = Machine::new(1) else {
+fn vectors_come_and_go_on_many_threads(mode: Mode) {
+    let Some(machine) = Machine::new(mode, 1) else {
         return;
     };
     let stays = machine.msi(0x41);
@@ -217,4 +206,18 @@ fn vectors_come_and_go_on_many_threads() {
     assert_eq!(machine.cpu(0).interrupt(), 0x41);
     machine.cpu(0).eoi();
     machine.assert_no_interrupt();
+}
+
+both_modes! {
+    each_write_of_the_eventfd_is_an_interrupt,
+    a_halted_vcpu_wakes_up,
+    a_copy_of_the_eventfd_raises_it_too,
+    a_new_message_takes_the_place_of_the_old_one,
+    the_same_message_again_costs_no_update,
+    a_device_with_64_vectors_costs_one_update,
+    a_message_that_kvm_refuses_changes_nothing,
+    a_bad_message_of_a_masked_vector_disturbs_no_other,
+    messages_set_while_masked_cost_one_update_when_unmasked,
+    a_dropped_vector_is_silent_and_its_gsi_goes_to_the_next,
+    vectors_come_and_go_on_many_threads,
 }

@@ -1,5 +1,7 @@
 //! Interrupts between vCPUs, and the start of the second one (Intel SDM 3A, 9.4 and 11.6).
 
+use berth_irqchip::Mode;
+
 use crate::guest::{Cpu, Ipi, Machine, START_PAGE};
 
 fn start_cpu1(machine: &Machine) -> &Cpu {
@@ -10,9 +12,8 @@ fn start_cpu1(machine: &Machine) -> &Cpu {
     second
 }
 
-#[test]
-fn the_second_vcpu_starts_by_init_and_startup() {
-    let Some(machine) = Machine::new(2) else {
+fn the_second_vcpu_starts_by_init_and_startup(mode: Mode) {
+    let Some(machine) = Machine::new(mode, 2) else {
         return;
     };
     let second = start_cpu1(&machine);
@@ -20,9 +21,8 @@ fn the_second_vcpu_starts_by_init_and_startup() {
     assert_eq!(machine.cpu(0).apic_id(), 0);
 }
 
-#[test]
-fn an_ipi_wakes_the_other_vcpu_and_its_answer_comes_back() {
-    let Some(machine) = Machine::new(2) else {
+fn an_ipi_wakes_the_other_vcpu_and_its_answer_comes_back(mode: Mode) {
+    let Some(machine) = Machine::new(mode, 2) else {
         return;
     };
     let (first, second) = (machine.cpu(0), start_cpu1(&machine));
@@ -41,9 +41,8 @@ fn an_ipi_wakes_the_other_vcpu_and_its_answer_comes_back() {
     assert_eq!(machine.take_exits(), [], "IPIs are KVM's own");
 }
 
-#[test]
-fn an_msi_finds_the_vcpu_that_its_message_names() {
-    let Some(machine) = Machine::new(2) else {
+fn an_msi_finds_the_vcpu_that_its_message_names(mode: Mode) {
+    let Some(machine) = Machine::new(mode, 2) else {
         return;
     };
     let second = start_cpu1(&machine);
@@ -56,4 +55,10 @@ fn an_msi_finds_the_vcpu_that_its_message_names() {
     msi.event().write(1).unwrap();
     assert_eq!(second.interrupt(), 0x62);
     machine.assert_no_interrupt();
+}
+
+both_modes! {
+    the_second_vcpu_starts_by_init_and_startup,
+    an_ipi_wakes_the_other_vcpu_and_its_answer_comes_back,
+    an_msi_finds_the_vcpu_that_its_message_names,
 }

@@ -1,14 +1,13 @@
 //! Lines: IOAPIC pins raised by an eventfd, edge-triggered and level-triggered with resampling.
 
-use berth_irqchip::{Error, Trigger};
+use berth_irqchip::{Error, Mode, Trigger};
 
 use crate::guest::{Machine, is_signalled, note, wait_for};
 
 const PIN: u32 = 10;
 
-#[test]
-fn a_level_line_interrupts_until_the_condition_is_gone() {
-    let Some(machine) = Machine::new(1) else {
+fn a_level_line_interrupts_until_the_condition_is_gone(mode: Mode) {
+    let Some(machine) = Machine::new(mode, 1) else {
         return;
     };
     let cpu = machine.cpu(0);
@@ -34,9 +33,8 @@ fn a_level_line_interrupts_until_the_condition_is_gone() {
     assert_eq!(machine.chip.counters().line_raises, 3);
 }
 
-#[test]
-fn the_device_is_asked_again_only_when_the_guest_has_ended_the_interrupt() {
-    let Some(machine) = Machine::new(1) else {
+fn the_device_is_asked_again_only_when_the_guest_has_ended_the_interrupt(mode: Mode) {
+    let Some(machine) = Machine::new(mode, 1) else {
         return;
     };
     let cpu = machine.cpu(0);
@@ -58,9 +56,8 @@ fn the_device_is_asked_again_only_when_the_guest_has_ended_the_interrupt() {
     machine.assert_no_interrupt();
 }
 
-#[test]
-fn two_level_lines_share_a_pin() {
-    let Some(machine) = Machine::new(1) else {
+fn two_level_lines_share_a_pin(mode: Mode) {
+    let Some(machine) = Machine::new(mode, 1) else {
         return;
     };
     let cpu = machine.cpu(0);
@@ -81,9 +78,8 @@ fn two_level_lines_share_a_pin() {
     machine.assert_no_interrupt();
 }
 
-#[test]
-fn an_edge_line_interrupts_once_for_each_write() {
-    let Some(machine) = Machine::new(1) else {
+fn an_edge_line_interrupts_once_for_each_write(mode: Mode) {
+    let Some(machine) = Machine::new(mode, 1) else {
         return;
     };
     let cpu = machine.cpu(0);
@@ -98,9 +94,8 @@ fn an_edge_line_interrupts_once_for_each_write() {
     machine.assert_no_interrupt();
 }
 
-#[test]
-fn each_pin_is_its_own_number() {
-    let Some(machine) = Machine::new(1) else {
+fn each_pin_is_its_own_number(mode: Mode) {
+    let Some(machine) = Machine::new(mode, 1) else {
         return;
     };
     let cpu = machine.cpu(0);
@@ -120,9 +115,8 @@ fn each_pin_is_its_own_number() {
     machine.assert_no_interrupt();
 }
 
-#[test]
-fn a_dropped_line_is_silent() {
-    let Some(machine) = Machine::new(1) else {
+fn a_dropped_line_is_silent(mode: Mode) {
+    let Some(machine) = Machine::new(mode, 1) else {
         return;
     };
     let line = machine.chip.line(PIN, Trigger::Level).unwrap();
@@ -135,9 +129,8 @@ fn a_dropped_line_is_silent() {
     machine.assert_no_interrupt();
 }
 
-#[test]
-fn a_pin_that_does_not_exist_is_refused() {
-    let Some(machine) = Machine::new(1) else {
+fn a_pin_that_does_not_exist_is_refused(mode: Mode) {
+    let Some(machine) = Machine::new(mode, 1) else {
         return;
     };
     let error = machine.chip.line(24, Trigger::Edge).unwrap_err();
@@ -146,4 +139,14 @@ fn a_pin_that_does_not_exist_is_refused() {
         error.to_string(),
         "there is no IOAPIC pin 24, the last one is 23"
     );
+}
+
+both_modes! {
+    a_level_line_interrupts_until_the_condition_is_gone,
+    the_device_is_asked_again_only_when_the_guest_has_ended_the_interrupt,
+    two_level_lines_share_a_pin,
+    an_edge_line_interrupts_once_for_each_write,
+    each_pin_is_its_own_number,
+    a_dropped_line_is_silent,
+    a_pin_that_does_not_exist_is_refused,
 }

@@ -5,6 +5,18 @@
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
+/// Cases that are the same whoever has the IOAPIC: each takes the mode, and runs in both.
+macro_rules! both_modes {
+    ($($case:ident),* $(,)?) => {
+        mod kernel {
+            $(#[test] fn $case() { super::$case(berth_irqchip::Mode::Kernel); })*
+        }
+        mod split {
+            $(#[test] fn $case() { super::$case(berth_irqchip::Mode::Split); })*
+        }
+    };
+}
+
 mod doorbell;
 mod edge_msi;
 mod guest;
@@ -12,4 +24,5 @@ mod ipi;
 mod level_line;
 mod msi_mask;
 mod pit;
+mod split;
 mod tsc_deadline;

@@ -1,12 +1,13 @@
 //! Masking: a masked vector remembers one event and delivers it when it is unmasked.
 
+use berth_irqchip::Mode;
+
 use std::sync::mpsc::channel;
 
 use crate::guest::{Machine, to_cpu0};
 
-#[test]
-fn what_is_written_while_masked_comes_with_the_unmask_and_once() {
-    let Some(machine) = Machine::new(1) else {
+fn what_is_written_while_masked_comes_with_the_unmask_and_once(mode: Mode) {
+    let Some(machine) = Machine::new(mode, 1) else {
         return;
     };
     let cpu = machine.cpu(0);
@@ -32,9 +33,8 @@ fn what_is_written_while_masked_comes_with_the_unmask_and_once() {
     machine.assert_no_interrupt();
 }
 
-#[test]
-fn unmasked_without_anything_pending_nothing_comes() {
-    let Some(machine) = Machine::new(1) else {
+fn unmasked_without_anything_pending_nothing_comes(mode: Mode) {
+    let Some(machine) = Machine::new(mode, 1) else {
         return;
     };
     let msi = machine.msi(0x41);
@@ -47,9 +47,8 @@ fn unmasked_without_anything_pending_nothing_comes() {
     assert_eq!(machine.cpu(0).interrupt(), 0x41);
 }
 
-#[test]
-fn an_event_before_the_first_message_is_pending_until_there_is_one() {
-    let Some(machine) = Machine::new(1) else {
+fn an_event_before_the_first_message_is_pending_until_there_is_one(mode: Mode) {
+    let Some(machine) = Machine::new(mode, 1) else {
         return;
     };
     let msi = machine.chip.msi().unwrap();
@@ -61,9 +60,8 @@ fn an_event_before_the_first_message_is_pending_until_there_is_one() {
     assert_eq!(machine.cpu(0).interrupt(), 0x43);
 }
 
-#[test]
-fn a_message_set_while_masked_does_not_unmask() {
-    let Some(machine) = Machine::new(1) else {
+fn a_message_set_while_masked_does_not_unmask(mode: Mode) {
+    let Some(machine) = Machine::new(mode, 1) else {
         return;
     };
     let msi = machine.chip.msi().unwrap();
@@ -76,9 +74,8 @@ fn a_message_set_while_masked_does_not_unmask() {
     assert_eq!(machine.cpu(0).interrupt(), 0x42);
 }
 
-#[test]
-fn the_order_within_a_batch_is_kept() {
-    let Some(machine) = Machine::new(1) else {
+fn the_order_within_a_batch_is_kept(mode: Mode) {
+    let Some(machine) = Machine::new(mode, 1) else {
         return;
     };
     let [stays, goes] = [machine.msi(0x41), machine.msi(0x42)];
@@ -101,10 +98,9 @@ fn the_order_within_a_batch_is_kept() {
     assert!(goes.is_pending());
 }
 
-#[test]
-fn no_event_is_lost_between_mask_and_unmask() {
+fn no_event_is_lost_between_mask_and_unmask(mode: Mode) {
     const ROUNDS: usize = 500;
-    let Some(machine) = Machine::new(1) else {
+    let Some(machine) = Machine::new(mode, 1) else {
         return;
     };
     let cpu = machine.cpu(0);
@@ -129,4 +125,13 @@ fn no_event_is_lost_between_mask_and_unmask() {
             cpu.eoi();
         }
     });
+}
+
+both_modes! {
+    what_is_written_while_masked_comes_with_the_unmask_and_once,
+    unmasked_without_anything_pending_nothing_comes,
+    an_event_before_the_first_message_is_pending_until_there_is_one,
+    a_message_set_while_masked_does_not_unmask,
+    the_order_within_a_batch_is_kept,
+    no_event_is_lost_between_mask_and_unmask,
 }

@@ -2,6 +2,8 @@
 //!
 //! Intel 8254 and 8259A datasheets: control words, initialisation words.
 
+use berth_irqchip::Mode;
+
 use crate::guest::{Cpu, Machine};
 
 const PIT_CHANNEL0: u16 = 0x40;
@@ -24,7 +26,7 @@ fn start_pit(cpu: &Cpu, mode: u8) {
 
 #[test]
 fn it_ticks_at_ioapic_pin_0() {
-    let Some(machine) = Machine::new(1) else {
+    let Some(machine) = Machine::new(Mode::Kernel, 1) else {
         return;
     };
     let cpu = machine.cpu(0);
@@ -40,7 +42,7 @@ fn it_ticks_at_ioapic_pin_0() {
 
 #[test]
 fn it_ticks_at_the_pics_pin_0() {
-    let Some(machine) = Machine::new(1) else {
+    let Some(machine) = Machine::new(Mode::Kernel, 1) else {
         return;
     };
     let cpu = machine.cpu(0);

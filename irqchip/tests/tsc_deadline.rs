@@ -1,13 +1,14 @@
 //! The local APIC's timer in TSC-deadline mode (Intel SDM 3A, 11.5.4.1).
 
+use berth_irqchip::Mode;
+
 use crate::guest::{LVT_TIMER, Machine, TSC_DEADLINE, TSC_DEADLINE_MODE};
 
 /// A few milliseconds on any machine.
 const AHEAD: u64 = 10_000_000;
 
-#[test]
-fn it_fires_at_the_deadline_and_not_before() {
-    let Some(machine) = Machine::new(1) else {
+fn it_fires_at_the_deadline_and_not_before(mode: Mode) {
+    let Some(machine) = Machine::new(mode, 1) else {
         return;
     };
     let cpu = machine.cpu(0);
@@ -23,9 +24,8 @@ fn it_fires_at_the_deadline_and_not_before() {
     machine.assert_no_interrupt();
 }
 
-#[test]
-fn a_deadline_that_has_passed_fires_at_once() {
-    let Some(machine) = Machine::new(1) else {
+fn a_deadline_that_has_passed_fires_at_once(mode: Mode) {
+    let Some(machine) = Machine::new(mode, 1) else {
         return;
     };
     let cpu = machine.cpu(0);
@@ -34,9 +34,8 @@ fn a_deadline_that_has_passed_fires_at_once() {
     assert_eq!(cpu.interrupt(), 0x70);
 }
 
-#[test]
-fn a_deadline_of_zero_disarms() {
-    let Some(machine) = Machine::new(1) else {
+fn a_deadline_of_zero_disarms(mode: Mode) {
+    let Some(machine) = Machine::new(mode, 1) else {
         return;
     };
     let cpu = machine.cpu(0);
@@ -48,4 +47,10 @@ fn a_deadline_of_zero_disarms() {
         while cpu.read_tsc() < deadline {}
         machine.assert_no_interrupt();
     }
+}
+
+both_modes! {
+    it_fires_at_the_deadline_and_not_before,
+    a_deadline_that_has_passed_fires_at_once,
+    a_deadline_of_zero_disarms,
 }

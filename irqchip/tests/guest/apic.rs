@@ -24,6 +24,8 @@ pub(crate) const TSC_DEADLINE: u32 = 0x6e0;
 
 const IOAPIC_INDEX: u32 = 0xfec0_0000;
 const IOAPIC_DATA: u32 = 0xfec0_0010;
+const IOAPIC_EOI: u32 = 0xfec0_0040;
+const IOAPIC_MASKED: u32 = 1 << 16;
 const IOAPIC_LEVEL: u32 = 1 << 15;
 const IOAPIC_REMOTE_IRR: u32 = 1 << 14;
 
@@ -84,11 +86,29 @@ impl Cpu {
 
     /// Routes an IOAPIC pin to `vector` on vCPU 0, active high.
     pub(crate) fn set_ioapic_edge(&self, pin: u32, vector: u8) {
-        self.write_ioapic(pin, vector.into());
+        self.write_ioapic(pin, vector.into(), 0);
     }
 
     pub(crate) fn set_ioapic_level(&self, pin: u32, vector: u8) {
-        self.write_ioapic(pin, IOAPIC_LEVEL | u32::from(vector));
+        self.set_ioapic_level_to(pin, vector, 0);
+    }
+
+    /// Routes a pin to the vCPU with this APIC id, which may have more than eight bits.
+    pub(crate) fn set_ioapic_level_to(&self, pin: u32, vector: u8, apic_id: u16) {
+        let id = u32::from(apic_id);
+        let destination = (id & 0xff) << 24 | (id >> 8) << 17;
+        self.write_ioapic(pin, IOAPIC_LEVEL | u32::from(vector), destination);
+    }
+
+    pub(crate) fn mask_ioapic(&self, pin: u32) {
+        self.write32(IOAPIC_INDEX, 0x10 + 2 * pin);
+        let entry = self.read32(IOAPIC_DATA);
+        self.write32(IOAPIC_DATA, entry | IOAPIC_MASKED);
+    }
+
+    /// Ends level interrupts with this vector at the IOAPIC alone.
+    pub(crate) fn end_ioapic_interrupt(&self, vector: u8) {
+        self.write32(IOAPIC_EOI, vector.into());
     }
 
     /// Whether the IOAPIC waits for the end of a level-triggered interrupt of this pin.
@@ -97,9 +117,9 @@ impl Cpu {
         self.read32(IOAPIC_DATA) & IOAPIC_REMOTE_IRR != 0
     }
 
-    fn write_ioapic(&self, pin: u32, low: u32) {
+    fn write_ioapic(&self, pin: u32, low: u32, high: u32) {
         self.write32(IOAPIC_INDEX, 0x11 + 2 * pin);
-        self.write32(IOAPIC_DATA, 0);
+        self.write32(IOAPIC_DATA, high);
         self.write32(IOAPIC_INDEX, 0x10 + 2 * pin);
         self.write32(IOAPIC_DATA, low);
     }

@@ -7,25 +7,30 @@
 #![allow(unsafe_code, reason = "a signal handler that reaches into kvm_run")]
 
 use std::cell::Cell;
+use std::ops::Range;
 use std::os::unix::thread::JoinHandleExt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread::JoinHandle;
 
+use berth_irqchip::{Chip, IOAPIC_LEN};
 use kvm_bindings::KVM_MAX_CPUID_ENTRIES;
-use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
+use kvm_ioctls::{Kvm, VcpuExit, VcpuFd};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 use vmm_sys_util::signal::{SIGRTMIN, register_signal_handler};
 
 use super::monitor::{
     COMMAND_PORT, MAILBOX_PORT, Mailbox, NO_VECTOR, Operation, START, mailbox_of,
 };
-use super::{DEADLINE, Exit, Exits};
+use super::{DEADLINE, Exit, Exits, Host};
+
+/// The IOAPIC's page; accesses leave the kernel where this process has the IOAPIC.
+const IOAPIC: Range<u64> = 0xfec0_0000..0xfec0_0000 + IOAPIC_LEN;
 
 /// A vCPU that does as it is told.
 pub(crate) struct Cpu {
-    id: u8,
+    id: u16,
     commands: Option<Sender<Mailbox>>,
     results: Receiver<Result<Mailbox, String>>,
     stop: Arc<AtomicBool>,
@@ -34,15 +39,10 @@ pub(crate) struct Cpu {
 }
 
 impl Cpu {
-    pub(super) fn new(
-        kvm: &Kvm,
-        vm: &VmFd,
-        memory: &GuestMemoryMmap,
-        id: u8,
-        exits: &Exits,
-    ) -> Self {
-        let vcpu = vm.create_vcpu(id.into()).unwrap();
-        set_cpuid(kvm, &vcpu, id);
+    /// The `index`th vCPU, with this APIC id.
+    pub(super) fn new(host: &Host, index: u8, id: u16) -> Self {
+        let vcpu = host.vm.create_vcpu(id.into()).unwrap();
+        set_cpuid(&host.kvm, &vcpu, id);
         if id == 0 {
             start_in_real_mode(&vcpu);
         }
@@ -52,9 +52,10 @@ impl Cpu {
         let runs = Arc::new(AtomicU64::new(0));
         let mut runner = Runner {
             vcpu,
-            mailbox: GuestAddress(mailbox_of(id)),
-            memory: memory.clone(),
-            exits: Arc::clone(exits),
+            mailbox: GuestAddress(mailbox_of(index)),
+            memory: host.memory.clone(),
+            chip: Arc::clone(&host.chip),
+            exits: Arc::clone(&host.exits),
             stop: Arc::clone(&stop),
             runs: Arc::clone(&runs),
             next,
@@ -205,6 +206,7 @@ struct Runner {
     mailbox: GuestAddress,
     /// A reference to the mapping, so that it outlives the guest.
     memory: GuestMemoryMmap,
+    chip: Arc<Chip>,
     exits: Exits,
     stop: Arc<AtomicBool>,
     /// How often KVM_RUN was called.
@@ -246,6 +248,14 @@ impl Runner {
                     };
                     self.exits.lock().unwrap().push(exit);
                 }
+                VcpuExit::MmioRead(gpa, data) if IOAPIC.contains(&gpa) => {
+                    self.chip.ioapic_read(gpa - IOAPIC.start, data);
+                }
+                VcpuExit::MmioWrite(gpa, data) if IOAPIC.contains(&gpa) => {
+                    let written = self.chip.ioapic_write(gpa - IOAPIC.start, data);
+                    written.unwrap();
+                }
+                VcpuExit::IoapicEoi(vector) => self.chip.end_of_interrupt(vector),
                 VcpuExit::MmioWrite(gpa, data) => {
                     let exit = Exit::Mmio {
                         gpa,
@@ -282,17 +292,19 @@ extern "C" fn leave_kvm(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c
     }
 }
 
-fn set_cpuid(kvm: &Kvm, vcpu: &VcpuFd, id: u8) {
+fn set_cpuid(kvm: &Kvm, vcpu: &VcpuFd, id: u16) {
     const X2APIC: u32 = 1 << 21;
     const TSC_DEADLINE: u32 = 1 << 24;
     let mut cpuid = kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).unwrap();
-    for entry in cpuid
-        .as_mut_slice()
-        .iter_mut()
-        .filter(|entry| entry.function == 1)
-    {
-        entry.ecx |= X2APIC | TSC_DEADLINE;
-        entry.ebx = entry.ebx & 0x00ff_ffff | u32::from(id) << 24;
+    for entry in cpuid.as_mut_slice() {
+        match entry.function {
+            1 => {
+                entry.ecx |= X2APIC | TSC_DEADLINE;
+                entry.ebx = entry.ebx & 0x00ff_ffff | u32::from(id & 0xff) << 24;
+            }
+            0xb | 0x1f => entry.edx = id.into(),
+            _ => {}
+        }
     }
     vcpu.set_cpuid2(&cpuid).unwrap();
 }

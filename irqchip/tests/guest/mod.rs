@@ -10,7 +10,7 @@ use std::io::Write;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use berth_irqchip::{Chip, Msi, MsiMessage};
+use berth_irqchip::{Chip, Mode, Msi, MsiMessage};
 use kvm_bindings::{
     KVM_CAP_X2APIC_API, KVM_X2APIC_API_USE_32BIT_IDS, kvm_enable_cap, kvm_userspace_memory_region,
 };
@@ -37,6 +37,15 @@ pub(crate) enum Exit {
 /// Accesses that left the kernel, commands apart.
 pub(crate) type Exits = Arc<Mutex<Vec<Exit>>>;
 
+/// What a vCPU needs of its machine.
+pub(crate) struct Host {
+    kvm: Kvm,
+    vm: Arc<VmFd>,
+    memory: GuestMemoryMmap,
+    chip: Arc<Chip>,
+    exits: Exits,
+}
+
 /// One VM. vCPUs end and everything is taken down when it is dropped, also by a failed assertion.
 pub(crate) struct Machine {
     /// Before the VM: threads end first.
@@ -50,7 +59,13 @@ pub(crate) struct Machine {
 impl Machine {
     /// A machine whose vCPU 0 runs, with its local APIC on, the PICs masked and interrupts held back. The others, if
     /// any, wait to be started as in a real machine. `None`, and a note, without `/dev/kvm`.
-    pub(crate) fn new(vcpus: u8) -> Option<Self> {
+    pub(crate) fn new(mode: Mode, vcpus: u8) -> Option<Self> {
+        let ids: Vec<u16> = (0..vcpus.into()).collect();
+        Self::with_ids(mode, &ids)
+    }
+
+    /// The same with these APIC ids, of which the first is 0.
+    pub(crate) fn with_ids(mode: Mode, ids: &[u16]) -> Option<Self> {
         let Ok(kvm) = Kvm::new() else {
             note("skipped: no /dev/kvm");
             return None;
@@ -59,11 +74,19 @@ impl Machine {
         vm.set_tss_address(0xfffb_d000).unwrap();
         let memory = memory_at_zero(&vm);
         monitor::load(&memory);
-        let chip = Chip::new(Arc::clone(&vm)).unwrap();
+        let chip = Chip::new(Arc::clone(&vm), mode).unwrap();
         let exits = Exits::default();
-        let cpus = (0..vcpus)
-            .map(|id| Cpu::new(&kvm, &vm, &memory, id, &exits))
-            .collect();
+        let host = Host {
+            kvm,
+            vm: Arc::clone(&vm),
+            memory: memory.clone(),
+            chip: Arc::clone(&chip),
+            exits: Arc::clone(&exits),
+        };
+        let cpus = (0..)
+            .zip(ids)
+            .map(|(index, id)| Cpu::new(&host, index, *id));
+        let cpus = cpus.collect();
         let machine = Self {
             cpus,
             chip,
@@ -72,7 +95,9 @@ impl Machine {
             _memory: memory,
         };
         machine.cpu(0).enable_apic();
-        machine.cpu(0).mask_pic();
+        if mode == Mode::Kernel {
+            machine.cpu(0).mask_pic();
+        }
         Some(machine)
     }
 

@@ -1,0 +1,186 @@
+//! The split irqchip's pins: our IOAPIC's registers, and the lines that lead to it.
+//!
+//! A line's eventfd is an irqfd all the same. What an in-kernel IOAPIC does at each interrupt is done
+//! here when the guest programmes an entry: the pin's GSI is routed to the message that the entry
+//! stands for, and the irqfds of its lines are attached while it is not masked.
+//!
+//! ```text
+//!  guest writes an entry ─▶ Ioapic ─▶ route of GSI = pin ─▶ attach or detach the lines' irqfds
+//!
+//!  level:  raise() ─▶ remote IRR set, irqfd ─▶ LAPIC ─▶ handler ─▶ EOI ─▶ KVM_EXIT_IOAPIC_EOI
+//!             ▲                                                              │ remote IRR cleared
+//!             └──────────── still holds? ◀──── resample() of each line ◀─────┘
+//! ```
+//!
+//! * A masked pin ignores edges (82093AA, 3.2.4, bit 16): what an edge line's eventfd has gathered is
+//!   thrown away when the pin is unmasked. A level line's is its level, and is delivered then.
+//! * A level line that is raised while remote IRR is set adds nothing: it is asked again at the end
+//!   of the interrupt. Whoever writes its eventfd instead of calling `raise` passes remote IRR
+//!   by: at worst one interrupt too many, for a driver that then finds nothing to do.
+//! * A masked pin keeps its route, so that the end of an interrupt still on its way is told to us.
+//!
+//! **Locks.** The pins' lock is taken before the routing table's, never after.
+
+use std::sync::Arc;
+
+use vmm_sys_util::eventfd::EventFd;
+
+use crate::chip::Chip;
+use crate::ioapic::{Effect, Entry, Ioapic};
+use crate::line::Ends;
+use crate::{Error, Trigger, sys};
+
+/// IOAPIC and lines; one lock around both.
+#[derive(Debug)]
+pub(crate) struct Pins {
+    pub(crate) ioapic: Ioapic,
+    lines: Vec<AttachedLine>,
+}
+
+#[derive(Debug)]
+struct AttachedLine {
+    ends: Arc<Ends>,
+    /// Whether KVM listens to its eventfd.
+    attached: bool,
+}
+
+impl Pins {
+    pub(crate) fn new() -> Self {
+        Self {
+            ioapic: Ioapic::new(),
+            lines: Vec::new(),
+        }
+    }
+
+    /// Adds a line to its pin.
+    pub(crate) fn add(&mut self, chip: &Chip, ends: &Arc<Ends>) -> Result<(), Error> {
+        let mut line = AttachedLine {
+            ends: Arc::clone(ends),
+            attached: false,
+        };
+        if !self.ioapic.entry(ends.pin).is_masked() {
+            line.set_attached(chip, true)?;
+        }
+        self.lines.push(line);
+        Ok(())
+    }
+
+    /// Takes a line off its pin.
+    pub(crate) fn remove(&mut self, chip: &Chip, ends: &Arc<Ends>) -> Result<(), Error> {
+        let mut detached = Ok(());
+        self.lines.retain_mut(|line| {
+            let stays = !Arc::ptr_eq(&line.ends, ends);
+            if !stays {
+                detached = line.set_attached(chip, false);
+            }
+            stays
+        });
+        detached
+    }
+
+    /// What a line's `raise` comes to.
+    pub(crate) fn raise(&mut self, ends: &Ends) -> std::io::Result<()> {
+        let entry = self.ioapic.entry(ends.pin);
+        if entry.is_masked() {
+            return match ends.trigger {
+                Trigger::Edge => Ok(()),
+                Trigger::Level => ends.event.write(1),
+            };
+        }
+        if entry.is_level() {
+            if entry.remote_irr() {
+                return Ok(());
+            }
+            self.ioapic.set_remote_irr(ends.pin);
+        }
+        ends.event.write(1)
+    }
+
+    /// The guest wrote the registers.
+    pub(crate) fn write(&mut self, chip: &Chip, offset: u64, data: &[u8]) -> Result<(), Error> {
+        match self.ioapic.write(offset, data) {
+            Effect::None => Ok(()),
+            Effect::EndOfInterrupt(vector) => {
+                self.end_of_interrupt(vector);
+                Ok(())
+            }
+            Effect::Entry { pin, before } => self.update(chip, pin, before).inspect_err(|_| {
+                // What KVM would not take the guest has not written: masked, it does no harm.
+                self.ioapic.set_entry(pin, before);
+            }),
+        }
+    }
+
+    /// All level interrupts with this vector have ended: their devices are asked again.
+    pub(crate) fn end_of_interrupt(&mut self, vector: u8) {
+        for pin in self.ioapic.end_of_interrupt(vector) {
+            for line in self.lines.iter().filter(|line| line.ends.pin == pin) {
+                let Some(resample) = &line.ends.resample else {
+                    continue;
+                };
+                // Full only if nobody has read it four billion times; then it is signalled anyway.
+                let _ = resample.write(1);
+            }
+        }
+    }
+
+    fn update(&mut self, chip: &Chip, pin: u32, before: Entry) -> Result<(), Error> {
+        let entry = self.ioapic.entry(pin);
+        if entry.is_masked() {
+            return self.set_attached(chip, pin, false);
+        }
+        chip.set_pin_route(pin, entry.message())?;
+        if before.is_masked() {
+            self.settle_before_unmask(pin);
+            self.set_attached(chip, pin, true)?;
+        }
+        Ok(())
+    }
+
+    /// Decides what was written to the eventfds of a masked pin: see the module's header.
+    fn settle_before_unmask(&mut self, pin: u32) {
+        let entry = self.ioapic.entry(pin);
+        let lines = self.lines.iter().filter(|line| line.ends.pin == pin);
+        for line in lines {
+            let asked_again = entry.is_level() && entry.remote_irr();
+            if !line.ends.is_level() || asked_again {
+                // Nothing there is as good.
+                let _ = line.ends.event.read();
+            }
+        }
+        let mut lines = self.lines.iter().filter(|line| line.ends.pin == pin);
+        if entry.is_level() && lines.any(AttachedLine::is_pending) {
+            self.ioapic.set_remote_irr(pin);
+        }
+    }
+
+    fn set_attached(&mut self, chip: &Chip, pin: u32, attached: bool) -> Result<(), Error> {
+        let mut lines = self.lines.iter_mut().filter(|line| line.ends.pin == pin);
+        lines.try_for_each(|line| line.set_attached(chip, attached))
+    }
+}
+
+impl AttachedLine {
+    /// Raised while KVM was not listening.
+    fn is_pending(&self) -> bool {
+        !self.attached && sys::is_readable(&self.ends.event)
+    }
+
+    fn set_attached(&mut self, chip: &Chip, attached: bool) -> Result<(), Error> {
+        if self.attached == attached {
+            return Ok(());
+        }
+        let (event, gsi): (&EventFd, u32) = (&self.ends.event, self.ends.pin);
+        if attached {
+            chip.vm()
+                .register_irqfd(event, gsi)
+                .map_err(|source| Error::Attach { gsi, source })?;
+        } else {
+            chip.vm()
+                .unregister_irqfd(event, gsi)
+                .map_err(|source| Error::Detach { gsi, source })?;
+        }
+        self.attached = attached;
+        Ok(())
+    }
+}
