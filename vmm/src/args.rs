@@ -42,6 +42,9 @@ Examples:
   A program of kvm-unit-tests (docs/kvm-unit-tests.md); the exit code is the program's:
     berth-vmm --kernel x86/apic.flat --initramfs environment --cpus boot=2 --platform test-device=on
 
+  No PIC and no PIT, the IOAPIC in this process, halted vCPUs sleep at once:
+    berth-vmm --kernel vmlinux --initramfs root.cpio --platform irqchip=split,halt_poll_ns=0
+
 A value with a comma in it is written in double quotes: --kernel '\"/boot/a,b\",entry=pvh'.
 Exit code: 0 the guest powered off or was told to, 1 it could not run or died, 2 wrong usage; with
 test-device=on, what the guest wrote to port 0xf4, doubled and one added.";
@@ -112,11 +115,13 @@ struct Flags {
     /// Source of the guest's entropy
     #[arg(long, value_name = "src=PATH", default_value = "src=/dev/urandom")]
     rng: String,
-    /// The board: vendor of root ports, and how many of them wait for devices that are added later
+    /// The board: vendor of root ports, and how many of them wait for devices that are added later; who has the
+    /// interrupt controllers (kernel: all in KVM; split: the IOAPIC here, no PIC and no PIT); how many ns KVM
+    /// polls for a halted vCPU before it sleeps, at most
     #[arg(
         long,
-        value_name = "root_port_vendor=0xID,hotplug_ports=N,test-device=on|off",
-        default_value = "root_port_vendor=0x1b36,hotplug_ports=8"
+        value_name = "root_port_vendor=0xID,hotplug_ports=N,irqchip=kernel|split,halt_poll_ns=N,test-device=on|off",
+        default_value = "root_port_vendor=0x1b36,hotplug_ports=8,irqchip=kernel"
     )]
     platform: String,
     /// Unix socket of the REST API: where to listen, or one that listens

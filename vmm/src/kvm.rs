@@ -4,6 +4,7 @@
 
 use std::io;
 
+use berth_irqchip::Mode;
 use kvm_ioctls::{Cap, Kvm};
 
 use crate::config::validate::Host;
@@ -11,15 +12,21 @@ use crate::config::validate::Host;
 /// The only version that KVM has had since Linux 2.6.22.
 const API_VERSION: i32 = 12;
 /// What the machine cannot be built without.
-const REQUIRED: [(Cap, &str); 7] = [
+const REQUIRED: [(Cap, &str); 5] = [
     (Cap::UserMemory, "KVM_CAP_USER_MEMORY"),
-    (Cap::Irqchip, "KVM_CAP_IRQCHIP"),
-    (Cap::Pit2, "KVM_CAP_PIT2"),
     (Cap::Irqfd, "KVM_CAP_IRQFD"),
     (Cap::IrqfdResample, "KVM_CAP_IRQFD_RESAMPLE"),
     (Cap::Ioeventfd, "KVM_CAP_IOEVENTFD"),
     (Cap::ImmediateExit, "KVM_CAP_IMMEDIATE_EXIT"),
 ];
+
+/// What a machine with KVM's own interrupt controllers needs.
+const REQUIRED_KERNEL: &[(Cap, &str)] = &[
+    (Cap::Irqchip, "KVM_CAP_IRQCHIP"),
+    (Cap::Pit2, "KVM_CAP_PIT2"),
+];
+/// What a machine with an IOAPIC in this process needs.
+const REQUIRED_SPLIT: &[(Cap, &str)] = &[(Cap::SplitIrqchip, "KVM_CAP_SPLIT_IRQCHIP")];
 
 /// Why there is no KVM.
 #[derive(Debug, thiserror::Error)]
@@ -47,8 +54,9 @@ pub enum Error {
     Lacks(&'static str),
 }
 
-/// Opens /dev/kvm and checks that it can do what every machine needs.
-pub fn open() -> Result<Kvm, Error> {
+/// Opens /dev/kvm and checks that it can do what a machine needs; one with these interrupt controllers, if
+/// it is known which.
+pub fn open(irqchip: Option<Mode>) -> Result<Kvm, Error> {
     let kvm = Kvm::new().map_err(|error| match error.errno() {
         libc::ENOENT | libc::ENXIO | libc::ENODEV => Error::Absent,
         libc::EACCES | libc::EPERM => Error::Forbidden,
@@ -58,8 +66,13 @@ pub fn open() -> Result<Kvm, Error> {
     if version != API_VERSION {
         return Err(Error::Version(version));
     }
-    for (cap, name) in REQUIRED {
-        if !kvm.check_extension(cap) {
+    let controllers = match irqchip {
+        Some(Mode::Kernel) => REQUIRED_KERNEL,
+        Some(Mode::Split) => REQUIRED_SPLIT,
+        None => &[],
+    };
+    for (cap, name) in REQUIRED.iter().chain(controllers) {
+        if !kvm.check_extension(*cap) {
             return Err(Error::Lacks(name));
         }
     }

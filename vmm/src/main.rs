@@ -45,7 +45,11 @@ fn run(options: Options) -> anyhow::Result<u8> {
     if let Some(config) = &options.config {
         validate(config, api_path, host)?;
     }
-    kvm::open()?;
+    let irqchip = options
+        .config
+        .as_ref()
+        .map(|config| config.platform.irqchip);
+    kvm::open(irqchip)?;
     let (sender, requests) = Requests::new().context("cannot make the request queue")?;
     // No thread before this; whatever is named on the command line is opened before the sandbox closes.
     sandbox::prepare(&options.sandbox)?;

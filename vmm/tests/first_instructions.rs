@@ -93,6 +93,7 @@ impl Guest {
         let input = acpi::AcpiInput {
             vcpus: 1,
             serial: true,
+            pic: true,
         };
         let rsdp = acpi::build(&ram, &input).unwrap();
         let payload = PayloadConfig {

@@ -9,7 +9,7 @@
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use berth_irqchip::Chip;
+use berth_irqchip::{Chip, Mode};
 use berth_vmm::bus::Bus;
 use berth_vmm::config::MemoryConfig;
 use berth_vmm::devices::virtio::device::{
@@ -96,7 +96,7 @@ fn machine() -> Option<Machine> {
     .unwrap();
     let slots = ram.register(&vm).unwrap();
     ram.memory().write_slice(&RING, GuestAddress(CODE)).unwrap();
-    let chip = Chip::new(Arc::clone(&vm)).unwrap();
+    let chip = Chip::new(Arc::clone(&vm), Mode::Kernel).unwrap();
     let vcpu = vm.create_vcpu(0).unwrap();
     let mmio = Arc::new(Bus::new());
     let mut host = PciHost::new(PciContext {

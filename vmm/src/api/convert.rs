@@ -5,9 +5,10 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
+use berth_irqchip::Mode;
 use berth_vmm_api_types::v1 as wire;
 
-use crate::config::{KernelEntry, SerialConfig, VmConfig, device_wire};
+use crate::config::{KernelEntry, PlatformConfig, SerialConfig, VmConfig, device_wire};
 use crate::vm::state::VmState;
 
 /// State on the wire.
@@ -48,12 +49,22 @@ pub(super) fn vm_config(config: &VmConfig, pty: Option<&Path>) -> wire::VmConfig
             false => wire::ConsoleConfig::default(),
         }),
         serial: Some(serial(&config.serial, pty)),
-        platform: Some(wire::PlatformConfig {
-            root_port_vendor: Some(config.platform.root_port_vendor),
-            hotplug_ports: Some(config.platform.hotplug_ports),
-            test_device: config.platform.test_device,
-        }),
+        platform: Some(platform(&config.platform)),
         other: BTreeMap::new(),
+    }
+}
+
+fn platform(platform: &PlatformConfig) -> wire::PlatformConfig {
+    let irqchip = match platform.irqchip {
+        Mode::Kernel => "kernel",
+        Mode::Split => "split",
+    };
+    wire::PlatformConfig {
+        root_port_vendor: Some(platform.root_port_vendor),
+        hotplug_ports: Some(platform.hotplug_ports),
+        test_device: platform.test_device,
+        irqchip: Some(irqchip.to_owned()),
+        halt_poll_ns: platform.halt_poll_ns,
     }
 }
 

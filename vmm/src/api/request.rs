@@ -7,6 +7,7 @@
 
 use std::path::PathBuf;
 
+use berth_irqchip::Mode;
 use berth_vmm_api_types::v1 as wire;
 use berth_vmm_api_types::v1::ConsoleMode;
 
@@ -110,7 +111,7 @@ pub(super) fn vm_config(config: wire::VmConfig) -> Result<VmConfig, Error> {
         rng: RngConfig {
             src: config.rng.src,
         },
-        platform: platform(config.platform.unwrap_or_default()),
+        platform: platform(config.platform.unwrap_or_default())?,
     })
 }
 
@@ -230,16 +231,29 @@ fn place(field: &'static str, config: wire::ConsoleConfig) -> Result<SerialConfi
     })
 }
 
-fn platform(platform: wire::PlatformConfig) -> PlatformConfig {
-    PlatformConfig {
+fn platform(platform: wire::PlatformConfig) -> Result<PlatformConfig, Error> {
+    let default = PlatformConfig::default();
+    let irqchip = match platform.irqchip.as_deref() {
+        None => default.irqchip,
+        Some("kernel") => Mode::Kernel,
+        Some("split") => Mode::Split,
+        Some(other) => {
+            return Err(Error::Value {
+                field: "platform.irqchip",
+                value: other.to_owned(),
+                expected: "kernel or split",
+            });
+        }
+    };
+    Ok(PlatformConfig {
         root_port_vendor: platform
             .root_port_vendor
-            .unwrap_or(convert::DEFAULT_ROOT_PORT_VENDOR),
-        hotplug_ports: platform
-            .hotplug_ports
-            .unwrap_or(convert::DEFAULT_HOTPLUG_PORTS),
+            .unwrap_or(default.root_port_vendor),
+        hotplug_ports: platform.hotplug_ports.unwrap_or(default.hotplug_ports),
         test_device: platform.test_device,
-    }
+        irqchip,
+        halt_poll_ns: platform.halt_poll_ns,
+    })
 }
 
 /// One disk; `id` is its name unless the client gave one.
@@ -291,6 +305,10 @@ mod tests {
             (
                 r#"{"payload": {"kernel": "/k", "entry": "uefi"}}"#,
                 r#"payload.entry: "uefi" is not pvh, linux64 or bzimage"#,
+            ),
+            (
+                r#"{"payload": {"kernel": "/k"}, "platform": {"irqchip": "on"}}"#,
+                r#"platform.irqchip: "on" is not kernel or split"#,
             ),
             (
                 r#"{"payload": {"kernel": "/k"}, "disks": [{}]}"#,

@@ -6,6 +6,8 @@
 
 use std::path::PathBuf;
 
+use berth_irqchip::Mode;
+
 use super::keys::{Keys, hint};
 use super::{
     ArgError, CpusConfig, KernelEntry, MemoryConfig, PlatformConfig, RngConfig, SerialConfig,
@@ -123,20 +125,36 @@ pub fn api_socket(text: &str) -> Result<ApiSocket, ArgError> {
     }
 }
 
-/// `--platform root_port_vendor=0x…,hotplug_ports=N,test-device=on|off`.
+/// `--platform root_port_vendor=0x…,hotplug_ports=N,irqchip=kernel|split,halt_poll_ns=N,test-device=on|off`.
 pub fn platform(text: &str) -> Result<PlatformConfig, ArgError> {
-    let known = ["root_port_vendor", "hotplug_ports", "test-device"];
+    let known = [
+        "root_port_vendor",
+        "hotplug_ports",
+        "irqchip",
+        "halt_poll_ns",
+        "test-device",
+    ];
     let keys = Keys::parse("--platform", text, &known)?;
     keys.no_bare()?;
+    let default = PlatformConfig::default();
     let root_port_vendor = match keys.text("root_port_vendor") {
-        None => DEFAULT_ROOT_PORT_VENDOR,
+        None => default.root_port_vendor,
         Some(value) => vendor(value)
             .ok_or_else(|| keys.bad("root_port_vendor", value, "a PCI vendor id such as 0x1b36"))?,
     };
-    let hotplug_ports = keys.number("hotplug_ports")?;
+    let irqchip = match keys.text("irqchip") {
+        None => default.irqchip,
+        Some("kernel") => Mode::Kernel,
+        Some("split") => Mode::Split,
+        Some(other) => return Err(keys.bad("irqchip", other, "kernel or split")),
+    };
     Ok(PlatformConfig {
         root_port_vendor,
-        hotplug_ports: hotplug_ports.unwrap_or(DEFAULT_HOTPLUG_PORTS),
+        hotplug_ports: keys
+            .number("hotplug_ports")?
+            .unwrap_or(default.hotplug_ports),
+        irqchip,
+        halt_poll_ns: keys.number("halt_poll_ns")?,
         test_device: keys.on_off("test-device")?.unwrap_or(false),
     })
 }
@@ -223,6 +241,22 @@ mod tests {
                 platform(&format!("root_port_vendor={text}")).is_err(),
                 "{text}"
             );
+        }
+    }
+
+    #[test]
+    fn a_platform_names_its_irqchip_and_how_long_to_poll() {
+        let split = platform("irqchip=split,halt_poll_ns=0").unwrap();
+        assert_eq!((split.irqchip, split.halt_poll_ns), (Mode::Split, Some(0)));
+        assert_eq!(platform("irqchip=kernel").unwrap().irqchip, Mode::Kernel);
+        let default = PlatformConfig::default();
+        assert_eq!(platform("root_port_vendor=0x1b36").unwrap(), default);
+        assert_eq!(
+            platform("irqchip=off").unwrap_err().to_string(),
+            "--platform: irqchip=off is not kernel or split"
+        );
+        for text in ["irqchip=", "halt_poll_ns=-1", "halt_poll_ns=5000000000"] {
+            assert!(platform(text).is_err(), "{text}");
         }
     }
 }

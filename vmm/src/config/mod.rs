@@ -16,6 +16,8 @@ pub mod validate;
 
 use std::path::PathBuf;
 
+use berth_irqchip::Mode;
+
 pub use self::device::{
     Bucket, Daemon, DiskConfig, FsConfig, GenericConfig, Image, Link, NetConfig, RateLimit, Serves,
     Tap, TapSource, VhostUserConfig,
@@ -223,4 +225,21 @@ pub struct PlatformConfig {
     pub hotplug_ports: u8,
     /// Whether there is a device by which test programs drive interrupt lines and end the process.
     pub test_device: bool,
+    /// Who has the interrupt controllers (docs/adr/0003-default-irqchip.md).
+    pub irqchip: Mode,
+    /// How long a vCPU that halts is looked after before its thread sleeps, at most, in nanoseconds; none,
+    /// as the host is set up (module parameter `halt_poll_ns` of kvm).
+    pub halt_poll_ns: Option<u32>,
+}
+
+impl Default for PlatformConfig {
+    fn default() -> Self {
+        Self {
+            root_port_vendor: convert::DEFAULT_ROOT_PORT_VENDOR,
+            hotplug_ports: convert::DEFAULT_HOTPLUG_PORTS,
+            irqchip: Mode::Kernel,
+            test_device: false,
+            halt_poll_ns: None,
+        }
+    }
 }

@@ -17,6 +17,8 @@ pub(super) enum Reason {
     MmioWrite,
     /// A kick of ours.
     Interrupted,
+    /// The end of a level interrupt of our own IOAPIC.
+    IoapicEoi,
     /// All else.
     Other,
     /// Not an exit of its own: a write of an address that a BAR can have.
@@ -25,12 +27,13 @@ pub(super) enum Reason {
     Unclaimed,
 }
 
-const NAMES: [(Reason, &str); 8] = [
+const NAMES: [(Reason, &str); 9] = [
     (Reason::IoIn, "exits_io_in"),
     (Reason::IoOut, "exits_io_out"),
     (Reason::MmioRead, "exits_mmio_read"),
     (Reason::MmioWrite, "exits_mmio_write"),
     (Reason::Interrupted, "exits_interrupted"),
+    (Reason::IoapicEoi, "exits_ioapic_eoi"),
     (Reason::Other, "exits_other"),
     (Reason::BarWrite, "exits_mmio_write_bar"),
     (Reason::Unclaimed, "accesses_unclaimed"),

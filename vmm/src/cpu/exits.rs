@@ -7,6 +7,7 @@
 use std::io;
 use std::sync::Arc;
 
+use berth_irqchip::Chip;
 use kvm_bindings::{KVM_EXIT_INTERNAL_ERROR, KVM_EXIT_IO, KVM_EXIT_IO_IN};
 use kvm_ioctls::{VcpuExit, VcpuFd};
 
@@ -14,13 +15,15 @@ use super::counters::{ExitCounters, Reason};
 use crate::bus::Bus;
 use crate::memory::layout::{HIGH_RAM_START, MMIO32_LEN, MMIO32_START};
 
-/// The two address spaces of a machine.
+/// The two address spaces of a machine, and the chip whose interrupts end.
 #[derive(Clone, Default)]
 pub struct Buses {
     /// Ports.
     pub pio: Arc<Bus>,
     /// Memory-mapped I/O.
     pub mmio: Arc<Bus>,
+    /// Where the end of a level interrupt goes, if this process has the IOAPIC.
+    pub irqchip: Option<Arc<Chip>>,
 }
 
 /// What to do after an exit.
@@ -48,6 +51,13 @@ pub(super) fn run_once(fd: &mut VcpuFd, buses: &Buses, counters: &ExitCounters) 
                 counters.count(Reason::BarWrite);
             }
             return answered(buses.mmio.write(address, data), counters);
+        }
+        Ok(VcpuExit::IoapicEoi(vector)) => {
+            counters.count(Reason::IoapicEoi);
+            if let Some(chip) = &buses.irqchip {
+                chip.end_of_interrupt(vector);
+            }
+            return Next::Enter;
         }
         Ok(VcpuExit::Intr) => {
             counters.count(Reason::Interrupted);

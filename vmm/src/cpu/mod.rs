@@ -9,6 +9,7 @@ mod counters;
 pub mod cpuid;
 mod exits;
 mod gate;
+pub mod hypervisor;
 pub mod msr;
 mod perf;
 pub mod regs;

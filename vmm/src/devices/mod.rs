@@ -1,5 +1,6 @@
 //! Devices emulated inside the VMM: only small and slow ones.
 
+pub mod ioapic;
 pub mod power;
 pub mod rtc;
 pub mod serial;

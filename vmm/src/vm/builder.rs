@@ -10,7 +10,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use berth_irqchip::{Chip, Trigger};
+use berth_irqchip::{Chip, IOAPIC_LEN, Mode, Trigger};
+use kvm_bindings::{KVM_CAP_HALT_POLL, kvm_enable_cap};
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 use vm_memory::GuestAddress;
 
@@ -19,8 +20,9 @@ pub use super::machine::Machine;
 use super::machine::{Backends, ClearedBuses};
 use crate::boot::acpi::{self, AcpiInput};
 use crate::boot::{self, Entry};
-use crate::config::{SerialConfig, VmConfig};
-use crate::cpu::{self, Buses, Vcpus, cpuid, msr, regs};
+use crate::config::{PlatformConfig, SerialConfig, VmConfig};
+use crate::cpu::{self, Buses, Vcpus, cpuid, hypervisor, msr, regs};
+use crate::devices::ioapic::IoapicPage;
 use crate::devices::power::{
     self, I8042_COMMAND_PORT, KeyboardController, PM_BLOCK_LEN, PowerBlock, ResetRegister,
 };
@@ -31,7 +33,7 @@ use crate::devices::serial::{PIN, PORT, PORT_LEN};
 use crate::devices::test_device;
 use crate::devices::virtio::rng;
 use crate::memory::layout::{
-    KVM_IDENTITY_MAP, KVM_TSS, PM1A_EVT_PORT, RESET_PORT, SCI_PIN, mmio64_start,
+    IOAPIC_START, KVM_IDENTITY_MAP, KVM_TSS, PM1A_EVT_PORT, RESET_PORT, SCI_PIN, mmio64_start,
 };
 use crate::memory::{self, GuestRam};
 use crate::pci::{self, Pci, PciContext, PciHost};
@@ -115,13 +117,16 @@ pub struct NewVm {
 impl NewVm {
     /// Makes it. To be called by the main thread: KVM's folder for it in debugfs bears the id of the thread
     /// that made it, and tools look for the process's.
-    pub fn create() -> Result<Self, Error> {
-        let kvm = kvm::open()?;
+    pub fn create(platform: &PlatformConfig) -> Result<Self, Error> {
+        let kvm = kvm::open(Some(platform.irqchip))?;
         let vm = kvm.create_vm().map_err(refused("create a VM"))?;
         vm.set_identity_map_address(KVM_IDENTITY_MAP)
             .map_err(refused("place its identity map"))?;
         vm.set_tss_address(KVM_TSS as usize)
             .map_err(refused("place its TSS"))?;
+        if let Some(ns) = platform.halt_poll_ns {
+            set_halt_poll(&vm, ns)?;
+        }
         Ok(Self {
             kvm,
             vm: Arc::new(vm),
@@ -147,12 +152,13 @@ pub struct Parts {
 pub fn build(parts: &Parts) -> Result<Machine, Error> {
     let config = &*parts.config;
     sandbox::confine_boot(config)?;
-    let NewVm { kvm, vm } = &parts.new_vm;
+    let vm = &parts.new_vm.vm;
     let ram = GuestRam::new(&config.memory)?;
     let slots = ram.register(vm)?;
-    let chip = Chip::new(Arc::clone(vm))?;
+    let chip = Chip::new(Arc::clone(vm), config.platform.irqchip)?;
 
-    let buses = Buses::default();
+    let mut buses = Buses::default();
+    add_ioapic(&mut buses, &chip)?;
     let sci = Arc::new(chip.line(SCI_PIN, Trigger::Level)?);
     let power = add_power(&buses, &sci, &parts.events)?;
     add_clock(&buses, config)?;
@@ -166,11 +172,11 @@ pub fn build(parts: &Parts) -> Result<Machine, Error> {
 
     let rsdp = write_acpi(&ram, config)?;
     let entry = boot::load(&ram, &config.payload, rsdp)?;
-    if matches!(entry, Entry::Multiboot { .. }) {
+    if matches!(entry, Entry::Multiboot { .. }) && chip.mode() == Mode::Kernel {
         // What such an image is made for has firmware, which leaves these behind.
         chip.initialise_pics()?;
     }
-    let fds = create_vcpus(kvm, vm, config, &ram, &entry)?;
+    let fds = create_vcpus(&parts.new_vm, &chip, config, &ram, &entry)?;
     wait_for_backends(&frontends, &parts.cancel)?;
     let vcpus = Vcpus::start(fds, &buses, &parts.events)?;
     Ok(Machine {
@@ -186,17 +192,38 @@ pub fn build(parts: &Parts) -> Result<Machine, Error> {
     })
 }
 
+/// KVM_CAP_HALT_POLL: the most that KVM polls for a halted vCPU of this VM.
+fn set_halt_poll(vm: &VmFd, ns: u32) -> Result<(), Error> {
+    let cap = kvm_enable_cap {
+        cap: KVM_CAP_HALT_POLL,
+        args: [ns.into(), 0, 0, 0],
+        ..Default::default()
+    };
+    vm.enable_cap(&cap).map_err(refused("take halt_poll_ns"))
+}
+
+/// The IOAPIC's page, and its interrupts' ends, where KVM leaves them to us.
+fn add_ioapic(buses: &mut Buses, chip: &Arc<Chip>) -> Result<(), Error> {
+    if chip.mode() == Mode::Split {
+        let page = Arc::new(IoapicPage::new(Arc::clone(chip)));
+        buses.mmio.insert(IOAPIC_START, IOAPIC_LEN, page)?;
+        buses.irqchip = Some(Arc::clone(chip));
+    }
+    Ok(())
+}
+
 fn write_acpi(ram: &GuestRam, config: &VmConfig) -> Result<GuestAddress, Error> {
     let input = AcpiInput {
         vcpus: config.cpus.boot,
         serial: config.serial != SerialConfig::Off,
+        pic: config.platform.irqchip == Mode::Kernel,
     };
     Ok(acpi::build(ram, &input)?)
 }
 
 fn create_vcpus(
-    kvm: &Kvm,
-    vm: &VmFd,
+    NewVm { kvm, vm }: &NewVm,
+    chip: &Chip,
     config: &VmConfig,
     ram: &GuestRam,
     entry: &Entry,
@@ -207,6 +234,12 @@ fn create_vcpus(
             .create_vcpu(id.into())
             .map_err(refused("create a vCPU"))?;
         let cpuid = cpuid::for_vcpu(kvm, &config.cpus, id)?;
+        let facts = hypervisor::Facts {
+            // Refused where the host's own TSC cannot be relied on: then the guest measures.
+            tsc_khz: fd.get_tsc_khz().ok(),
+            extended_destinations: chip.has_extended_destinations(),
+        };
+        let cpuid = hypervisor::complete(&cpuid, facts)?;
         fd.set_cpuid2(&cpuid)
             .map_err(refused("take a vCPU's CPUID"))?;
         msr::boot(&fd)?;

@@ -306,7 +306,7 @@ impl Driver {
             GuestEvents::new(move |event| sender.send(Request::Guest(boot, event)))
         };
         let parts = builder::Parts {
-            new_vm: builder::NewVm::create()?,
+            new_vm: builder::NewVm::create(&config.platform)?,
             config: Arc::clone(config),
             serial: (config.serial != SerialConfig::Off).then(|| (host.output(), host.input())),
             events,

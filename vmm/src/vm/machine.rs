@@ -111,6 +111,7 @@ impl Machine {
             ("routing_updates", chip.routing_updates),
             ("lines", chip.lines),
             ("line_raises", chip.line_raises),
+            ("ends_of_interrupt", chip.ends_of_interrupt),
             ("msis", chip.msis),
             ("msis_attached", chip.msis_attached),
             ("doorbells", chip.doorbells),

@@ -182,6 +182,12 @@ pub struct PlatformConfig {
     /// Whether test programs find the device that they are ended by. Ours alone.
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     pub test_device: bool,
+    /// Who has the interrupt controllers: `kernel` or `split`. Ours alone.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub irqchip: Option<String>,
+    /// How long KVM polls for a halted vCPU, at most. Ours alone.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub halt_poll_ns: Option<u32>,
 }
 
 #[cfg(test)]

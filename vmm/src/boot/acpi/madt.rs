@@ -1,7 +1,8 @@
 //! MADT: the interrupt controllers (ACPI 6.5, 5.2.12).
 //!
 //! ISA interrupts are the IOAPIC pin of their number, interrupt 0 too: the GSI table of `berth-irqchip`
-//! leads the PIT to pin 0, so there is no override to pin 2 as on most boards.
+//! leads the PIT to pin 0, so there is no override to pin 2 as on most boards. With the split irqchip there is
+//! neither PIT nor PIC, and PCAT_COMPAT is clear: the guest looks for neither.
 
 use acpi_tables::Aml;
 use acpi_tables::madt::{EnabledStatus, IoApic, ProcessorLocalApic};
@@ -19,10 +20,11 @@ const IOAPIC_ID: u8 = 0;
 const ACTIVE_HIGH_LEVEL: u16 = 0b1101;
 
 /// Local APICs of all vCPUs, one IOAPIC, the SCI, and NMI on LINT1 of every processor.
-pub(super) fn build(topology: Topology) -> Sdt {
+pub(super) fn build(topology: Topology, pic: bool) -> Sdt {
     let mut body = Vec::new();
     body.extend((LAPIC_START as u32).to_le_bytes());
-    body.extend(PCAT_COMPAT.to_le_bytes());
+    let flags = if pic { PCAT_COMPAT } else { 0 };
+    body.extend(flags.to_le_bytes());
     for vcpu in 0..topology.cores() {
         ProcessorLocalApic::new(vcpu, apic_id(vcpu), EnabledStatus::Enabled)
             .to_aml_bytes(&mut body);

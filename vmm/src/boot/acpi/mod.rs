@@ -41,6 +41,8 @@ pub struct AcpiInput {
     pub vcpus: u8,
     /// Whether there is a serial port at COM1.
     pub serial: bool,
+    /// Whether there is a PIC pair.
+    pub pic: bool,
 }
 
 /// Why there are no tables.
@@ -76,7 +78,7 @@ pub fn build(ram: &GuestRam, input: &AcpiInput) -> Result<GuestAddress, Error> {
     let facs = area.add(&FACS::new());
     let dsdt = area.add(&dsdt::build(topology, input.serial, mmio64_start));
     let fadt = area.add(&fadt::build(facs, dsdt));
-    let madt = area.add(&madt::build(topology));
+    let madt = area.add(&madt::build(topology, input.pic));
     let mcfg = area.add(&mcfg::build());
     let mut xsdt = XSDT::new(OEM_ID, OEM_TABLE_ID, OEM_REVISION);
     for table in [fadt, madt, mcfg] {
@@ -210,6 +212,7 @@ mod tests {
             let input = AcpiInput {
                 vcpus,
                 serial: true,
+                pic: true,
             };
             let rsdp = build(&ram, &input).unwrap();
             assert!(rsdp.0.is_multiple_of(16), "a kernel may scan for it");
@@ -224,6 +227,7 @@ mod tests {
         let input = AcpiInput {
             vcpus: 5,
             serial: true,
+            pic: true,
         };
         let rsdp = build(&ram, &input).unwrap();
         let tables = walk(&ram, rsdp);
@@ -236,6 +240,21 @@ mod tests {
             entries = &entries[len.into()..];
         }
         assert_eq!(apics, (0..5).map(|i| (i, i, 1)).collect::<Vec<_>>());
+    }
+
+    #[test]
+    fn a_pic_is_promised_where_there_is_one() {
+        let ram = testing::ram(512 << 20);
+        for pic in [false, true] {
+            let input = AcpiInput {
+                vcpus: 1,
+                serial: true,
+                pic,
+            };
+            let rsdp = build(&ram, &input).unwrap();
+            let flags = u32_at(&walk(&ram, rsdp)[1].1, 40);
+            assert_eq!(flags, u32::from(pic), "PCAT_COMPAT alone");
+        }
     }
 
     /// Intel's disassembler finds nothing to complain about. Skipped where it is not installed.
@@ -255,6 +274,7 @@ mod tests {
         let input = AcpiInput {
             vcpus: 64,
             serial: true,
+            pic: true,
         };
         let rsdp = build(&ram, &input).unwrap();
         let dir = testing::TempDir::new();
