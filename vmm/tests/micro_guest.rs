@@ -31,6 +31,32 @@ fn a_guest_prints_and_powers_itself_off() {
 }
 
 #[test]
+fn a_guest_of_the_split_irqchip_programmes_an_ioapic_that_is_ours() {
+    if !has_kvm() {
+        return;
+    }
+    // Pin 4, the serial port's: edge, vector 0x34, to APIC 0.
+    let code = Code::new()
+        .store32(0xfec0_0000, 0x18)
+        .store32(0xfec0_0010, 0x34)
+        .print("programmed\n")
+        .echo();
+    let args = ["--platform", "irqchip=split,halt_poll_ns=0"];
+    let guest = Guest::start_with(&code, &args);
+    eventually("the guest's text", || {
+        (guest.lines() == ["programmed"]).then_some(())
+    });
+    let updates = guest.counter("irqchip", "routing_updates");
+    assert_eq!(updates, Some(2), "the empty table, then the pin");
+    assert_eq!(guest.counter("vcpu0", "exits_mmio_write"), Some(2));
+    let (_, info) = guest.api("GET", "vm.info");
+    assert!(info.contains(r#""irqchip":"split""#), "{info}");
+    assert_eq!(guest.api("PUT", "vmm.shutdown").0, 204);
+    let (code, stderr) = guest.wait();
+    assert_eq!(code, 0, "{stderr}");
+}
+
+#[test]
 fn a_triple_fault_ends_with_the_exit_and_the_registers() {
     if !has_kvm() {
         return;

@@ -93,6 +93,14 @@ impl Code {
         self
     }
 
+    /// Writes 32 bits to an address.
+    pub(crate) fn store32(mut self, gpa: u32, value: u32) -> Self {
+        self.0.extend([0xc7, 0x05]); // mov dword ptr [gpa], value
+        self.0.extend(gpa.to_le_bytes());
+        self.0.extend(value.to_le_bytes());
+        self
+    }
+
     /// Writes a word to a port.
     pub(crate) fn out16(mut self, port: u16, value: u16) -> Self {
         let [low, high] = port.to_le_bytes();
