@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use kvm_bindings::{
     KVM_CAP_SPLIT_IRQCHIP, KVM_CAP_X2APIC_API, KVM_PIT_SPEAKER_DUMMY,
     KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK, KVM_X2APIC_API_USE_32BIT_IDS, KvmIrqRouting,
-    kvm_enable_cap, kvm_pit_config,
+    kvm_enable_cap, kvm_msi, kvm_pit_config,
 };
 use kvm_ioctls::{Cap, VmFd};
 use vmm_sys_util::eventfd::EventFd;
@@ -139,7 +139,7 @@ impl Chip {
             .ends_of_interrupt
             .fetch_add(1, Ordering::Relaxed);
         if let Some(mut pins) = self.pins() {
-            pins.end_of_interrupt(vector);
+            pins.end_of_interrupt(self, vector);
         }
     }
 
@@ -154,9 +154,11 @@ impl Chip {
         if pin >= IOAPIC_PINS {
             return Err(Error::NoPin { pin });
         }
-        self.vm
-            .set_irq_line(pin, high)
-            .map_err(|source| Error::Drive { pin, source })
+        let driven = match self.pins() {
+            Some(mut pins) => pins.drive(self, pin, high),
+            None => self.vm.set_irq_line(pin, high),
+        };
+        driven.map_err(|source| Error::Drive { pin, source })
     }
 
     /// An MSI vector. It raises nothing before it has a message; until then, and while it is
@@ -218,6 +220,19 @@ impl Chip {
         self.write_routes(&mut table, vec![pin]).inspect_err(|_| {
             table.set_pin(pin, before);
         })
+    }
+
+    /// Sends a message at once, past the routing table.
+    pub(crate) fn send(&self, message: MsiMessage) -> Result<(), kvm_ioctls::Error> {
+        let MsiMessage { address, data } = self.table().destination(message);
+        let msi = kvm_msi {
+            address_lo: address as u32,
+            address_hi: (address >> 32) as u32,
+            data,
+            ..Default::default()
+        };
+        // 0, nobody took it, is what happens to a message for an APIC that is off.
+        self.vm.signal_msi(msi).map(|_| ())
     }
 
     pub(crate) fn attach_line(&self, ends: &Arc<Ends>) -> Result<(), Error> {

@@ -35,6 +35,8 @@ use crate::{Error, Trigger, sys};
 pub(crate) struct Pins {
     pub(crate) ioapic: Ioapic,
     lines: Vec<AttachedLine>,
+    /// Pins that [`Chip::drive`] holds high.
+    driven: u32,
 }
 
 #[derive(Debug)]
@@ -49,6 +51,7 @@ impl Pins {
         Self {
             ioapic: Ioapic::new(),
             lines: Vec::new(),
+            driven: 0,
         }
     }
 
@@ -101,7 +104,7 @@ impl Pins {
         match self.ioapic.write(offset, data) {
             Effect::None => Ok(()),
             Effect::EndOfInterrupt(vector) => {
-                self.end_of_interrupt(vector);
+                self.end_of_interrupt(chip, vector);
                 Ok(())
             }
             Effect::Entry { pin, before } => self.update(chip, pin, before).inspect_err(|_| {
@@ -112,8 +115,11 @@ impl Pins {
     }
 
     /// All level interrupts with this vector have ended: their devices are asked again.
-    pub(crate) fn end_of_interrupt(&mut self, vector: u8) {
+    pub(crate) fn end_of_interrupt(&mut self, chip: &Chip, vector: u8) {
         for pin in self.ioapic.end_of_interrupt(vector) {
+            if let Err(error) = self.deliver_driven(chip, pin) {
+                tracing::debug!(pin, %error, "a driven pin is not delivered again");
+            }
             for line in self.lines.iter().filter(|line| line.ends.pin == pin) {
                 let Some(resample) = &line.ends.resample else {
                     continue;
@@ -122,6 +128,36 @@ impl Pins {
                 let _ = resample.write(1);
             }
         }
+    }
+
+    /// Drives a pin high or low, as a wire does: an edge counts once, a level until it is low.
+    pub(crate) fn drive(
+        &mut self,
+        chip: &Chip,
+        pin: u32,
+        high: bool,
+    ) -> Result<(), kvm_ioctls::Error> {
+        let before = self.driven;
+        self.driven = before & !(1 << pin) | u32::from(high) << pin;
+        let entry = self.ioapic.entry(pin);
+        if entry.is_level() {
+            self.deliver_driven(chip, pin)
+        } else if self.driven & !before != 0 && !entry.is_masked() {
+            chip.send(entry.message())
+        } else {
+            Ok(())
+        }
+    }
+
+    /// Delivers the level of a pin that is driven high, unless it is masked or waits for an end.
+    fn deliver_driven(&mut self, chip: &Chip, pin: u32) -> Result<(), kvm_ioctls::Error> {
+        let entry = self.ioapic.entry(pin);
+        let high = self.driven >> pin & 1 != 0;
+        if !high || !entry.is_level() || entry.is_masked() || entry.remote_irr() {
+            return Ok(());
+        }
+        self.ioapic.set_remote_irr(pin);
+        chip.send(entry.message())
     }
 
     fn update(&mut self, chip: &Chip, pin: u32, before: Entry) -> Result<(), Error> {
@@ -134,7 +170,8 @@ impl Pins {
             self.settle_before_unmask(pin);
             self.set_attached(chip, pin, true)?;
         }
-        Ok(())
+        self.deliver_driven(chip, pin)
+            .map_err(|source| Error::Drive { pin, source })
     }
 
     /// Decides what was written to the eventfds of a masked pin: see the module's header.

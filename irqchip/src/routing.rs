@@ -193,7 +193,7 @@ impl Table {
 
     /// A guest's message with its destination where KVM looks for it (`KVM_CAP_X2APIC_API`): bits 31 to
     /// 8 of it in the upper half of the address.
-    fn destination(&self, message: MsiMessage) -> MsiMessage {
+    pub(crate) fn destination(&self, message: MsiMessage) -> MsiMessage {
         const EXTENDED: u64 = 0xfe0;
         const REMAPPABLE: u64 = 1 << 4;
         let MsiMessage { address, data } = message;

@@ -141,7 +141,48 @@ fn a_pin_that_does_not_exist_is_refused(mode: Mode) {
     );
 }
 
+fn a_driven_level_comes_again_until_it_is_low(mode: Mode) {
+    let Some(machine) = Machine::new(mode, 1) else {
+        return;
+    };
+    let cpu = machine.cpu(0);
+    machine.chip.drive(PIN, true).unwrap();
+    machine.assert_no_interrupt();
+    cpu.set_ioapic_level(PIN, 0x50);
+    for _ in 0..3 {
+        assert_eq!(cpu.interrupt(), 0x50);
+        cpu.eoi();
+    }
+    assert_eq!(cpu.interrupt(), 0x50);
+    machine.chip.drive(PIN, false).unwrap();
+    cpu.eoi();
+    // A KVM that ends an interrupt as it delivers it has sent it once more.
+    cpu.mask_ioapic(PIN);
+    cpu.take_any(0x50);
+    machine.assert_no_interrupt();
+}
+
+fn a_driven_edge_counts_when_it_rises(mode: Mode) {
+    let Some(machine) = Machine::new(mode, 1) else {
+        return;
+    };
+    let cpu = machine.cpu(0);
+    cpu.set_ioapic_edge(4, 0x54);
+    for _ in 0..3 {
+        machine.chip.drive(4, true).unwrap();
+        assert_eq!(cpu.interrupt(), 0x54);
+        cpu.eoi();
+        machine.assert_no_interrupt();
+        machine.chip.drive(4, false).unwrap();
+        machine.assert_no_interrupt();
+    }
+    let error = machine.chip.drive(24, true).unwrap_err();
+    assert!(matches!(error, Error::NoPin { pin: 24 }));
+}
+
 both_modes! {
+    a_driven_level_comes_again_until_it_is_low,
+    a_driven_edge_counts_when_it_rises,
     a_level_line_interrupts_until_the_condition_is_gone,
     the_device_is_asked_again_only_when_the_guest_has_ended_the_interrupt,
     two_level_lines_share_a_pin,

@@ -61,6 +61,16 @@ impl Cpu {
         bits >> (vector % 32) & 1 != 0
     }
 
+    /// Takes an interrupt with this vector if one waits.
+    pub(crate) fn take_any(&self, vector: u8) {
+        const REQUEST: u32 = 0x820;
+        let bits = self.read_msr(REQUEST + u32::from(vector / 32));
+        if bits >> (vector % 32) & 1 != 0 {
+            assert_eq!(self.interrupt(), vector);
+            self.eoi();
+        }
+    }
+
     /// Sends an interrupt to the vCPU with this APIC id.
     pub(crate) fn send_ipi(&self, apic_id: u32, ipi: Ipi) {
         const ASSERT: u64 = 1 << 14;

@@ -13,7 +13,7 @@ use berth_vmm_api_types::v1::ConsoleMode;
 
 use crate::config::{
     ArgError, CpusConfig, DiskConfig, KernelEntry, MemoryConfig, NetConfig, PayloadConfig,
-    PlatformConfig, RngConfig, SerialConfig, VmConfig, convert, device_wire, shared_fd::SharedFd,
+    PlatformConfig, RngConfig, SerialConfig, VmConfig, device_wire, shared_fd::SharedFd,
 };
 
 /// Devices that a guest would miss.
@@ -274,6 +274,7 @@ pub(super) fn net_config(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::config::convert;
 
     fn created(text: &str) -> Result<VmConfig, String> {
         let wire = json::<wire::VmConfig>("VmConfig", text.as_bytes());
