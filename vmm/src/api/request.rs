@@ -305,7 +305,7 @@ mod tests {
             ),
             (
                 r#"{"payload": {"kernel": "/k", "entry": "uefi"}}"#,
-                r#"payload.entry: "uefi" is not pvh, linux64 or bzimage"#,
+                r#"payload.entry: "uefi" is not pvh, linux64, bzimage or multiboot"#,
             ),
             (
                 r#"{"payload": {"kernel": "/k"}, "platform": {"irqchip": "on"}}"#,
