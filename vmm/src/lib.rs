@@ -27,6 +27,7 @@ pub mod cpu;
 pub mod devices;
 pub mod event_loop;
 pub mod kvm;
+pub mod launcher;
 pub mod memory;
 pub mod pci;
 pub mod sandbox;

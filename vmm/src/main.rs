@@ -10,6 +10,7 @@ use std::process::ExitCode;
 use anyhow::Context;
 use berth_vmm::args::{self, Options, Stop};
 use berth_vmm::config::validate::validate;
+use berth_vmm::launcher::{LauncherProcess, Policy};
 use berth_vmm::socket::ApiSocket;
 use berth_vmm::vm::requests::Requests;
 use berth_vmm::vm::{Driver, Limits, Signals};
@@ -39,6 +40,8 @@ fn main() -> ExitCode {
 
 fn run(options: Options) -> anyhow::Result<u8> {
     start_log(options.log_file.as_deref(), options.verbosity)?;
+    // A process of its own: before signals are blocked, and before there is a thread or a sandbox.
+    let launcher = start_launcher(&options).context("cannot start the launcher")?;
     let signals = Signals::new().context("cannot take over signals")?;
     let host = kvm::host().context("cannot ask the host for its limits")?;
     let api_path = options.api_socket.as_ref().and_then(ApiSocket::path);
@@ -57,6 +60,7 @@ fn run(options: Options) -> anyhow::Result<u8> {
     let limits = Limits {
         host,
         api_socket: api_path.map(Into::into),
+        launcher: launcher.as_ref().map(LauncherProcess::launcher),
     };
     let mut driver = Driver::new(limits, signals, (sender.clone(), requests))?;
     let sockets: Vec<_> = api_path.map(Into::into).into_iter().collect();
@@ -71,6 +75,15 @@ fn run(options: Options) -> anyhow::Result<u8> {
         .map(|listener| api::start(listener, sender))
         .transpose()?;
     Ok(driver.run()?)
+}
+
+/// The process that starts daemons, if there can be any to start.
+fn start_launcher(options: &Options) -> io::Result<Option<LauncherProcess>> {
+    let policy = Policy::new(options.config.as_ref(), options.api_socket.is_some());
+    if policy.is_empty() {
+        return Ok(None);
+    }
+    LauncherProcess::fork(&policy).map(Some)
 }
 
 fn start_log(path: Option<&Path>, verbosity: u8) -> anyhow::Result<()> {

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use super::kind::{Found, Offer};
 use super::peer::{Error, Peer};
-use super::session::{End, REQUESTS, RING_ERROR, SOCKET, Session, WAKE, waiting};
+use super::session::{DAEMON_LOG, End, REQUESTS, RING_ERROR, SOCKET, Session, WAKE, waiting};
 use super::shared::{Rings, SessionState, Shared};
 use super::vring::Running;
 use super::wait::{Ready, Waiter};
@@ -45,13 +45,20 @@ impl Connection {
         }
     }
 
-    fn handle(&mut self, ready: &Ready, session: &Session) -> Result<(), End> {
+    fn handle(&mut self, ready: &Ready, session: &mut Session) -> Result<(), End> {
         match ready.token {
             WAKE => {
                 let _ = session.shared.wake_event().read();
             }
             SOCKET if ready.hung_up => return Err(Error::Closed.into()),
             SOCKET => return Err(Error::Unfit("it spoke without being asked".to_owned()).into()),
+            DAEMON_LOG => {
+                if let Some(daemon) = &mut session.daemon
+                    && !daemon.process_log()
+                {
+                    self.waiter.forget(&daemon.log_event());
+                }
+            }
             REQUESTS => self.backend_requests(session)?,
             token => self.ring_error((token - RING_ERROR) as usize, &session.shared),
         }
@@ -259,6 +266,10 @@ impl Session {
             );
         }
         self.said = None;
+        self.served = true;
+        if let Some(daemon) = &mut self.daemon {
+            daemon.serves();
+        }
         self.shared.set_session(SessionState::Live);
     }
 }

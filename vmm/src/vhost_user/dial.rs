@@ -18,6 +18,7 @@ use std::path::{Path, PathBuf};
 use super::Error;
 use super::kind::Kind;
 use crate::config::Link;
+use crate::launcher::{Daemon, Launcher, Request};
 use crate::socket::{self, Listener};
 
 /// Longest path of a unix socket, its final NUL not counted.
@@ -29,11 +30,30 @@ pub(super) enum Dialer {
     Connect(PathBuf),
     /// We do. A socket that is still another session's is tried again.
     Listen(PathBuf, Option<Listener>),
+    /// It is started.
+    Start(Launcher, Request),
+}
+
+/// A connection.
+#[derive(Debug)]
+pub(super) struct Dialled {
+    pub(super) stream: UnixStream,
+    /// The backend, where it was started for this.
+    pub(super) daemon: Option<Daemon>,
+}
+
+impl From<UnixStream> for Dialled {
+    fn from(stream: UnixStream) -> Self {
+        Self {
+            stream,
+            daemon: None,
+        }
+    }
 }
 
 impl Dialer {
     /// For that device.
-    pub(super) fn new(kind: &Kind) -> Result<Self, Error> {
+    pub(super) fn new(kind: &Kind, launcher: Option<&Launcher>) -> Result<Self, Error> {
         match kind.link() {
             Link::Connect(path) => {
                 check_socket(path)?;
@@ -44,9 +64,12 @@ impl Dialer {
                 Err(socket::Error::InUse { .. }) => Ok(Self::Listen(path.clone(), None)),
                 Err(error) => Err(error.into()),
             },
-            Link::Start(_) => Err(Error::NoLauncher {
-                device: kind.id().to_owned(),
-            }),
+            Link::Start(_) => match (launcher, Request::of(kind)) {
+                (Some(launcher), Some(request)) => Ok(Self::Start(launcher.clone(), request)),
+                _ => Err(Error::NoLauncher {
+                    device: kind.id().to_owned(),
+                }),
+            },
         }
     }
 
@@ -54,9 +77,9 @@ impl Dialer {
     ///
     /// # Errors
     /// As [`connect`]; `NotConnected` where nobody connected to our socket yet.
-    pub(super) fn dial(&mut self) -> io::Result<UnixStream> {
+    pub(super) fn dial(&mut self, kind: &Kind) -> io::Result<Dialled> {
         match self {
-            Self::Connect(path) => connect(path),
+            Self::Connect(path) => connect(path).map(Dialled::from),
             Self::Listen(path, listener) => {
                 let listener = match listener {
                     Some(listener) => listener,
@@ -64,7 +87,13 @@ impl Dialer {
                 };
                 let stream = listener.accept()?.ok_or(ErrorKind::NotConnected)?;
                 stream.set_nonblocking(false)?;
-                Ok(stream)
+                Ok(stream.into())
+            }
+            Self::Start(launcher, request) => {
+                let taps = Request::taps(kind);
+                let (stream, daemon) = launcher.start(kind.id(), request, taps)?;
+                let daemon = Some(daemon);
+                Ok(Dialled { stream, daemon })
             }
         }
     }
@@ -72,7 +101,7 @@ impl Dialer {
     /// What is readable when there is a connection to have.
     pub(super) fn event(&self) -> Option<&Listener> {
         match self {
-            Self::Connect(_) => None,
+            Self::Connect(_) | Self::Start(..) => None,
             Self::Listen(_, listener) => listener.as_ref(),
         }
     }
@@ -184,19 +213,25 @@ mod tests {
             },
             mac: None,
         });
-        let mut dialer = Dialer::new(&card).unwrap();
-        assert_eq!(dialer.dial().unwrap_err().kind(), ErrorKind::NotConnected);
+        let mut dialer = Dialer::new(&card, None).unwrap();
+        assert_eq!(
+            dialer.dial(&card).unwrap_err().kind(),
+            ErrorKind::NotConnected
+        );
         // The next session's, which begins before this one is over.
-        let mut next = Dialer::new(&card).unwrap();
+        let mut next = Dialer::new(&card, None).unwrap();
         assert!(next.event().is_none());
-        assert_eq!(next.dial().unwrap_err().kind(), ErrorKind::Other);
+        assert_eq!(next.dial(&card).unwrap_err().kind(), ErrorKind::Other);
         let _both = [connect(&path).unwrap(), connect(&path).unwrap()];
-        dialer.dial().unwrap();
-        dialer.dial().unwrap();
+        dialer.dial(&card).unwrap();
+        dialer.dial(&card).unwrap();
         drop(dialer);
-        assert_eq!(next.dial().unwrap_err().kind(), ErrorKind::NotConnected);
+        assert_eq!(
+            next.dial(&card).unwrap_err().kind(),
+            ErrorKind::NotConnected
+        );
         let _backend = connect(&path).unwrap();
-        next.dial().unwrap();
+        next.dial(&card).unwrap();
         drop(next);
         assert!(!path.exists());
     }

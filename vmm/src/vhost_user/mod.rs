@@ -54,6 +54,7 @@ use self::session::Session;
 pub use self::shared::SessionState;
 use self::shared::{Roster, Shared};
 use crate::devices::virtio::device::VirtioDevice;
+use crate::launcher::Launcher;
 use crate::sandbox::{self, ThreadKind};
 use crate::socket;
 
@@ -82,6 +83,14 @@ pub enum Error {
     NoLauncher {
         /// The device's name.
         device: String,
+    },
+    /// The daemon that was started for it ended, or will not do, before it ever served.
+    #[error("{device}: {reason}")]
+    Daemon {
+        /// The device's name.
+        device: String,
+        /// Its last words, or how it ended.
+        reason: String,
     },
     /// A socket of ours.
     #[error(transparent)]
@@ -114,6 +123,7 @@ pub struct Frontends {
     roster: Arc<Roster>,
     sessions: Vec<Arc<Shared>>,
     operation_limit: Duration,
+    launcher: Option<Launcher>,
 }
 
 impl Frontends {
@@ -130,12 +140,20 @@ impl Frontends {
             deadlines: Arc::new(Deadlines::new()?),
             roster: Arc::default(),
             sessions: Vec::new(),
+            launcher: None,
         })
+    }
+
+    /// The same, with somebody who starts daemons.
+    #[must_use]
+    pub fn starting(mut self, launcher: Option<Launcher>) -> Self {
+        self.launcher = launcher;
+        self
     }
 
     /// Makes a device and starts to dial its backend, in the background.
     pub fn connect(&mut self, kind: Kind) -> Result<Box<dyn VirtioDevice>, Error> {
-        let dialer = Dialer::new(&kind)?;
+        let dialer = Dialer::new(&kind, self.launcher.as_ref())?;
         let device = kind.id().to_owned();
         let shared = self
             .start(kind, dialer)
@@ -171,6 +189,20 @@ impl Frontends {
     /// there is one that answers.
     pub fn wait_settled(&self, timeout: Duration) -> bool {
         self.roster.wait(timeout, |counts| counts.unsettled == 0)
+    }
+
+    /// Whether a daemon that was to be started for a device never served; then why.
+    ///
+    /// # Errors
+    /// The first of these.
+    pub fn check_started(&self) -> Result<(), Error> {
+        for shared in &self.sessions {
+            if let Some(reason) = shared.state().failure.clone() {
+                let device = shared.id().to_owned();
+                return Err(Error::Daemon { device, reason });
+            }
+        }
+        Ok(())
     }
 
     /// Where each session is, in the order they were made.

@@ -13,6 +13,10 @@
 //! the wish in [`Shared`]. Every operation has a deadline; one that is missed ends the connection, and
 //! the rings count as taken back: a process that does not answer can be told nothing more.
 //!
+//! A backend that is started here ([`crate::launcher`]) is waited for after its connection has ended, and
+//! the next one is started when it is gone: at once if it had served for a while, else after longer and
+//! longer pauses. One that never serves at all ends the session, with its last words.
+//!
 //! A backend that comes back gets the rings again from the used index on, with the region that says
 //! what its predecessor had in flight, if what it offers still holds what the driver chose.
 
@@ -24,23 +28,29 @@ use std::time::{Duration, Instant};
 
 use super::connection::Connection;
 use super::deadline::Deadlines;
-use super::dial::Dialer;
+use super::dial::{Dialer, Dialled};
 use super::inflight::Inflight;
 use super::peer::{Error, Peer};
 use super::shared::{Rings, SessionState, Shared};
 use super::wait::Waiter;
+use crate::launcher::Daemon;
 
 /// First and longest pause between two dials.
 const FIRST_PAUSE: Duration = Duration::from_millis(20);
 const LONGEST_PAUSE: Duration = Duration::from_millis(500);
+/// Longest pause between two daemons that are started.
+const LONGEST_REST: Duration = Duration::from_secs(30);
+/// How long a daemon may take to end after its connection.
+const DAEMON_GRACE: Duration = Duration::from_secs(2);
 /// Pause after a backend that did not live for this long; no longer than an operation may take.
 const FAILED_PAUSE: Duration = Duration::from_secs(1);
 
 pub(super) const WAKE: u64 = 0;
 pub(super) const SOCKET: u64 = 1;
 pub(super) const REQUESTS: u64 = 2;
+pub(super) const DAEMON_LOG: u64 = 3;
 /// Tokens of rings' error events start here.
-pub(super) const RING_ERROR: u64 = 3;
+pub(super) const RING_ERROR: u64 = 4;
 
 /// Why a connection is over.
 pub(super) enum End {
@@ -70,6 +80,12 @@ pub(super) struct Session {
     pub(super) written: BTreeMap<usize, Vec<u8>>,
     /// What was last said about a backend that will not serve, so that it is said once.
     pub(super) said: Option<String>,
+    /// The daemon that was started for this connection.
+    pub(super) daemon: Option<Daemon>,
+    /// Whether any backend ever served.
+    pub(super) served: bool,
+    /// Daemons that ended, one after the other, as soon as they were started.
+    short_lived: u32,
 }
 
 impl Session {
@@ -92,6 +108,9 @@ impl Session {
             inflight: None,
             written: BTreeMap::new(),
             said: None,
+            daemon: None,
+            served: false,
+            short_lived: 0,
         })
     }
 
@@ -101,20 +120,53 @@ impl Session {
             let start = Instant::now();
             let end = self.connection(stream);
             // The connection is closed: whatever the backend still does, it cannot be asked.
+            let ended = self.end_daemon();
             self.shared.let_go();
             let End::Lost(error) = end else { break };
+            if let Some((last_words, how)) = ended {
+                if !self.served {
+                    self.fail(last_words.unwrap_or_else(|| match error {
+                        Error::Closed | Error::Protocol { .. } => how,
+                        error => error.to_string(),
+                    }));
+                    break;
+                }
+                tracing::warn!(device = self.shared.id(), "{how}");
+            }
             self.say_lost(&error);
             self.shared.set_session(SessionState::Lost);
-            let failed = FAILED_PAUSE.min(self.limit);
-            let pause = match start.elapsed() > failed && matches!(error, Error::Closed) {
-                true => FIRST_PAUSE,
-                false => failed,
-            };
-            if !self.pause(pause) {
+            let rest = self.rest(start.elapsed(), &error);
+            if !self.pause(rest) {
                 break;
             }
         }
         self.shared.leave();
+    }
+
+    /// How long to wait after a backend that lived so long.
+    fn rest(&mut self, lived: Duration, error: &Error) -> Duration {
+        let failed = FAILED_PAUSE.min(self.limit);
+        if lived > failed && matches!(error, Error::Closed) {
+            self.short_lived = 0;
+            return FIRST_PAUSE;
+        }
+        let Dialer::Start(..) = self.dialer else {
+            return failed;
+        };
+        let rest = failed * (1 << self.short_lived.min(8));
+        self.short_lived += 1;
+        rest.min(LONGEST_REST)
+    }
+
+    /// Waits for the daemon whose connection is closed; its last words, and how it ended.
+    fn end_daemon(&mut self) -> Option<(Option<String>, String)> {
+        let daemon = self.daemon.take()?;
+        Some(daemon.end(DAEMON_GRACE))
+    }
+
+    /// The daemon will not be started again.
+    fn fail(&self, reason: String) {
+        self.shared.state().failure = Some(reason);
     }
 
     /// Connects, however long that takes; `None` to end.
@@ -122,8 +174,15 @@ impl Session {
         let mut pause = FIRST_PAUSE;
         let start = Instant::now();
         loop {
-            match self.dialer.dial() {
-                Ok(stream) => return Some(stream),
+            match self.dialer.dial(&self.shared.kind) {
+                Ok(Dialled { stream, daemon }) => {
+                    self.daemon = daemon;
+                    return Some(stream);
+                }
+                Err(error) if !self.served && matches!(self.dialer, Dialer::Start(..)) => {
+                    self.fail(format!("cannot ask for a daemon: {error}"));
+                    return None;
+                }
                 Err(error) => {
                     self.say_waiting(&error);
                     // One that listens and lets others queue is as silent as one that accepts.
@@ -218,6 +277,11 @@ impl Session {
             .watch(self.shared.wake_event(), WAKE)
             .map_err(waiting)?;
         waiter.watch(&peer, SOCKET).map_err(waiting)?;
+        if let Some(daemon) = &self.daemon {
+            waiter
+                .watch(&daemon.log_event(), DAEMON_LOG)
+                .map_err(waiting)?;
+        }
         if let Some(requests) = &peer.requests {
             waiter.watch(requests, REQUESTS).map_err(waiting)?;
         }
@@ -251,7 +315,11 @@ impl Session {
                 device = self.shared.id(),
                 socket = %self.shared.socket(),
                 reason = %error,
-                "the backend is lost; dialling it again"
+                "the backend is lost; {}",
+                match self.dialer {
+                    Dialer::Start(..) => "starting it again",
+                    _ => "dialling it again",
+                }
             );
             self.said = Some(text);
         }

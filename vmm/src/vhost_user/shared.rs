@@ -90,6 +90,8 @@ pub(super) struct State {
     pub(super) new_calls: Vec<u16>,
     pub(super) notify: Option<Arc<dyn TransportNotify>>,
     pub(super) quit: bool,
+    /// Why the daemon that was started for the device will not be started again.
+    pub(super) failure: Option<String>,
     settled: bool,
 }
 
@@ -104,6 +106,7 @@ impl Shared {
             new_calls: Vec::new(),
             notify: None,
             quit: false,
+            failure: None,
             settled: false,
         };
         Self {

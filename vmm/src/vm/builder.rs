@@ -32,6 +32,7 @@ use crate::devices::serial::port::{Input, RaiseInterrupt, SerialPort};
 use crate::devices::serial::{PIN, PORT, PORT_LEN};
 use crate::devices::test_device;
 use crate::devices::virtio::rng;
+use crate::launcher::Launcher;
 use crate::memory::layout::{
     IOAPIC_START, KVM_IDENTITY_MAP, KVM_TSS, PM1A_EVT_PORT, RESET_PORT, SCI_PIN, mmio64_start,
 };
@@ -144,6 +145,8 @@ pub struct Parts {
     pub serial: Option<(Output, Arc<Input>)>,
     /// Where the guest's events go.
     pub events: GuestEvents,
+    /// Starts daemons for disks and network cards.
+    pub launcher: Option<Launcher>,
     /// Set when nobody waits for this machine any more.
     pub cancel: Arc<AtomicBool>,
 }
@@ -168,6 +171,7 @@ pub fn build(parts: &Parts) -> Result<Machine, Error> {
     }
     // Backends are dialled from here on, while the kernel is loaded.
     let mut frontends = Frontends::new().map_err(Error::Frontends)?;
+    frontends = frontends.starting(parts.launcher.clone());
     let pci = add_pci(&buses, &chip, &ram, config, &mut frontends)?;
 
     let rsdp = write_acpi(&ram, config)?;
@@ -334,9 +338,10 @@ fn add_pci(
 /// A guest looks for its devices once, when it boots: they must have been there.
 fn wait_for_backends(frontends: &Frontends, cancel: &AtomicBool) -> Result<(), Error> {
     while !frontends.wait_settled(CANCEL_POLL) {
+        frontends.check_started()?;
         if cancel.load(Ordering::Acquire) {
             return Err(Error::Cancelled);
         }
     }
-    Ok(())
+    Ok(frontends.check_started()?)
 }

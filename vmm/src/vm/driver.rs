@@ -31,6 +31,7 @@ use crate::config::validate::Host;
 use crate::config::{SerialConfig, VmConfig};
 use crate::devices::serial::host::{self, SerialHost};
 use crate::event_loop::{EventLoop, Token};
+use crate::launcher::Launcher;
 use crate::sandbox::{self, ThreadKind};
 
 /// How long the end of the process waits for the machine to be taken apart.
@@ -61,13 +62,15 @@ pub enum Error {
     },
 }
 
-/// What configurations that come by the API are held against.
+/// What configurations that come by the API are held against, and what there is to carry them out.
 #[derive(Debug)]
 pub struct Limits {
     /// Of the host.
     pub host: Host,
     /// The API's own socket.
     pub api_socket: Option<PathBuf>,
+    /// Starts daemons for disks and network cards.
+    pub launcher: Option<Launcher>,
 }
 
 pub(super) fn failed(what: &'static str) -> impl Fn(io::Error) -> Error {
@@ -310,6 +313,7 @@ impl Driver {
             config: Arc::clone(config),
             serial: (config.serial != SerialConfig::Off).then(|| (host.output(), host.input())),
             events,
+            launcher: self.limits.launcher.clone(),
             cancel: Arc::clone(&self.cancel),
         };
         sandbox::spawn(ThreadKind::Boot, "boot", move || {
