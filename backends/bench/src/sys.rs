@@ -11,7 +11,8 @@ use std::process::Command;
 use std::ptr::NonNull;
 use std::time::Duration;
 
-fn check(result: libc::c_int) -> Result<libc::c_int> {
+/// A system call's result; errno where it is below 0.
+pub fn check(result: libc::c_int) -> Result<libc::c_int> {
     if result < 0 {
         Err(Error::last_os_error())
     } else {

@@ -1,7 +1,10 @@
 //! Plain reads and writes on a tap: one system call a frame, no virtio.
+//!
+//! What is read goes round as with a daemon (see [`super::circle`]): so many frames, by the same way
+//! into the tap, and out of it into memory that the sender's core looks at.
 #![forbid(unsafe_code)]
 
-use std::io::{ErrorKind, Read, Write};
+use std::io::{ErrorKind, Write};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::channel;
 use std::thread;
@@ -10,11 +13,15 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, anyhow};
 
 use super::cells::{Cell, Way};
-use super::tap::{self, Sender};
+use super::circle::{Buffers, TxRing};
+use super::tap;
 use crate::sys;
 
 /// Frames that go round where they come from the tap: less than its queue takes.
 pub(super) const CIRCULATING: u64 = 256;
+
+/// Frames sent at a time, as testpmd does.
+const BURST: u64 = 32;
 
 /// A reader that gets nothing for so long has read all there is.
 const LOST: Duration = Duration::from_millis(100);
@@ -30,7 +37,8 @@ pub(super) fn run<T>(
     let stop = AtomicBool::new(false);
     let moved = AtomicU64::new(0);
     let frame = tap::frame(cell.frame);
-    let (stop, moved) = (&stop, &moved);
+    let buffers = Buffers::full_of(&frame).context("no memory for frames")?;
+    let (stop, moved, buffers) = (&stop, &moved, &buffers);
     let running = || !stop.load(Ordering::Relaxed);
     let (tell, told) = channel();
     thread::scope(|scope| {
@@ -40,14 +48,18 @@ pub(super) fn run<T>(
             tell.send(sys::thread_number())
                 .map_err(std::io::Error::other)?;
             sys::pin_thread(daemon_cpu)?;
-            let mut buffer = vec![0; 2048];
+            let mut number = 0;
             while running() {
                 let done = match cell.way {
                     Way::ToTap => tap.write(frame),
-                    Way::FromTap => tap.read(&mut buffer),
+                    Way::FromTap => buffers.read(tap, number),
                 };
                 match done {
-                    Ok(_) => moved.store(moved.load(Ordering::Relaxed) + 1, Ordering::Relaxed),
+                    Ok(_) => {
+                        number += 1;
+                        // The frame is in its buffer before it is sent on.
+                        moved.store(number, Ordering::Release);
+                    }
                     Err(error) if error.kind() == ErrorKind::WouldBlock => {}
                     Err(error) => return Err(error),
                 }
@@ -57,11 +69,11 @@ pub(super) fn run<T>(
         let sender = (cell.way == Way::FromTap).then(|| {
             scope.spawn(|| {
                 sys::pin_thread(client_cpu)?;
-                let sender = Sender::new()?;
+                let mut ring = TxRing::new()?;
                 let mut sent: u64 = 0;
                 let mut last = (0, Instant::now());
                 while running() {
-                    let read = moved.load(Ordering::Relaxed);
+                    let read = moved.load(Ordering::Acquire);
                     if read != last.0 {
                         last = (read, Instant::now());
                     } else if last.1.elapsed() > LOST {
@@ -70,14 +82,11 @@ pub(super) fn run<T>(
                     }
                     // Some that were given up for lost may come after all.
                     sent = sent.max(read);
-                    let room = CIRCULATING - (sent - read).min(CIRCULATING);
+                    let room = CIRCULATING.saturating_sub(sent - read).min(BURST);
                     if room > 0 {
-                        sent += match sender.send(frame, room as usize) {
-                            Ok(more) => more as u64,
-                            // A reader that had to wait for its core has not lost them after all.
-                            Err(error) if error.raw_os_error() == Some(libc::ENOBUFS) => 0,
-                            Err(error) => return Err(error),
-                        };
+                        // As many frames are under way: what is sent has just been read.
+                        let first = sent.wrapping_sub(CIRCULATING);
+                        sent += ring.send(buffers, first, room, cell.frame)?;
                     }
                 }
                 Ok::<(), std::io::Error>(())

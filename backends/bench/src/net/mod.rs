@@ -12,6 +12,7 @@
 //! What is counted is what the kernel counts on the tap.
 
 mod cells;
+mod circle;
 mod limit;
 mod measure;
 mod subject;

@@ -9,16 +9,10 @@ use std::io::{Error, Result};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
 
+use crate::sys::check;
+
 /// What it is called in our namespace.
 pub(super) const NAME: &str = "bench0";
-
-fn check(result: libc::c_int) -> Result<libc::c_int> {
-    if result < 0 {
-        Err(Error::last_os_error())
-    } else {
-        Ok(result)
-    }
-}
 
 /// What the kernel counts on the tap.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
@@ -92,6 +86,64 @@ pub(super) fn create() -> Result<File> {
     Ok(tap)
 }
 
+/// A packet socket that passes by queueing disciplines and other packet sockets.
+pub(super) fn packet_socket() -> Result<OwnedFd> {
+    // SAFETY: no pointers. Protocol 0: it receives nothing.
+    let socket = check(unsafe { libc::socket(libc::AF_PACKET, libc::SOCK_RAW, 0) })?;
+    // SAFETY: just returned to us alone.
+    let socket = unsafe { OwnedFd::from_raw_fd(socket) };
+    set_option(&socket, libc::PACKET_QDISC_BYPASS, &1_i32)?;
+    // All frames that go round, of any size, or sending waits for the reader.
+    set(
+        &socket,
+        (libc::SOL_SOCKET, libc::SO_SNDBUFFORCE),
+        &(4_i32 << 20),
+    )?;
+    Ok(socket)
+}
+
+/// Sets an option of packet sockets; `T` is what the kernel takes for it.
+pub(super) fn set_option<T>(socket: &OwnedFd, option: libc::c_int, value: &T) -> Result<()> {
+    set(socket, (libc::SOL_PACKET, option), value)
+}
+
+fn set<T>(socket: &OwnedFd, (level, option): (libc::c_int, libc::c_int), value: &T) -> Result<()> {
+    // SAFETY: the value lives through the call and has the size that is given.
+    check(unsafe {
+        libc::setsockopt(
+            socket.as_raw_fd(),
+            level,
+            option,
+            std::ptr::from_ref(value).cast(),
+            size_of_val(value) as libc::socklen_t,
+        )
+    })
+    .map(drop)
+}
+
+/// Binds a packet socket to the tap.
+pub(super) fn bind(socket: &OwnedFd) -> Result<()> {
+    let request = named();
+    // SAFETY: the name ends in a zero, as it is shorter than the field.
+    let index = unsafe { libc::if_nametoindex(request.ifr_name.as_ptr()) };
+    if index == 0 {
+        return Err(Error::last_os_error());
+    }
+    // SAFETY: a sockaddr_ll is plain data, for which zeroes are valid.
+    let mut address: libc::sockaddr_ll = unsafe { std::mem::zeroed() };
+    address.sll_family = libc::AF_PACKET as u16;
+    address.sll_ifindex = index.cast_signed();
+    // SAFETY: the address lives through the call and has the size that is given.
+    check(unsafe {
+        libc::bind(
+            socket.as_raw_fd(),
+            (&raw const address).cast(),
+            size_of_val(&address) as libc::socklen_t,
+        )
+    })
+    .map(drop)
+}
+
 /// Sends frames out of the tap's interface, that is, to whoever reads the tap.
 #[derive(Debug)]
 pub(super) struct Sender {
@@ -99,45 +151,10 @@ pub(super) struct Sender {
 }
 
 impl Sender {
-    /// A packet socket that passes by queueing disciplines and other packet sockets.
+    /// A sender on the tap, which is there.
     pub(super) fn new() -> Result<Sender> {
-        // SAFETY: no pointers. Protocol 0: it receives nothing.
-        let socket = check(unsafe { libc::socket(libc::AF_PACKET, libc::SOCK_RAW, 0) })?;
-        // SAFETY: just returned to us alone.
-        let socket = unsafe { OwnedFd::from_raw_fd(socket) };
-        let set = |option: (libc::c_int, libc::c_int), value: libc::c_int| {
-            // SAFETY: either option is one int, which lives through the call.
-            check(unsafe {
-                libc::setsockopt(
-                    socket.as_raw_fd(),
-                    option.0,
-                    option.1,
-                    (&raw const value).cast(),
-                    size_of_val(&value) as libc::socklen_t,
-                )
-            })
-        };
-        set((libc::SOL_PACKET, libc::PACKET_QDISC_BYPASS), 1)?;
-        // All frames that go round, of any size, or sending waits for the reader.
-        set((libc::SOL_SOCKET, libc::SO_SNDBUFFORCE), 4 << 20)?;
-        let request = named();
-        // SAFETY: the name ends in a zero, as it is shorter than the field.
-        let index = unsafe { libc::if_nametoindex(request.ifr_name.as_ptr()) };
-        if index == 0 {
-            return Err(Error::last_os_error());
-        }
-        // SAFETY: a sockaddr_ll is plain data, for which zeroes are valid.
-        let mut address: libc::sockaddr_ll = unsafe { std::mem::zeroed() };
-        address.sll_family = libc::AF_PACKET as u16;
-        address.sll_ifindex = index.cast_signed();
-        // SAFETY: the address lives through the call and has the size that is given.
-        check(unsafe {
-            libc::bind(
-                socket.as_raw_fd(),
-                (&raw const address).cast(),
-                size_of_val(&address) as libc::socklen_t,
-            )
-        })?;
+        let socket = packet_socket()?;
+        bind(&socket)?;
         Ok(Sender { socket })
     }
 
