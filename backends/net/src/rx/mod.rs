@@ -30,7 +30,9 @@
 
 #![forbid(unsafe_code)]
 
+mod batched;
 mod pool;
+mod stash;
 
 use std::collections::VecDeque;
 use std::io;
@@ -43,7 +45,7 @@ use berth_queue_worker::{
 use virtio_bindings::virtio_net::{VIRTIO_NET_F_GUEST_CSUM, VIRTIO_NET_F_MRG_RXBUF};
 
 use self::pool::Pool;
-use crate::device::{GUEST_SEGMENTATION, has};
+use crate::device::has;
 use crate::filter::PEEK_LEN;
 use crate::header::{HDR_LEN, MAX_FRAME_WITH_HDR, NUM_BUFFERS_OFFSET, header_len};
 use crate::port::batch::Batcher;
@@ -225,41 +227,6 @@ impl RxQueue {
         filter.accepts(&start)
     }
 
-    /// Takes a copy of a frame, to be delivered later.
-    fn stash(&mut self, len: usize, first: usize, count: usize, spill: usize) {
-        let mut bytes = vec![0; len];
-        let in_pool = self.pool.copy_out(first, count, 0, &mut bytes);
-        let from = spill * MAX_FRAME_WITH_HDR;
-        bytes[in_pool..].copy_from_slice(&self.spills[from + in_pool..from + len]);
-        self.stash.push_back(bytes);
-    }
-
-    /// Delivers the first frame of the stash; false if the driver has yet to give buffers.
-    fn deliver_stashed(&mut self, ring: &mut Ring) -> Result<bool, QueueError> {
-        let Some(frame) = self.stash.pop_front() else {
-            return Ok(true);
-        };
-        let may_grow = self.fill_for(ring, frame.len())?;
-        let room = match self.pool.chains_from(0).next() {
-            Some(chain) if !self.mergeable => chain.writable_len(),
-            _ => self.pool.bytes(),
-        };
-        if frame.len() <= room {
-            self.pool.copy_in(&frame);
-            self.finish(frame.len(), ring)?;
-        } else if !may_grow
-            || (!self.mergeable && !self.pool.is_empty())
-            || self.pool.pieces() >= usize::from(ring.size())
-        {
-            // The driver has no buffer left to give: waiting would be for ever.
-            self.counters.dropped.add(1);
-        } else {
-            self.stash.push_front(frame);
-            return Ok(false);
-        }
-        Ok(true)
-    }
-
     /// The frame lies in the first buffers of the pool: completes its header and uses them.
     fn finish(&mut self, len: usize, ring: &mut Ring) -> Result<(), QueueError> {
         let (count, _) = self.pool.covering(len);
@@ -374,88 +341,6 @@ impl RxQueue {
         }
         self.batch(count, ring)
     }
-
-    /// A batch of reads into the first `count` buffers of the pool, one each.
-    fn batch(&mut self, count: usize, ring: &mut Ring) -> Result<Option<Interest>, QueueError> {
-        if let Err(error) = self.read_batch(count) {
-            // Frames that were read are lost.
-            tracing::warn!(pair = self.pair, %error, "io_uring failed; going on without");
-            self.batcher = None;
-            return Ok(None);
-        }
-        let mut delivered = 0;
-        let mut in_turn = true;
-        let mut found = 0;
-        for spill in 0..count {
-            let first = spill - delivered;
-            let Ok(len) = usize::try_from(self.results[spill]) else {
-                in_turn = false;
-                continue;
-            };
-            found += 1;
-            let Found::Wanted(len) = self.judge(len, first, 1, spill) else {
-                in_turn = false;
-                continue;
-            };
-            let room = self.room(first, 1);
-            let cut = len == room && is_bare(self.longest, room);
-            if cut || (len > room && !self.mergeable) {
-                self.counters.dropped.add(1);
-                in_turn = false;
-                self.max_plain = self.state.port().max_plain_frame();
-            } else if in_turn && len <= room {
-                self.finish(len, ring)?;
-                delivered += 1;
-            } else {
-                self.stash(len, first, 1, spill);
-                in_turn = false;
-            }
-        }
-        self.after_batch(count, found)
-    }
-
-    fn after_batch(&mut self, count: usize, found: usize) -> Result<Option<Interest>, QueueError> {
-        if found == count {
-            self.reads = (self.reads * 2).min(MAX_READS);
-            return Ok(None);
-        }
-        self.reads = found.max(1);
-        if !self.stash.is_empty() {
-            return Ok(None);
-        }
-        let error = self.results.iter().rfind(|result| **result < 0);
-        let error = error.map_or(libc::EAGAIN, |result| -result);
-        self.no_frame(io::Error::from_raw_os_error(error)).map(Some)
-    }
-
-    fn read_batch(&mut self, count: usize) -> io::Result<()> {
-        let segmented = self.state.offloads() & GUEST_SEGMENTATION != 0;
-        self.longest = self.max_plain.filter(|_| !segmented);
-        let longest = self.longest;
-        let Some(batcher) = &mut self.batcher else {
-            return Ok(());
-        };
-        let mut batch = batcher.reads();
-        let spills = self.spills.chunks_exact_mut(MAX_FRAME_WITH_HDR);
-        for (chain, spill) in self.pool.chains_from(0).take(count).zip(spills) {
-            let mut frame = batch.add();
-            frame.push_guest(chain.writer());
-            if !is_bare(longest, frame.len()) {
-                let in_pool = frame.len().min(MAX_FRAME_WITH_HDR);
-                frame.push_own(&mut spill[in_pool..]);
-            }
-        }
-        let results = batch.run()?;
-        self.results.clear();
-        self.results.extend_from_slice(results);
-        Ok(())
-    }
-}
-
-/// Whether a read into so much room needs no spill: then a frame that fills it has been cut (the
-/// port's MTU has just been raised), and one that does not is whole.
-fn is_bare(longest: Option<usize>, room: usize) -> bool {
-    longest.is_some_and(|longest| longest < room)
 }
 
 impl QueueWorker for RxQueue {
