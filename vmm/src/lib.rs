@@ -8,6 +8,7 @@
 //! ```text
 //!   main thread ── event loop: signals, serial input, requests; the one writer of VM state (vm::driver)
 //!   boot        ── puts a machine together, waits for backends; teardown ── takes one apart
+//!   plug        ── waits for the backend of a device that is added
 //!   api         ── HTTP on a unix socket; turns requests into messages for the driver
 //!   vcpuN       ── KVM_RUN; exits are dispatched over bus::Bus
 //!   serial-out  ── writes what the guest prints, so that a slow reader holds up no vCPU

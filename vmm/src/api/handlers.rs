@@ -6,6 +6,8 @@ use berth_vmm_api_types::v1 as wire;
 
 use super::http::{Request, Response, Status};
 use super::request;
+use crate::config::device_wire;
+use crate::vhost_user::Kind;
 use crate::vm::requests::{Command, Failure, Info, Reply};
 use crate::vm::state::{Action, Refusal};
 
@@ -21,12 +23,11 @@ pub(super) enum Route {
 }
 
 /// Requests that clients know and this VMM does not serve.
-const NOT_SERVED: [&str; 15] = [
+const NOT_SERVED: [&str; 14] = [
     "vm.resize",
     "vm.resize-disk",
     "vm.resize-zone",
     "vm.add-device",
-    "vm.add-generic-vhost-user",
     "vm.add-pmem",
     "vm.add-vsock",
     "vm.add-vdpa",
@@ -62,6 +63,11 @@ pub(super) fn route(request: &Request) -> Route {
         "vm.reboot" => act(Action::Reboot),
         "vm.shutdown" => act(Action::Shutdown),
         "vm.delete" => act(Action::Delete),
+        "vm.add-disk" => add_disk(&request.body),
+        "vm.add-net" => add_net(&request.body),
+        "vm.add-fs" => add_fs(&request.body),
+        "vm.add-generic-vhost-user" => add_generic(&request.body),
+        "vm.remove-device" => remove(&request.body),
         _ if NOT_SERVED.contains(&name) => {
             let message = format!("{name} is not supported");
             return error(Status::NotImplemented, &message);
@@ -83,6 +89,38 @@ fn create(body: &[u8]) -> Result<Command, request::Error> {
     Ok(Command::Create(Box::new(request::vm_config(config)?)))
 }
 
+// An empty id: the driver chooses one.
+
+fn add_disk(body: &[u8]) -> Result<Command, request::Error> {
+    let disk = request::json("DiskConfig", body)?;
+    add(Kind::Blk(request::disk_config(&disk, "")?))
+}
+
+fn add_net(body: &[u8]) -> Result<Command, request::Error> {
+    let net = request::json("NetConfig", body)?;
+    add(Kind::Net(request::net_config(&net, "", Vec::new())?))
+}
+
+fn add_fs(body: &[u8]) -> Result<Command, request::Error> {
+    let fs = request::json("FsConfig", body)?;
+    add(Kind::Fs(device_wire::fs(&fs, "", "fs")?))
+}
+
+fn add_generic(body: &[u8]) -> Result<Command, request::Error> {
+    let generic = request::json("GenericVhostUserConfig", body)?;
+    let generic = device_wire::generic(&generic, "", "generic_vhost_user")?;
+    add(Kind::Generic(generic))
+}
+
+fn add(kind: Kind) -> Result<Command, request::Error> {
+    Ok(Command::Add(Box::new(kind)))
+}
+
+fn remove(body: &[u8]) -> Result<Command, request::Error> {
+    let removed: wire::VmRemoveDevice = request::json("VmRemoveDevice", body)?;
+    Ok(Command::Remove(removed.id))
+}
+
 /// The answer for what the driver said.
 pub(super) fn answer(reply: Result<Reply, Failure>) -> Response {
     match reply {
@@ -90,11 +128,15 @@ pub(super) fn answer(reply: Result<Reply, Failure>) -> Response {
             status: Status::NoContent,
             body: None,
         },
+        Ok(Reply::Added(device)) => json(&wire::PciDeviceInfo {
+            id: device.id,
+            bdf: device.bdf,
+        }),
         Ok(Reply::Info(info)) => json(&vm_info(&info)),
         Ok(Reply::Counters(counters)) => json::<wire::VmCounters>(&counters),
         Err(error) => {
             let status = match error {
-                Failure::Refused(Refusal::NotCreated) => Status::NotFound,
+                Failure::Refused(Refusal::NotCreated) | Failure::NotFound(_) => Status::NotFound,
                 Failure::Invalid(_) => Status::BadRequest,
                 Failure::Conflict(_) => Status::Conflict,
                 Failure::Refused(Refusal::WrongState { .. }) | Failure::Failed(_) => {

@@ -61,7 +61,10 @@ fn drive(requests: &Requests) {
                 },
                 Command::Counters => Ok(Reply::Counters(counters.clone())),
                 Command::Info => Err(Failure::Failed("no configuration here".into())),
-                Command::Create(_) | Command::VmmShutdown => Ok(Reply::Done),
+                Command::Create(_)
+                | Command::Add(_)
+                | Command::Remove(_)
+                | Command::VmmShutdown => Ok(Reply::Done),
             };
             reply.send(answer);
             if last {

@@ -27,7 +27,10 @@ impl BusDevice for Ecam {
     }
 
     fn write(&self, offset: u64, data: &[u8]) {
-        lock(&self.0).write(Bdf((offset >> 12) as u16), offset as usize & 0xfff, data);
+        let at = Bdf((offset >> 12) as u16);
+        // A device that was taken out ends after the lock, which the statement holds.
+        let ejected = lock(&self.0).write(at, offset as usize & 0xfff, data);
+        drop(ejected);
     }
 }
 
@@ -77,7 +80,8 @@ impl BusDevice for DataPort {
 
     fn write(&self, offset: u64, data: &[u8]) {
         if let Some((bdf, register, len)) = self.target(offset, data.len()) {
-            lock(&self.tree).write(bdf, register, &data[..len]);
+            let ejected = lock(&self.tree).write(bdf, register, &data[..len]);
+            drop(ejected);
         }
     }
 }

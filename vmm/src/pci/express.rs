@@ -1,6 +1,7 @@
 //! The PCI Express and MSI capabilities that functions here carry.
 //!
-//! The link is what a virtual one can be: up, 2.5 GT/s, one lane, no power management, no hot-plug.
+//! The link is what a virtual one can be: 2.5 GT/s, one lane, no power management. A root port's slot is
+//! [`super::slot`]'s.
 //!
 //! Reference: PCI Express 3.0, 7.8; PCI Local Bus 3.0, 6.8.1.
 
@@ -20,23 +21,20 @@ pub(super) enum PortType {
     Endpoint,
     /// A device on bus 0.
     IntegratedEndpoint,
-    /// A root port whose slot, with this number, holds a device.
-    RootPort {
-        /// Physical slot number.
-        slot: u8,
-    },
+    /// A root port with a slot.
+    RootPort,
 }
 
-/// Adds the PCI Express capability. Offsets below are those of the specification.
-pub(super) fn add_express(space: &mut ConfigSpace, port: PortType) {
+/// Adds the PCI Express capability; returns its offset. Offsets below are those of the specification.
+pub(super) fn add_express(space: &mut ConfigSpace, port: PortType) -> usize {
     let mut body = [0; BODY_LEN];
     let mut writable = [0; BODY_LEN];
     let (kind, link) = match port {
         PortType::Endpoint => (0x0, true),
         PortType::IntegratedEndpoint => (0x9, false),
-        PortType::RootPort { .. } => (0x4, true),
+        PortType::RootPort => (0x4, true),
     };
-    let slot_implemented = u16::from(matches!(port, PortType::RootPort { .. })) << 8;
+    let slot_implemented = u16::from(port == PortType::RootPort) << 8;
     put16(&mut body, 0x02, 2 | kind << 4 | slot_implemented);
     // Device: role-based error reporting; no-snoop, relaxed ordering, reads of 512 bytes.
     put32(&mut body, 0x04, 1 << 15);
@@ -49,28 +47,42 @@ pub(super) fn add_express(space: &mut ConfigSpace, port: PortType) {
         put32(&mut body, 0x2c, 1 << 1);
         put16(&mut body, 0x30, 1);
     }
-    if let PortType::RootPort { slot } = port {
-        // Link: its state is reported, and is active. Slot: its number, and that it is occupied.
-        put32(&mut body, 0x0c, 0x11 | 1 << 20 | u32::from(slot) << 24);
-        put16(&mut body, 0x12, 0x11 | 1 << 13);
-        put32(&mut body, 0x14, u32::from(slot) << 19);
-        put16(&mut body, 0x1a, 1 << 6);
+    if port == PortType::RootPort {
+        // Link: whether it is active is reported. Root control: what its driver sets and nothing reads.
+        put32(&mut body, 0x0c, 0x11 | 1 << 20);
         put16(&mut writable, 0x1c, 0x1f);
     }
-    space.add_capability(CAPABILITY_EXPRESS, &body, &writable);
+    space.add_capability(CAPABILITY_EXPRESS, &body, &writable)
 }
 
-/// Adds an MSI capability of one 64-bit vector. A root port has it for its driver's sake, which wants an
-/// interrupt for power-management events; there are none.
-pub(super) fn add_msi(space: &mut ConfigSpace) {
-    let mut body = [0; 12];
-    let mut writable = [0; 12];
-    put16(&mut body, 0x02, 1 << 7);
-    put16(&mut writable, 0x02, 1);
-    put32(&mut writable, 0x04, 0xffff_fffc);
-    put32(&mut writable, 0x08, 0xffff_ffff);
-    put16(&mut writable, 0x0c, 0xffff);
-    space.add_capability(CAPABILITY_MSI, &body, &writable);
+/// Offsets in the MSI capability.
+const MSI_CONTROL: usize = 0x02;
+const MSI_ADDRESS: usize = 0x04;
+const MSI_DATA: usize = 0x0c;
+const MSI_LEN: usize = 0x0e;
+
+/// Adds an MSI capability of one 64-bit vector; returns its offset.
+pub(super) fn add_msi(space: &mut ConfigSpace) -> usize {
+    let mut body = [0; MSI_LEN - 2];
+    let mut writable = [0; MSI_LEN - 2];
+    put16(&mut body, MSI_CONTROL, 1 << 7);
+    put16(&mut writable, MSI_CONTROL, 1);
+    put32(&mut writable, MSI_ADDRESS, 0xffff_fffc);
+    put32(&mut writable, MSI_ADDRESS + 4, 0xffff_ffff);
+    put16(&mut writable, MSI_DATA, 0xffff);
+    space.add_capability(CAPABILITY_MSI, &body, &writable)
+}
+
+/// The message of the MSI capability at `at`, while it is enabled: address and data.
+pub(super) fn msi_message(space: &ConfigSpace, at: usize) -> Option<(u64, u32)> {
+    let enabled = space.u16(at + MSI_CONTROL) & 1 != 0;
+    let [low, high] = [0, 4].map(|i| u64::from(space.u32(at + MSI_ADDRESS + i)));
+    enabled.then(|| (low | high << 32, space.u16(at + MSI_DATA).into()))
+}
+
+/// Whether an access meets the MSI capability at `at`.
+pub(super) fn touches_msi(at: usize, offset: usize, len: usize) -> bool {
+    offset < at + MSI_LEN && at < offset + len
 }
 
 /// Puts a register at its offset from the capability's start, which is two bytes before the body's.

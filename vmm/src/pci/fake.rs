@@ -10,11 +10,14 @@ use super::wiring::{DoorbellAt, Vector, Wiring, WiringError};
 
 /// Whether a vector is masked, and its message.
 type VectorState = (bool, Option<(u64, u32)>);
+/// A vector, and its event.
+type Events = BTreeMap<usize, EventFd>;
 
 #[derive(Default)]
 struct Shared {
     /// By number of the vector.
     vectors: Mutex<BTreeMap<usize, VectorState>>,
+    events: Mutex<Events>,
     /// By address: the doorbell's number.
     doorbells: Mutex<BTreeMap<u64, usize>>,
     next_vector: AtomicUsize,
@@ -34,6 +37,11 @@ impl FakeWiring {
         }
     }
 
+    /// How often a vector was raised since this was last asked.
+    pub(crate) fn raised(&self, vector: usize) -> u64 {
+        self.0.events.lock().unwrap()[&vector].read().unwrap_or(0)
+    }
+
     /// Where doorbells are, in the order of their addresses.
     pub(crate) fn doorbells(&self) -> Vec<(u64, usize)> {
         let placed = self.0.doorbells.lock().unwrap();
@@ -45,9 +53,12 @@ impl Wiring for FakeWiring {
     fn vector(&self) -> Result<Box<dyn Vector>, WiringError> {
         let number = self.0.next_vector.fetch_add(1, Ordering::Relaxed);
         self.0.vectors.lock().unwrap().insert(number, (true, None));
+        let event = EventFd::new(EFD_NONBLOCK).unwrap();
+        let copy = event.try_clone().unwrap();
+        self.0.events.lock().unwrap().insert(number, copy);
         Ok(Box::new(FakeVector {
             number,
-            event: EventFd::new(EFD_NONBLOCK).unwrap(),
+            event,
             shared: Arc::clone(&self.0),
         }))
     }

@@ -4,7 +4,8 @@
 //!  bus 0 ─┬─ 00:00.0 host bridge
 //!         ├─ 00:01.0 virtio-rng …            small devices of this process
 //!         ├─ 00:02.0 root port ── 01:00.0    a vhost-user device, alone on its bus
-//!         └─ 00:03.0 root port ── 02:00.0    the next one
+//!         ├─ 00:03.0 root port ── 02:00.0    the next one
+//!         └─ 00:04.0 root port ── empty      for one that is added later (slot)
 //!
 //!  ECAM, 0xcf8/0xcfc ─▶ access ─▶ tree ─▶ config_space of a bridge, root_port or endpoint
 //!                                  └─ a BAR moved: off the bus, doorbells taken; on it again, placed
@@ -25,10 +26,13 @@ mod endpoint;
 mod express;
 #[cfg(test)]
 pub(crate) mod fake;
+#[cfg(test)]
+mod hotplug_tests;
 pub(crate) mod msix;
 #[cfg(test)]
 mod random_tests;
 mod root_port;
+mod slot;
 #[cfg(test)]
 mod tests;
 mod tree;
@@ -87,6 +91,12 @@ pub enum Error {
         #[source]
         source: WiringError,
     },
+    /// No port without a device.
+    #[error("cannot add {device}: no root port is free (--platform hotplug_ports=)")]
+    NoFreePort {
+        /// The device's name.
+        device: String,
+    },
     /// An address is taken.
     #[error("cannot put PCI configuration space on the bus")]
     Bus(#[from] bus::Error),
@@ -111,8 +121,10 @@ impl PciHost {
 
     /// Adds a device to bus 0.
     pub fn add_builtin(&mut self, name: &str, device: Box<dyn VirtioDevice>) -> Result<(), Error> {
-        let function = self.function(name, device)?;
-        self.add_builtin_function(function);
+        self.check_room(name)?;
+        let function = self.context.function(name, device)?;
+        let endpoint = Endpoint::new(function, PortType::IntegratedEndpoint);
+        self.tree.slots.push(Slot::Builtin(Box::new(endpoint)));
         Ok(())
     }
 
@@ -123,9 +135,22 @@ impl PciHost {
         device: Box<dyn VirtioDevice>,
         port_vendor: u16,
     ) -> Result<(), Error> {
-        let function = self.function(name, device)?;
-        self.add_function_below_root_port(function, port_vendor);
-        Ok(())
+        self.check_room(name)?;
+        let function = self.context.function(name, device)?;
+        let endpoint = Box::new(Endpoint::new(function, PortType::Endpoint));
+        self.add_port(name, Some(endpoint), port_vendor)
+    }
+
+    /// Adds a root port of this vendor to bus 0, for a device that comes later.
+    pub fn add_empty_root_port(&mut self, port_vendor: u16) -> Result<(), Error> {
+        self.check_room("a root port")?;
+        self.add_port("a root port", None, port_vendor)
+    }
+
+    /// Has `ejected` told the name of each device that the guest lets go of, on a vCPU thread. It must not
+    /// block, nor call back.
+    pub fn on_ejection(&mut self, ejected: impl Fn(&str) + Send + 'static) {
+        self.tree.ejected = Box::new(ejected);
     }
 
     /// Assigns bus numbers, windows and BARs, and claims configuration space on the buses.
@@ -142,39 +167,35 @@ impl PciHost {
             tree: Arc::clone(&tree),
         };
         ports.insert(DATA_PORT, 4, Arc::new(data))?;
-        Ok(Pci { tree })
+        Ok(Pci {
+            tree,
+            context: Arc::new(self.context),
+        })
     }
 
-    fn function(
-        &self,
-        name: &str,
-        device: Box<dyn VirtioDevice>,
-    ) -> Result<Arc<dyn PciFunction>, Error> {
-        let device_name = || name.to_owned();
+    fn check_room(&self, name: &str) -> Result<(), Error> {
         if self.tree.slots.len() >= MAX_DEVICES {
             return Err(Error::Full {
-                device: device_name(),
+                device: name.to_owned(),
             });
         }
-        let (wiring, memory) = (&*self.context.wiring, self.context.memory.clone());
-        let function =
-            VirtioPci::new(name, device, wiring, memory).map_err(|source| Error::Wiring {
-                device: device_name(),
-                source,
-            })?;
-        Ok(function)
+        Ok(())
     }
 
-    fn add_builtin_function(&mut self, function: Arc<dyn PciFunction>) {
-        let endpoint = Endpoint::new(function, PortType::IntegratedEndpoint);
-        self.tree.slots.push(Slot::Builtin(Box::new(endpoint)));
-    }
-
-    fn add_function_below_root_port(&mut self, function: Arc<dyn PciFunction>, vendor: u16) {
-        let slot = self.tree.slots.len() as u8;
-        let endpoint = Endpoint::new(function, PortType::Endpoint);
-        let port = RootPort::new(vendor, slot, endpoint);
+    fn add_port(
+        &mut self,
+        name: &str,
+        endpoint: Option<Box<Endpoint>>,
+        vendor: u16,
+    ) -> Result<(), Error> {
+        let number = self.tree.slots.len() as u8;
+        let port = RootPort::new(vendor, number, endpoint, &*self.context.wiring);
+        let port = port.map_err(|source| Error::Wiring {
+            device: name.to_owned(),
+            source,
+        })?;
         self.tree.slots.push(Slot::Port(Box::new(port)));
+        Ok(())
     }
 
     /// What firmware would do: devices of bus 0 from the start of the 64-bit window, each port's window
@@ -194,11 +215,28 @@ impl PciHost {
             if let Slot::Port(port) = slot {
                 let base = next.next_multiple_of(WINDOW_ALIGN);
                 bus += 1;
-                port.endpoint.assign(base);
+                if let Some(endpoint) = port.endpoint_mut() {
+                    endpoint.assign(base);
+                }
                 port.assign(bus, &(base..base + WINDOW_ALIGN));
                 next = base + WINDOW_ALIGN;
             }
         }
+    }
+}
+
+impl PciContext {
+    fn function(
+        &self,
+        name: &str,
+        device: Box<dyn VirtioDevice>,
+    ) -> Result<Arc<dyn PciFunction>, Error> {
+        let memory = self.memory.clone();
+        let function = VirtioPci::new(name, device, &*self.wiring, memory);
+        Ok(function.map_err(|source| Error::Wiring {
+            device: name.to_owned(),
+            source,
+        })?)
     }
 }
 
@@ -215,6 +253,7 @@ pub struct DeviceInfo {
 #[derive(Clone)]
 pub struct Pci {
     tree: Arc<Mutex<Tree>>,
+    context: Arc<PciContext>,
 }
 
 impl Pci {
@@ -227,5 +266,31 @@ impl Pci {
                 bdf: bdf.to_string(),
             })
             .collect()
+    }
+    /// Root ports without a device.
+    pub fn free_ports(&self) -> usize {
+        lock(&self.tree).free_ports()
+    }
+
+    /// Puts a device below a free root port, and tells the guest. Returns where the guest will find it.
+    pub fn plug(&self, name: &str, device: Box<dyn VirtioDevice>) -> Result<DeviceInfo, Error> {
+        let function = self.context.function(name, device)?;
+        let endpoint = Box::new(Endpoint::new(function, PortType::Endpoint));
+        let bdf = lock(&self.tree).insert(endpoint);
+        let bdf = bdf.ok_or_else(|| Error::NoFreePort {
+            device: name.to_owned(),
+        })?;
+        Ok(DeviceInfo {
+            id: name.to_owned(),
+            bdf: bdf.to_string(),
+        })
+    }
+
+    /// Asks the guest to let go of a device; what was given to [`PciHost::on_ejection`] is told when it has.
+    /// Returns whether there is such a device below a root port.
+    pub fn request_removal(&self, name: &str) -> bool {
+        // A device that was taken out at once ends after the lock, which the statement holds.
+        let removed = lock(&self.tree).request_removal(name);
+        removed.is_ok()
     }
 }

@@ -1,15 +1,20 @@
-//! A PCI Express root port: the type 1 header, and the one device below it.
+//! A PCI Express root port: the type 1 header, and the slot with at most one device below it.
 //!
 //! A port forwards what lies in one of its windows while its memory decode is on, and configuration
-//! accesses for the bus numbers that it was given. Its I/O window leads nowhere: no device has ports.
+//! accesses for the bus numbers that it was given, both only while the slot has power. Its I/O window leads
+//! nowhere: no device has ports. Its one interrupt is the slot's, by MSI; there is no INTx.
 //!
 //! Reference: PCI-to-PCI Bridge 1.2, 3.2; PCI Express 3.0, 7.5.3.
 
 use std::ops::Range;
+use std::time::Duration;
 
 use super::config_space::{COMMAND, COMMAND_MASTER, COMMAND_MEMORY, ConfigSpace, Identity};
 use super::endpoint::Endpoint;
 use super::express::{self, PortType};
+use super::slot::{Change, Slot};
+use super::wiring::{Vector, Wiring, WiringError};
+use crate::telemetry::LogLimit;
 
 const SECONDARY: usize = 0x19;
 const SUBORDINATE: usize = 0x1a;
@@ -25,17 +30,40 @@ const BUS_RESET: u16 = 1 << 6;
 pub(super) const WINDOW_ALIGN: u64 = 1 << 20;
 /// Low bits of a prefetchable window register: 64-bit.
 const PREFETCH_64: u16 = 1;
+/// A guest can write the capability as often as it likes.
+static WIRING: LogLimit = LogLimit::new(Duration::from_secs(10));
 /// Device id of a root port, with the vendor ids that are settings.
 const DEVICE_ID: u16 = 0x000c;
 
 /// A port and the device in its slot.
 pub(super) struct RootPort {
     config: ConfigSpace,
-    pub(super) endpoint: Endpoint,
+    endpoint: Option<Box<Endpoint>>,
+    slot: Slot,
+    number: u8,
+    /// Offset of the MSI capability, and the vector with the message that it has now.
+    msi: usize,
+    vector: Box<dyn Vector>,
+    message: Option<(u64, u32)>,
+}
+
+/// What a write of the guest did to the device below.
+pub(super) enum Effect {
+    /// Nothing.
+    None,
+    /// It is there now, or is not any more.
+    Power,
+    /// It was taken out.
+    Ejected(Box<Endpoint>),
 }
 
 impl RootPort {
-    pub(super) fn new(vendor: u16, slot: u8, endpoint: Endpoint) -> Self {
+    pub(super) fn new(
+        vendor: u16,
+        number: u8,
+        endpoint: Option<Box<Endpoint>>,
+        wiring: &dyn Wiring,
+    ) -> Result<Self, WiringError> {
         let identity = Identity {
             vendor,
             device: DEVICE_ID,
@@ -57,9 +85,55 @@ impl RootPort {
         config.set_u16(IO_BASE, 0x00f0);
         config.set_u32(MEMORY_BASE, 0x0000_fff0);
         config.set_u32(PREFETCH_BASE, 0x0001_fff1);
-        express::add_express(&mut config, PortType::RootPort { slot });
-        express::add_msi(&mut config);
-        Self { config, endpoint }
+        let express = express::add_express(&mut config, PortType::RootPort);
+        let msi = express::add_msi(&mut config);
+        let slot = Slot::new(&mut config, express, number, endpoint.is_some());
+        Ok(Self {
+            config,
+            endpoint,
+            slot,
+            number,
+            msi,
+            vector: wiring.vector()?,
+            message: None,
+        })
+    }
+
+    /// The device, whether the guest can reach it or not.
+    pub(super) fn endpoint(&self) -> Option<&Endpoint> {
+        self.endpoint.as_deref()
+    }
+
+    /// The device, for software that leaves it as firmware does.
+    pub(super) fn endpoint_mut(&mut self) -> Option<&mut Endpoint> {
+        self.endpoint.as_deref_mut()
+    }
+
+    /// The device, if it has power.
+    pub(super) fn reachable(&mut self) -> Option<&mut Endpoint> {
+        let powered = self.slot.powered(&self.config);
+        self.endpoint.as_deref_mut().filter(|_| powered)
+    }
+
+    /// Where the device's BAR answers, if the port forwards that.
+    pub(super) fn decoded(&self) -> Option<Range<u64>> {
+        let endpoint = self.endpoint.as_ref()?;
+        let range = endpoint.decoded().filter(|range| self.forwards(range))?;
+        self.slot.powered(&self.config).then_some(range)
+    }
+
+    /// Puts a device into the slot, which must be empty, and tells the guest.
+    pub(super) fn insert(&mut self, endpoint: Box<Endpoint>) {
+        self.endpoint = Some(endpoint);
+        if self.slot.insert(&mut self.config) {
+            self.interrupt();
+        }
+    }
+
+    /// Asks the guest to let go of the device.
+    pub(super) fn request_removal(&mut self) -> Effect {
+        let (change, interrupt) = self.slot.request_removal(&mut self.config);
+        self.follow(change, interrupt)
     }
 
     /// Leaves the port as firmware does: one bus below, one prefetchable window, decode on.
@@ -85,7 +159,7 @@ impl RootPort {
     }
 
     /// Whether the port forwards accesses to all of this range.
-    pub(super) fn forwards(&self, range: &Range<u64>) -> bool {
+    fn forwards(&self, range: &Range<u64>) -> bool {
         let inside =
             |base: u64, limit: u64| base <= limit && base <= range.start && range.end - 1 <= limit;
         self.config.command_has(COMMAND_MEMORY)
@@ -101,12 +175,61 @@ impl RootPort {
     }
 
     /// Takes a write; the device below is reset when software asks for it.
-    pub(super) fn write(&mut self, offset: usize, data: &[u8]) {
+    pub(super) fn write(&mut self, offset: usize, data: &[u8]) -> Effect {
         let before = self.config.u16(BRIDGE_CONTROL);
+        let control = self.slot.control(&self.config);
         self.config.write(offset, data);
-        if self.config.u16(BRIDGE_CONTROL) & !before & BUS_RESET != 0 {
-            self.endpoint.power_on();
+        if self.config.u16(BRIDGE_CONTROL) & !before & BUS_RESET != 0
+            && let Some(endpoint) = &mut self.endpoint
+        {
+            endpoint.power_on();
         }
+        if express::touches_msi(self.msi, offset, data.len()) {
+            self.wire();
+        }
+        let (change, interrupt) = self.slot.written(&mut self.config, offset, data, control);
+        self.follow(change, interrupt)
+    }
+
+    fn follow(&mut self, change: Change, interrupt: bool) -> Effect {
+        if interrupt {
+            self.interrupt();
+        }
+        match (change, &mut self.endpoint) {
+            (Change::PoweredOn | Change::PoweredOff, Some(endpoint)) => {
+                endpoint.power_on();
+                Effect::Power
+            }
+            (Change::Ejected, _) => self.endpoint.take().map_or(Effect::None, Effect::Ejected),
+            _ => Effect::None,
+        }
+    }
+
+    /// Has the interrupt go where the MSI capability says.
+    fn wire(&mut self) {
+        let message = express::msi_message(&self.config, self.msi);
+        if message == self.message {
+            return;
+        }
+        self.message = message;
+        let vector = &self.vector;
+        let wired = match message {
+            Some((address, data)) => vector
+                .set_message(address, data)
+                .and_then(|()| vector.unmask()),
+            None => vector.mask(),
+        };
+        if let Err(error) = wired
+            && let Some(suppressed) = WIRING.pass()
+        {
+            let port = self.number;
+            tracing::warn!(port, suppressed, %error, "cannot wire a root port's interrupt");
+        }
+    }
+
+    fn interrupt(&self) {
+        // Full is as good as raised.
+        let _ = self.vector.event().write(1);
     }
 
     fn memory_limit(&self) -> u64 {

@@ -16,7 +16,7 @@ struct Machine {
     pci: Pci,
 }
 
-/// A built-in device at 00:01.0, and two below ports 00:02.0 and 00:03.0.
+/// A built-in device at 00:01.0, two below ports 00:02.0 and 00:03.0, and none below port 00:04.0.
 fn machine() -> Machine {
     let wiring = FakeWiring::default();
     let (mmio, ports) = (Arc::new(Bus::new()), Arc::new(Bus::new()));
@@ -33,6 +33,7 @@ fn machine() -> Machine {
         .unwrap();
     host.add_below_root_port("_disk1", device(), 0x1106)
         .unwrap();
+    host.add_empty_root_port(0x1b36).unwrap();
     let pci = host.finish().unwrap();
     Machine {
         wiring,
@@ -108,7 +109,8 @@ fn everybody_is_where_the_picture_says() {
     assert_eq!(machine.read32(0, 3, 0), 0x000c_1106);
     assert_eq!(machine.read32(1, 0, 0), 0x1042_1af4);
     assert_eq!(machine.read32(2, 0, 0), 0x1042_1af4);
-    for (bus, device) in [(0, 4), (0, 31), (1, 1), (3, 0), (63, 31)] {
+    assert_eq!(machine.read32(0, 4, 0), 0x000c_1b36);
+    for (bus, device) in [(0, 5), (0, 31), (1, 1), (3, 0), (63, 31)] {
         assert_eq!(machine.read32(bus, device, 0), u32::MAX, "{bus}:{device}");
     }
     assert_eq!(machine.read32(0, 1, 0x1000), u32::MAX, "function 1");

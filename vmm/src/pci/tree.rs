@@ -10,7 +10,7 @@ use std::sync::Arc;
 
 use super::config_space::{ConfigSpace, Identity};
 use super::endpoint::{Endpoint, on_bus};
-use super::root_port::RootPort;
+use super::root_port::{Effect, RootPort};
 use crate::bus::Bus;
 
 /// One device number on bus 0; every device has function 0 alone.
@@ -27,6 +27,9 @@ pub(super) struct Tree {
     /// What the host bridge forwards.
     windows: [Range<u64>; 2],
     mmio: Arc<Bus>,
+    /// Told the name of a device that was taken out, on the thread that brought it about and with the
+    /// topology locked.
+    pub(super) ejected: Box<dyn Fn(&str) + Send>,
 }
 
 /// A bus, device and function number as configuration accesses carry them: 8, 5 and 3 bits.
@@ -66,6 +69,7 @@ impl Tree {
             slots: vec![Slot::HostBridge(Box::new(ConfigSpace::new(&identity, 0)))],
             windows,
             mmio,
+            ejected: Box::new(|_| ()),
         }
     }
 
@@ -79,17 +83,70 @@ impl Tree {
         }
     }
 
-    /// Writes configuration space, and moves what that moves.
-    pub(super) fn write(&mut self, at: Bdf, offset: usize, data: &[u8]) {
-        match self.find(at) {
-            Some(Found::Bridge(config)) => config.write(offset, data),
-            Some(Found::Port(port)) => port.write(offset, data),
-            Some(Found::Endpoint(endpoint)) => endpoint.write(offset, data),
-            None => return,
-        }
-        if offset < 0x40 {
+    /// Writes configuration space, and moves what that moves. Returns a device that was taken out, to be
+    /// dropped when the topology is no longer locked.
+    pub(super) fn write(&mut self, at: Bdf, offset: usize, data: &[u8]) -> Option<Box<Endpoint>> {
+        let effect = match self.find(at)? {
+            Found::Bridge(config) => {
+                config.write(offset, data);
+                Effect::None
+            }
+            Found::Port(port) => port.write(offset, data),
+            Found::Endpoint(endpoint) => {
+                endpoint.write(offset, data);
+                Effect::None
+            }
+        };
+        if offset < 0x40 || !matches!(effect, Effect::None) {
             self.place_bars();
         }
+        self.follow(effect)
+    }
+
+    /// Puts a device below a port that has none; `None` where every port has one.
+    pub(super) fn insert(&mut self, endpoint: Box<Endpoint>) -> Option<Bdf> {
+        let mut ports = self.ports();
+        let port = ports.find(|port| port.endpoint().is_none())?;
+        port.insert(endpoint);
+        Some(Bdf::new(port.secondary().unwrap_or(0), 0))
+    }
+
+    /// Ports without a device.
+    pub(super) fn free_ports(&mut self) -> usize {
+        self.ports()
+            .filter(|port| port.endpoint().is_none())
+            .count()
+    }
+
+    /// Asks the guest to let go of the device with that name; `Err` where no port has it. Returns it if it
+    /// was taken out at once.
+    pub(super) fn request_removal(&mut self, name: &str) -> Result<Option<Box<Endpoint>>, ()> {
+        let is_it = |port: &&mut RootPort| {
+            let endpoint = port.endpoint();
+            endpoint.is_some_and(|endpoint| endpoint.function.name() == name)
+        };
+        let effect = self.ports().find(is_it).ok_or(())?.request_removal();
+        Ok(self.follow(effect))
+    }
+
+    fn ports(&mut self) -> impl Iterator<Item = &mut RootPort> {
+        self.slots.iter_mut().filter_map(|slot| match slot {
+            Slot::Port(port) => Some(&mut **port),
+            _ => None,
+        })
+    }
+
+    fn follow(&mut self, effect: Effect) -> Option<Box<Endpoint>> {
+        let Effect::Ejected(mut endpoint) = effect else {
+            return None;
+        };
+        if let Some(base) = endpoint.mapped.take() {
+            endpoint.function.moved(None);
+            self.mmio.remove(base);
+        }
+        endpoint.power_on();
+        (self.ejected)(endpoint.function.name());
+        Some(endpoint)
     }
 
     /// Every device that is not a bridge; on bus 0, where nothing is found, below a port that has no bus.
@@ -102,7 +159,7 @@ impl Tree {
                 Slot::Builtin(endpoint) => Some((Bdf::new(0, device), &**endpoint)),
                 Slot::Port(port) => {
                     let bus = port.secondary().unwrap_or(0);
-                    Some((Bdf::new(bus, 0), &port.endpoint))
+                    Some((Bdf::new(bus, 0), port.endpoint()?))
                 }
             })
     }
@@ -119,8 +176,11 @@ impl Tree {
                     (&mut **endpoint, range)
                 }
                 Slot::Port(port) => {
-                    let range = port.endpoint.decoded().filter(|range| port.forwards(range));
-                    (&mut port.endpoint, range)
+                    let range = port.decoded();
+                    let Some(endpoint) = port.endpoint_mut() else {
+                        continue;
+                    };
+                    (endpoint, range)
                 }
             };
             let wanted = range
@@ -161,7 +221,7 @@ impl Tree {
         }
         self.slots.iter_mut().find_map(|slot| match slot {
             Slot::Port(port) if device == 0 && port.secondary() == Some(bus) => {
-                Some(Found::Endpoint(&mut port.endpoint))
+                port.reachable().map(Found::Endpoint)
             }
             _ => None,
         })

@@ -7,6 +7,7 @@
 //!                                                                              ├─ boot: Landlock of this guest, filter
 //!                                                                              │    ├─ vcpuN ── rng
 //!                                                                              │    └─ vu-ID, vu-deadline
+//!                                                                              ├─ plug, vu-ID of a device that is added
 //!                                                                              └─ teardown
 //! ```
 //!
@@ -68,6 +69,8 @@ pub enum ThreadKind {
     Boot,
     /// Takes a machine apart.
     Teardown,
+    /// Waits for the backend of a device that is added.
+    Plug,
     /// Runs a vCPU.
     Vcpu,
     /// Keeps one vhost-user session (`vu-ID`).
@@ -86,10 +89,11 @@ pub enum ThreadKind {
 
 impl ThreadKind {
     /// All of them.
-    pub const ALL: [Self; 10] = [
+    pub const ALL: [Self; 11] = [
         Self::Main,
         Self::Boot,
         Self::Teardown,
+        Self::Plug,
         Self::Vcpu,
         Self::VhostUser,
         Self::Deadline,
@@ -114,6 +118,7 @@ impl ThreadKind {
             Self::Main => "main",
             Self::Boot => "boot",
             Self::Teardown => "teardown",
+            Self::Plug => "plug",
             Self::Vcpu => "vcpuN",
             Self::VhostUser => "vu-ID",
             Self::Deadline => "vu-deadline",

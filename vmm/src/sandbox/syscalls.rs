@@ -299,7 +299,7 @@ const MAIN: &[&[Syscall]] = &[
     any![SYS_bind, SYS_listen, SYS_getsockname, SYS_unlinkat],
     &[checked!(
         SYS_ioctl,
-        Check::OneOf(1, named![TIOCGPTN, TIOCSPTLCK, TIOCGPTPEER])
+        Check::OneOf(1, named![TIOCGPTN, TIOCSPTLCK, TIOCGPTPEER, TCSETSF])
     )],
 ];
 
@@ -336,7 +336,7 @@ pub fn allowed(kind: ThreadKind, doorbells: bool) -> Vec<Syscall> {
         ThreadKind::Deadline => &[COMMON, &[any![SYS_shutdown]]],
         ThreadKind::Api | ThreadKind::Metrics => &[COMMON, SERVER],
         ThreadKind::SerialOut => &[COMMON, &[any![SYS_sendto, SYS_sendmsg]]],
-        ThreadKind::Rng => &[COMMON],
+        ThreadKind::Rng | ThreadKind::Plug => &[COMMON],
     };
     groups
         .iter()

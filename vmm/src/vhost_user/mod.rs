@@ -117,6 +117,30 @@ pub struct SessionInfo {
     pub state: SessionState,
 }
 
+/// One session, for a thread that waits for it.
+pub struct Watch {
+    shared: Arc<Shared>,
+    roster: Arc<Roster>,
+}
+
+impl Watch {
+    /// Waits until the backend serves its device or has failed to, or for `timeout`.
+    ///
+    /// # Errors
+    /// Why it does not serve it.
+    pub fn wait(&self, timeout: Duration) -> Result<(), String> {
+        self.roster.wait(timeout, |_| self.shared.is_settled());
+        let state = self.shared.state();
+        match (state.session, &state.failure) {
+            (SessionState::Live, _) => Ok(()),
+            (_, Some(reason)) => Err(reason.clone()),
+            (SessionState::Waiting, None) => Err("nobody is at its socket".to_owned()),
+            (SessionState::Connecting, None) => Err("it does not answer".to_owned()),
+            _ => Err("it refuses, as the log says".to_owned()),
+        }
+    }
+}
+
 /// All sessions of a VM; the VM's own handle on them.
 pub struct Frontends {
     deadlines: Arc<Deadlines>,
@@ -203,6 +227,24 @@ impl Frontends {
             }
         }
         Ok(())
+    }
+
+    /// The session of one device, to wait for it alone.
+    pub fn watch(&self, id: &str) -> Option<Watch> {
+        let shared = self.sessions.iter().find(|shared| shared.id() == id)?;
+        Some(Watch {
+            shared: Arc::clone(shared),
+            roster: Arc::clone(&self.roster),
+        })
+    }
+
+    /// Forgets a session, which ends with its device or has ended.
+    pub fn forget(&mut self, id: &str) {
+        let gone = self.sessions.extract_if(.., |shared| shared.id() == id);
+        for shared in gone {
+            shared.state().quit = true;
+            shared.wake();
+        }
     }
 
     /// Where each session is, in the order they were made.

@@ -171,6 +171,11 @@ impl Shared {
         }
     }
 
+    /// Whether the VM waits for it no more.
+    pub(super) fn is_settled(&self) -> bool {
+        self.state().settled
+    }
+
     /// The session's thread is about to end.
     pub(super) fn leave(&self) {
         self.set_session(SessionState::Closed);

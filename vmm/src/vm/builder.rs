@@ -15,11 +15,13 @@ use kvm_bindings::{KVM_CAP_HALT_POLL, kvm_enable_cap};
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 use vm_memory::GuestAddress;
 
-use super::events::GuestEvents;
+use super::devices;
+use super::events::{GuestEvent, GuestEvents};
 pub use super::machine::Machine;
 use super::machine::{Backends, ClearedBuses};
 use crate::boot::acpi::{self, AcpiInput};
 use crate::boot::{self, Entry};
+use crate::config::validate::MAX_EXTERNAL_DEVICES;
 use crate::config::{PlatformConfig, SerialConfig, VmConfig};
 use crate::cpu::{self, Buses, Vcpus, cpuid, hypervisor, msr, regs};
 use crate::devices::ioapic::IoapicPage;
@@ -37,7 +39,7 @@ use crate::memory::layout::{
     IOAPIC_START, KVM_IDENTITY_MAP, KVM_TSS, PM1A_EVT_PORT, RESET_PORT, SCI_PIN, mmio64_start,
 };
 use crate::memory::{self, GuestRam};
-use crate::pci::{self, Pci, PciContext, PciHost};
+use crate::pci::{self, PciContext, PciHost};
 use crate::vhost_user::{self, Frontends, Kind};
 use crate::{bus, kvm, sandbox};
 
@@ -172,7 +174,9 @@ pub fn build(parts: &Parts) -> Result<Machine, Error> {
     // Backends are dialled from here on, while the kernel is loaded.
     let mut frontends = Frontends::new().map_err(Error::Frontends)?;
     frontends = frontends.starting(parts.launcher.clone());
-    let pci = add_pci(&buses, &chip, &ram, config, &mut frontends)?;
+    let mut host = pci_host(&buses, &chip, &ram, &parts.events);
+    add_devices(&mut host, config, &mut frontends)?;
+    let pci = host.finish()?;
 
     let rsdp = write_acpi(&ram, config)?;
     let entry = boot::load(&ram, &config.payload, rsdp)?;
@@ -311,13 +315,7 @@ fn add_test_device(
     Ok(test_device::insert(buses, drive, flush, events.clone())?)
 }
 
-fn add_pci(
-    buses: &Buses,
-    chip: &Arc<Chip>,
-    ram: &GuestRam,
-    config: &VmConfig,
-    frontends: &mut Frontends,
-) -> Result<Pci, Error> {
+fn pci_host(buses: &Buses, chip: &Arc<Chip>, ram: &GuestRam, events: &GuestEvents) -> PciHost {
     let mut host = PciHost::new(PciContext {
         wiring: Arc::new(Arc::clone(chip)),
         memory: ram.memory().clone(),
@@ -325,6 +323,16 @@ fn add_pci(
         ports: Arc::clone(&buses.pio),
         mmio64_start: mmio64_start(ram.size_bytes()),
     });
+    let events = events.clone();
+    host.on_ejection(move |name| events.send(GuestEvent::Ejected(name.to_owned())));
+    host
+}
+
+fn add_devices(
+    host: &mut PciHost,
+    config: &VmConfig,
+    frontends: &mut Frontends,
+) -> Result<(), Error> {
     let rng = rng::Rng::new("_rng", &config.rng.src)?;
     host.add_builtin("_rng", Box::new(rng))?;
     for kind in Kind::all(config) {
@@ -332,7 +340,12 @@ fn add_pci(
         let device = frontends.connect(kind)?;
         host.add_below_root_port(&id, device, config.platform.root_port_vendor)?;
     }
-    Ok(host.finish()?)
+    let taken = devices::ids(config).count();
+    let free = MAX_EXTERNAL_DEVICES.saturating_sub(taken);
+    for _ in 0..free.min(config.platform.hotplug_ports.into()) {
+        host.add_empty_root_port(config.platform.root_port_vendor)?;
+    }
+    Ok(())
 }
 
 /// A guest looks for its devices once, when it boots: they must have been there.

@@ -21,6 +21,7 @@ use std::time::{Duration, Instant};
 
 use super::builder;
 use super::events::{GuestEvent, GuestEvents};
+use super::hotplug::Plugging;
 use super::machine::Machine;
 use super::requests::{
     Command, CounterGroups, Failure, Info, Reply, ReplyTo, Request, RequestSender, Requests,
@@ -97,6 +98,8 @@ pub struct Driver {
     stays_if_unbuilt: bool,
     /// The client that asked for this boot, until it is done.
     booting_for: Option<ReplyTo>,
+    /// Devices whose backends are waited for.
+    pub(super) plugging: Vec<Plugging>,
     /// Tells the boot thread that nobody waits for its machine any more.
     cancel: Arc<AtomicBool>,
     /// Set once the process is to end.
@@ -130,6 +133,7 @@ impl Driver {
             booted: Instant::now(),
             stays_if_unbuilt: false,
             booting_for: None,
+            plugging: Vec::new(),
             cancel: Arc::default(),
             exit: None,
         })
@@ -214,7 +218,8 @@ impl Driver {
             Request::Guest(boot, event) if boot == self.boot => self.guest_event(event)?,
             Request::Built(boot, built) if boot == self.boot => self.built(built)?,
             Request::Built(_, Ok(machine)) => drop(take_apart(machine)?),
-            Request::Guest(..) | Request::Built(..) => {}
+            Request::Settled(boot, id, served) if boot == self.boot => self.settled(&id, served),
+            Request::Guest(..) | Request::Built(..) | Request::Settled(..) => {}
         }
         Ok(())
     }
@@ -228,6 +233,8 @@ impl Driver {
                 Err(refusal) => reply.send(Err(refusal.into())),
             },
             Command::Create(config) => reply.send(done(self.create_for_client(*config)?)),
+            Command::Add(kind) => self.add_device(*kind, reply),
+            Command::Remove(id) => reply.send(done(self.remove_device(&id))),
             Command::Info => reply.send(self.info()),
             Command::Counters => reply.send(Ok(Reply::Counters(self.counters()))),
             Command::VmmShutdown => {
@@ -289,6 +296,7 @@ impl Driver {
                 }
                 self.start_boot()?;
             }
+            GuestEvent::Ejected(id) => self.ejected(&id),
             GuestEvent::Fatal(what) => self.exit = Some(Err(Error::Guest(what))),
         }
         Ok(())
@@ -370,6 +378,7 @@ impl Driver {
         if let Some(client) = self.booting_for.take() {
             client.send(Err(Failure::Failed("the boot was given up".to_owned())));
         }
+        self.give_up_plugging();
         let Some(machine) = self.machine.take() else {
             return Ok(None);
         };

@@ -11,6 +11,8 @@ pub enum GuestEvent {
     Reset,
     /// A test program ended the process with this exit code.
     Exit(u8),
+    /// The guest let go of the device with this name, which was to be removed.
+    Ejected(String),
     /// The guest can run no further: a triple fault or an error of KVM, and the vCPU's registers.
     Fatal(String),
 }

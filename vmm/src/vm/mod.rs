@@ -8,6 +8,7 @@ mod creation;
 pub mod devices;
 mod driver;
 mod events;
+mod hotplug;
 mod machine;
 pub mod requests;
 mod signals;

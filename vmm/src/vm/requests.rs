@@ -14,6 +14,7 @@ use super::events::GuestEvent;
 use super::state::{Action, Refusal, VmState};
 use crate::config::VmConfig;
 use crate::pci::DeviceInfo;
+use crate::vhost_user::Kind;
 
 /// One thing asked of the driver.
 pub enum Request {
@@ -23,6 +24,8 @@ pub enum Request {
     Guest(u64, GuestEvent),
     /// The machine of that boot is ready, or cannot be made.
     Built(u64, Result<Box<Machine>, builder::Error>),
+    /// The backend of a device that is being added to the machine of that boot has come to this.
+    Settled(u64, String, Result<(), String>),
 }
 
 /// What a client may ask for.
@@ -32,6 +35,10 @@ pub enum Command {
     Act(Action),
     /// A guest made of this.
     Create(Box<VmConfig>),
+    /// One more device; one whose id is empty gets one.
+    Add(Box<Kind>),
+    /// The device with this id is to go.
+    Remove(String),
     /// State and configuration.
     Info,
     /// Counters.
@@ -89,6 +96,8 @@ pub type CounterGroups = BTreeMap<String, BTreeMap<String, u64>>;
 pub enum Reply {
     /// It is done.
     Done,
+    /// The device was added, and is here in the machine.
+    Added(DeviceInfo),
     /// State and configuration.
     Info(Box<Info>),
     /// Counters.
@@ -120,6 +129,9 @@ pub enum Failure {
     /// What was asked for is there already.
     #[error("{0}")]
     Conflict(String),
+    /// What was named is not there.
+    #[error("{0}")]
+    NotFound(String),
     /// It was tried.
     #[error("{0}")]
     Failed(String),

@@ -111,6 +111,45 @@ impl Code {
         self
     }
 
+    /// Writes a word to a register of a PCI function, by the ports.
+    pub(crate) fn pci_write(self, (bus, device): (u8, u8), register: u8, value: u16) -> Self {
+        let port = 0xcfc + u16::from(register & 2);
+        self.pci_address(bus, device, register).out16(port, value)
+    }
+
+    /// Reads a word of a PCI function, by the ports, until the bits of `mask` are `value`.
+    pub(crate) fn pci_wait(
+        mut self,
+        (bus, device): (u8, u8),
+        register: u8,
+        mask: u16,
+        value: u16,
+    ) -> Self {
+        let start = self.0.len();
+        self = self.pci_address(bus, device, register);
+        let [low, high] = (0xcfc + u16::from(register & 2)).to_le_bytes();
+        self.0.extend([0x66, 0xba, low, high]); // mov dx, port
+        self.0.extend([0x66, 0xed]); // in ax, dx
+        let [low, high] = mask.to_le_bytes();
+        self.0.extend([0x66, 0x25, low, high]); // and ax, mask
+        let [low, high] = value.to_le_bytes();
+        self.0.extend([0x66, 0x3d, low, high]); // cmp ax, value
+        self.0.extend([0x0f, 0x85]); // jne to the start
+        let back = start as i32 - (self.0.len() as i32 + 4);
+        self.0.extend(back.to_le_bytes());
+        self
+    }
+
+    fn pci_address(mut self, bus: u8, device: u8, register: u8) -> Self {
+        let address =
+            1 << 31 | u32::from(bus) << 16 | u32::from(device) << 11 | u32::from(register & 0xfc);
+        self.0.extend([0x66, 0xba, 0xf8, 0x0c]); // mov dx, 0xcf8
+        self.0.push(0xb8); // mov eax, address
+        self.0.extend(address.to_le_bytes());
+        self.0.push(0xef); // out dx, eax
+        self
+    }
+
     /// Powers the machine off by ACPI.
     pub(crate) fn power_off(self) -> Self {
         self.out16(0x604, 1 << 13 | 5 << 10).halt()

@@ -7,6 +7,8 @@
 //! | GET `vm.counters` | | [`VmCounters`] |
 //! | PUT `vm.create` | [`VmConfig`] | 204 |
 //! | PUT `vm.boot`, `vm.pause`, `vm.resume`, `vm.power-button`, `vm.reboot`, `vm.shutdown`, `vm.delete`, `vmm.shutdown` | | 204 |
+//! | PUT `vm.add-disk`, `vm.add-net` | [`DiskConfig`], [`NetConfig`] | [`PciDeviceInfo`], or 204 without a machine |
+//! | PUT `vm.remove-device` | [`VmRemoveDevice`] | 204 |
 //!
 //! An error has an [`ErrorMessages`]; docs/api.md has the codes.
 
@@ -22,4 +24,6 @@ pub use devices::{
     DiskConfig, FsConfig, GenericVhostUserConfig, NetConfig, RateLimiterConfig, TokenBucketConfig,
     VhostMode,
 };
-pub use vm::{DeviceNode, ErrorMessages, VmCounters, VmInfo, VmState, VmmPing};
+pub use vm::{
+    DeviceNode, ErrorMessages, PciDeviceInfo, VmCounters, VmInfo, VmRemoveDevice, VmState, VmmPing,
+};

@@ -69,6 +69,22 @@ pub struct DeviceNode {
     pub pci_bdf: Option<String>,
 }
 
+/// A device that was added.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PciDeviceInfo {
+    /// Its id.
+    pub id: String,
+    /// Its PCI address, such as `0000:01:00.0`.
+    pub bdf: String,
+}
+
+/// A device that is to go.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VmRemoveDevice {
+    /// Its id.
+    pub id: String,
+}
+
 /// `vm.counters`: by device or vCPU, then by name. What cannot be counted on a host is absent.
 pub type VmCounters = BTreeMap<String, BTreeMap<String, u64>>;
 
