@@ -294,9 +294,16 @@ const BOOT: &[&[Syscall]] = &[
     ],
 ];
 
-/// The main thread besides: sockets to listen on and pseudo-terminals, when the API makes a new guest.
+/// The main thread besides: sockets to listen on and pseudo-terminals, when the API makes a new guest; the
+/// launcher's end.
 const MAIN: &[&[Syscall]] = &[
-    any![SYS_bind, SYS_listen, SYS_getsockname, SYS_unlinkat],
+    any![
+        SYS_bind,
+        SYS_listen,
+        SYS_getsockname,
+        SYS_unlinkat,
+        SYS_waitid
+    ],
     &[checked!(
         SYS_ioctl,
         Check::OneOf(1, named![TIOCGPTN, TIOCSPTLCK, TIOCGPTPEER, TCSETSF])
