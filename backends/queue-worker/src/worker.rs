@@ -221,6 +221,7 @@ impl<D: Device> QueueThread<D> {
                 debug!(
                     queue,
                     base = start.base,
+                    used = running.ring.next_used(),
                     size = start.layout.size,
                     "ring started"
                 );
@@ -242,6 +243,7 @@ impl<D: Device> QueueThread<D> {
         debug!(
             queue = running.queue,
             base = running.ring.next_avail(),
+            used = running.ring.next_used(),
             "ring stopped"
         );
         Some(running.ring.next_avail())

@@ -171,6 +171,11 @@ impl Ring {
         self.layout.size
     }
 
+    /// The index of the next entry of the used ring.
+    pub(crate) fn next_used(&self) -> u16 {
+        self.next_used
+    }
+
     /// The index of the next chain to take: what GET_VRING_BASE answers when nothing is in flight.
     pub fn next_avail(&self) -> u16 {
         self.next_avail
