@@ -74,8 +74,12 @@ struct Flags {
         allow_hyphen_values = true
     )]
     cmdline: String,
-    /// Virtual CPUs, 1 to 64
-    #[arg(long, value_name = "boot=N", default_value = "boot=1")]
+    /// Virtual CPUs, 1 to 64, and features to add or take away (docs/cpu.md)
+    #[arg(
+        long,
+        value_name = "boot=N,features=+NAME,-NAME",
+        default_value = "boot=1"
+    )]
     cpus: String,
     /// Guest memory, a multiple of 2 MiB
     #[arg(

@@ -47,6 +47,10 @@ fn wrong_usage_is_exit_2_and_names_the_nearest() {
     usage(&["--serial", "ttyS0"], &["'ttyS0'", "nearest: 'tty'"]);
     refused(&["--kernel", "/k,entry=uefi"], 2, &["entry=uefi", "pvh"]);
     usage(
+        &["--cpus", "features=+x2apci"],
+        &["'x2apci'", "nearest: 'x2apic'"],
+    );
+    usage(
         &["--platform", "test-devise=on"],
         &["'test-devise'", "nearest: 'test-device'"],
     );

@@ -104,7 +104,7 @@ impl Guest {
         };
         let entry = boot::load(&ram, &payload, rsdp).unwrap();
         let vcpu = vm.create_vcpu(0).unwrap();
-        let cpuid = cpuid::for_vcpu(&kvm, &CpusConfig { boot: 1 }, 0).unwrap();
+        let cpuid = cpuid::for_vcpu(&kvm, &CpusConfig::of(1), 0).unwrap();
         vcpu.set_cpuid2(&cpuid).unwrap();
         msr::boot(&vcpu).unwrap();
         regs::setup(&vcpu, &ram, &entry).unwrap();

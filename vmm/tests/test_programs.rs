@@ -98,3 +98,39 @@ fn without_the_device_its_ports_do_nothing() {
         "{stderr}"
     );
 }
+
+/// Ends with whether that bit of leaf 1's ecx is set: exit code 3 or 1.
+fn shows_bit_of_leaf_1(bit: u8) -> Vec<u8> {
+    Code::new()
+        .raw(&[0xb8, 1, 0, 0, 0, 0x0f, 0xa2]) // mov eax, 1; cpuid
+        .raw(&[0x0f, 0xba, 0xe1, bit]) // bt ecx, bit
+        .raw(&[0x0f, 0x92, 0xc0]) // setc al
+        .raw(&[0x66, 0xba, 0xf4, 0x00, 0xee]) // mov dx, 0xf4; out dx, al
+        .halt()
+        .multiboot(0x40_0000)
+}
+
+#[test]
+fn a_guest_has_the_features_that_were_asked_for() {
+    if !has_kvm() {
+        return;
+    }
+    const X2APIC: u8 = 21;
+    const SSSE3: u8 = 9;
+    let code = |bit, features: &str| {
+        let cpus = format!("boot=1{features}");
+        let args = [&DEVICE[..], &["--cpus", &cpus]].concat();
+        Guest::start_image(&shows_bit_of_leaf_1(bit), &args).wait()
+    };
+    assert_eq!(code(X2APIC, "").0, 3);
+    assert_eq!(code(X2APIC, ",features=-x2apic").0, 1);
+    assert_eq!(code(X2APIC, ",features=+x2apic,-ssse3").0, 3);
+    assert_eq!(code(SSSE3, ",features=+x2apic,-ssse3").0, 1);
+    // No processor has both makers' virtualisation.
+    let (code, stderr) = code(X2APIC, ",features=+svm,+vmx");
+    assert_eq!(code, 1);
+    assert!(
+        stderr.contains("does not support the CPU feature"),
+        "{stderr}"
+    );
+}

@@ -29,6 +29,7 @@ pub(super) fn vm_config(config: &VmConfig, pty: Option<&Path>) -> wire::VmConfig
         cpus: wire::CpusConfig {
             boot_vcpus: cpus,
             max_vcpus: cpus,
+            feature_flags: config.cpus.features.names(),
         },
         memory: wire::MemoryConfig {
             size: config.memory.size_bytes,

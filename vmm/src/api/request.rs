@@ -15,6 +15,7 @@ use crate::config::{
     ArgError, CpusConfig, DiskConfig, KernelEntry, MemoryConfig, NetConfig, PayloadConfig,
     PlatformConfig, RngConfig, SerialConfig, VmConfig, device_wire, shared_fd::SharedFd,
 };
+use crate::cpu::features::Features;
 
 /// Devices that a guest would miss.
 const REFUSED: [&str; 5] = ["devices", "user_devices", "vdpa", "pmem", "tpm"];
@@ -88,6 +89,8 @@ pub(super) fn vm_config(config: wire::VmConfig) -> Result<VmConfig, Error> {
         cpus: CpusConfig {
             // More than fits is refused by validation, which knows the limit.
             boot: u8::try_from(config.cpus.boot_vcpus).unwrap_or(u8::MAX),
+            features: Features::parse(config.cpus.feature_flags.iter().map(String::as_str))
+                .map_err(ArgError::Features)?,
         },
         memory: memory(&config.memory),
         payload: payload(config.payload.ok_or(Error::Missing("payload"))?)?,

@@ -12,6 +12,7 @@ use super::keys::{Keys, hint};
 use super::{
     ArgError, CpusConfig, KernelEntry, MemoryConfig, PlatformConfig, RngConfig, SerialConfig,
 };
+use crate::cpu::features::Features;
 use crate::socket::ApiSocket;
 
 /// Vendor of the root ports unless given: Red Hat, whose generic root port they resemble.
@@ -20,9 +21,9 @@ pub const DEFAULT_ROOT_PORT_VENDOR: u16 = 0x1b36;
 /// Root ports for devices that are added later, unless given.
 pub const DEFAULT_HOTPLUG_PORTS: u8 = 8;
 
-/// `--cpus boot=N`, or `--cpus N`.
+/// `--cpus boot=N,features=+x,-y`, or `--cpus N`.
 pub fn cpus(text: &str) -> Result<CpusConfig, ArgError> {
-    let mut keys = Keys::parse("--cpus", text, &["boot"])?;
+    let mut keys = Keys::parse("--cpus", text, &["boot", "features"])?;
     let bare = keys.take_bare();
     let boot = match bare.as_deref().or(keys.text("boot")) {
         None => 1,
@@ -33,6 +34,10 @@ pub fn cpus(text: &str) -> Result<CpusConfig, ArgError> {
     Ok(CpusConfig {
         // More than fits is refused by validation, which knows the limit.
         boot: u8::try_from(boot).unwrap_or(u8::MAX),
+        features: match keys.text("features") {
+            None => Features::default(),
+            Some(list) => Features::parse(list.split(','))?,
+        },
     })
 }
 
@@ -216,6 +221,19 @@ mod tests {
         assert_eq!(
             rng("src=/dev/urandom").unwrap(),
             rng("/dev/urandom").unwrap()
+        );
+    }
+
+    #[test]
+    fn cpus_take_features_beside_their_number() {
+        let cpus = cpus("boot=2,features=+x2apic,-pcid").unwrap();
+        assert_eq!(cpus.boot, 2);
+        assert_eq!(cpus.features.names(), ["+x2apic", "-pcid"]);
+        assert_eq!(super::cpus("features=-pcid,+x2apic,boot=2").unwrap(), cpus);
+        let error = super::cpus("features=+x2apci").unwrap_err().to_string();
+        assert!(
+            error.starts_with("--cpus: ") && error.contains("'x2apic'"),
+            "{error}"
         );
     }
 

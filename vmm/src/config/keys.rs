@@ -2,7 +2,8 @@
 //!
 //! A value may stand in double quotes, inside which a comma and an equals sign mean themselves; a
 //! doubled quote inside quotes is one quote. Commas between square brackets mean themselves too. A list may open with a bare value where the flag has one
-//! (`--kernel PATH,entry=pvh`). Every key is known or an error that names the nearest known one.
+//! (`--kernel PATH,entry=pvh`). A value that begins with a sign is a list of signed words, and goes on over
+//! commas for as long as they are followed by a sign (`features=+x,-y`). Every key is known or an error that names the nearest known one.
 
 #![forbid(unsafe_code)]
 
@@ -32,6 +33,12 @@ impl Keys {
         for (index, item) in split(flag, text)?.into_iter().enumerate() {
             match item {
                 Item::Bare(value) if index == 0 => keys.bare = Some(value),
+                Item::Bare(value) if keys.goes_on(&value) => {
+                    if let Some((_, list)) = keys.pairs.last_mut() {
+                        list.push(',');
+                        list.push_str(&value);
+                    }
+                }
                 Item::Bare(value) => return Err(ArgError::NoValue { flag, item: value }),
                 Item::Pair(key, value) => {
                     let Some(key) = known.iter().copied().find(|name| *name == key) else {
@@ -49,6 +56,13 @@ impl Keys {
             }
         }
         Ok(keys)
+    }
+
+    /// Whether a bare word is one more signed word of the value before it.
+    fn goes_on(&self, word: &str) -> bool {
+        let is_signed = |text: &str| text.starts_with(['+', '-']);
+        let last = self.pairs.last();
+        is_signed(word) && last.is_some_and(|(_, value)| is_signed(value))
     }
 
     /// The bare value that the list opened with, taken out.
@@ -238,6 +252,16 @@ mod tests {
         assert_eq!(keys.on_off("readonly").unwrap(), Some(true));
         assert_eq!(keys.text("socket"), Some("a=b"));
         assert_eq!(keys.number::<u16>("num_queues").unwrap(), None);
+    }
+
+    #[test]
+    fn a_list_of_signed_words_goes_on_over_commas() {
+        let keys = parse("socket=+a,-b,+c,readonly=on").unwrap();
+        assert_eq!(keys.text("socket"), Some("+a,-b,+c"));
+        assert_eq!(keys.on_off("readonly").unwrap(), Some(true));
+        for text in ["socket=a,-b", "socket=+a,b", "readonly=on,-b"] {
+            assert!(parse(text).is_err(), "{text}");
+        }
     }
 
     #[test]

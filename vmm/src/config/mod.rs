@@ -18,6 +18,8 @@ use std::path::PathBuf;
 
 use berth_irqchip::Mode;
 
+use crate::cpu::features::Features;
+
 pub use self::device::{
     Bucket, Daemon, DiskConfig, FsConfig, GenericConfig, Image, Link, NetConfig, RateLimit, Serves,
     Tap, TapSource, VhostUserConfig,
@@ -88,6 +90,9 @@ pub enum ArgError {
         /// What it should be.
         expected: &'static str,
     },
+    /// A list of CPU features.
+    #[error("--cpus: {0}")]
+    Features(#[from] crate::cpu::features::Error),
     /// A value that is understood and that this VMM does not do.
     #[error("{flag}: {what}")]
     Unsupported {
@@ -150,6 +155,18 @@ pub struct VmConfig {
 pub struct CpusConfig {
     /// vCPUs present at boot, 1 to 64.
     pub boot: u8,
+    /// Changes to the features that a guest gets.
+    pub features: Features,
+}
+
+impl CpusConfig {
+    /// So many vCPUs, with the features that a guest gets anyway.
+    pub fn of(boot: u8) -> Self {
+        Self {
+            boot,
+            features: Features::default(),
+        }
+    }
 }
 
 /// `--memory`.

@@ -8,7 +8,7 @@ use super::{
 /// One vCPU, 512 MiB, no device that another process serves.
 pub(crate) fn config() -> VmConfig {
     VmConfig {
-        cpus: CpusConfig { boot: 1 },
+        cpus: CpusConfig::of(1),
         memory: MemoryConfig {
             size_bytes: 512 << 20,
             hugepages: false,

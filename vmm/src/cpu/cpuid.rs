@@ -6,6 +6,8 @@
 //! guest could not keep over a snapshot yet, and IA32_ARCH_CAPABILITIES where KVM would invent the MSR
 //! (AMD) or refuse it.
 //!
+//! `--cpus features=` changes bits after all that ([`super::features`]).
+//!
 //! TSC frequency leaves (0x15, 0x16) are KVM's: a guest has the frequency from its KVM clock.
 //!
 //! Intel SDM volume 2, CPUID; AMD64 APM volume 3, appendix E.
@@ -42,6 +44,9 @@ pub enum Error {
     /// KVM did not say what it supports.
     #[error("KVM does not say which CPU features it supports")]
     Supported(#[source] kvm_ioctls::Error),
+    /// A feature that was asked for.
+    #[error("--cpus: KVM on this host does not support the CPU feature '{0}'")]
+    Lacking(&'static str),
     /// More entries than KVM takes.
     #[error("{0} CPUID entries are more than KVM takes")]
     TooMany(usize),
@@ -65,7 +70,10 @@ pub fn for_vcpu(kvm: &Kvm, cpus: &CpusConfig, id: u8) -> Result<CpuId, Error> {
         arch_capabilities: feature_msrs
             .is_ok_and(|list| list.as_slice().contains(&IA32_ARCH_CAPABILITIES)),
     };
-    let entries = adjust(supported.as_slice(), host, Topology::new(cpus), id);
+    let mut entries = adjust(supported.as_slice(), host, Topology::new(cpus), id);
+    cpus.features
+        .apply(&mut entries, supported.as_slice())
+        .map_err(Error::Lacking)?;
     CpuId::from_entries(&entries).map_err(|_| Error::TooMany(entries.len()))
 }
 
@@ -250,7 +258,7 @@ mod tests {
     }
 
     fn vcpu(supported: &[kvm_cpuid_entry2], boot: u8, id: u8) -> Vec<kvm_cpuid_entry2> {
-        adjust(supported, HOST, Topology::new(&CpusConfig { boot }), id)
+        adjust(supported, HOST, Topology::new(&CpusConfig::of(boot)), id)
     }
 
     #[test]
@@ -324,7 +332,7 @@ mod tests {
             arch_capabilities: false,
             ..HOST
         };
-        let topology = Topology::new(&CpusConfig { boot: 1 });
+        let topology = Topology::new(&CpusConfig::of(1));
         assert_eq!(edx(&adjust(&intel(), host, topology, 0)), 0);
     }
 

@@ -8,6 +8,7 @@
 mod counters;
 pub mod cpuid;
 mod exits;
+pub mod features;
 mod gate;
 pub mod hypervisor;
 pub mod msr;

@@ -54,7 +54,7 @@ mod tests {
             (5, 3, 8),
             (64, 6, 64),
         ] {
-            let topology = Topology::new(&CpusConfig { boot });
+            let topology = Topology::new(&CpusConfig::of(boot));
             assert_eq!(topology.core_bits(), bits, "{boot}");
             assert_eq!(topology.addressable_ids(), ids, "{boot}");
         }

@@ -53,6 +53,9 @@ pub struct CpusConfig {
     pub boot_vcpus: u32,
     /// Present at most.
     pub max_vcpus: u32,
+    /// Features to add (`+x`) and to take away (`-x`). Ours alone.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub feature_flags: Vec<String>,
 }
 
 impl Default for CpusConfig {
@@ -60,6 +63,7 @@ impl Default for CpusConfig {
         Self {
             boot_vcpus: 1,
             max_vcpus: 1,
+            feature_flags: Vec::new(),
         }
     }
 }

@@ -72,7 +72,7 @@ pub enum Error {
 /// Writes the tables; returns the RSDP's address.
 pub fn build(ram: &GuestRam, input: &AcpiInput) -> Result<GuestAddress, Error> {
     let mmio64_start = layout::mmio64_start(ram.size_bytes());
-    let topology = Topology::new(&CpusConfig { boot: input.vcpus });
+    let topology = Topology::new(&CpusConfig::of(input.vcpus));
     // The RSDP comes first but is made last, when the XSDT's address is known.
     let mut area = Area::new(layout::ACPI_START + Rsdp::len() as u64);
     let facs = area.add(&FACS::new());
