@@ -139,6 +139,11 @@ impl BlkDevice {
         }
     }
 
+    #[cfg(test)]
+    pub(crate) fn shared(&self) -> &Arc<Shared> {
+        &self.shared
+    }
+
     fn set_write_cache(&self, on: bool) {
         self.shared.write_cache.store(on, Ordering::Relaxed);
     }

@@ -18,6 +18,7 @@ use crate::engine::{EngineChoice, FixedBuffers};
 use crate::image::{Cache, Disk, ImageError, LockTime, OpenOptions};
 use crate::{BlkConfig, BlkDevice};
 
+mod batches;
 mod dirty;
 mod fixed;
 mod limits;

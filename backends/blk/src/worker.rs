@@ -8,10 +8,16 @@
 //!                  held
 //! ```
 //!
-//! Runs on the queue's thread and owns everything here. A batch is one pass over the ring, one
-//! submission, one pass over completions. Guest buffers go straight to the kernel; only direct I/O
-//! on misaligned ones takes a copy through a bounce buffer. Invariant: iovecs, chain and bounce
-//! buffer of a slot are not touched while its operation is in flight. Spec: virtio 1.3, 5.2.6.2.
+//! Runs on the queue's thread and owns everything here. Guest buffers go straight to the kernel;
+//! only direct I/O on misaligned ones takes a copy through a bounce buffer. Invariant: iovecs, chain
+//! and bounce buffer of a slot are not touched while its operation is in flight.
+//!
+//! Batches save system calls and cost overlap. A medium that completes many requests at once has
+//! nothing to do until the first of the next ones gets to it, and what lies between is us and the
+//! driver. So both directions are cut: answers go out [`BATCH`] at a time, and the driver works on
+//! them while we go on; of new requests the first goes to the medium at once, and then each time as
+//! many as it has already (1, 1, 2, 4, …), so that it always has something to do.
+//! Spec: virtio 1.3, 5.2.6.2.
 #![expect(unsafe_code, reason = "starts I/O on guest buffers")]
 
 use std::io;
@@ -31,9 +37,8 @@ use crate::task::{Page, Ranges, Transfer, status_of};
 /// Most operations in flight for one queue; further requests wait in the ring.
 const MAX_DEPTH: u16 = 256;
 
-/// Operations that the engine did at once before their answers go out: the driver works on them
-/// while the next ones are done.
-const HERE_BATCH: usize = 8;
+/// Requests answered before the driver is told, where there are more.
+const BATCH: usize = 8;
 
 /// What a slot is doing.
 #[derive(Debug)]
@@ -99,9 +104,20 @@ enum Next {
 impl BlkWorker {
     /// A worker with an engine of its own. On the queue's thread.
     pub fn new(shared: Arc<Shared>, start: &QueueStart) -> io::Result<BlkWorker> {
+        BlkWorker::with_engine(shared, start, |shared, depth| {
+            engine::open(shared.disk(), depth, shared.engine())
+        })
+    }
+
+    /// The same with the engine that `open` makes for so many operations.
+    pub(crate) fn with_engine(
+        shared: Arc<Shared>,
+        start: &QueueStart,
+        open: impl FnOnce(&Shared, u16) -> Box<dyn DiskEngine>,
+    ) -> io::Result<BlkWorker> {
         let image = ImageUse::begin(&shared)?;
         let depth = start.size.clamp(1, MAX_DEPTH);
-        let engine = engine::open(shared.disk(), depth, shared.engine());
+        let engine = open(&shared, depth);
         let slot = || Slot {
             chain: Chain::new(),
             task: Task::Idle,
@@ -152,8 +168,11 @@ impl BlkWorker {
                 return may_go;
             }
             self.begin_or_answer(ring, index)?;
-            if self.engine.done_here() >= HERE_BATCH {
+            if self.engine.done_here() >= BATCH {
                 return Ok(false);
+            }
+            if self.engine.is_starved() {
+                submit(self.engine.as_mut())?;
             }
         }
         Ok(false)
@@ -266,14 +285,14 @@ impl BlkWorker {
         Ok(Next::InFlight)
     }
 
-    /// Takes completions; true where there were any.
-    fn reap(&mut self, ring: &mut Ring) -> Result<bool, QueueError> {
+    /// Takes completions, up to a batch; how many there were.
+    fn reap(&mut self, ring: &mut Ring) -> Result<usize, QueueError> {
         let mut completions = std::mem::take(&mut self.completions);
         let taken = self
             .engine
-            .take_completions(&mut |tag, result| completions.push((tag, result)));
-        let any = !completions.is_empty();
-        let mut outcome = taken.map(|()| any).map_err(engine_error);
+            .take_completions(BATCH, &mut |tag, result| completions.push((tag, result)));
+        let count = completions.len();
+        let mut outcome = taken.map(|()| count).map_err(engine_error);
         for (tag, result) in completions.drain(..) {
             // Tags are slot indices.
             let index = tag as u16;
@@ -351,17 +370,21 @@ impl QueueWorker for BlkWorker {
             self.engine.use_memory(ring.memory());
             self.generation = Some(ring.memory_generation());
         }
-        self.reap(ring)?;
+        let mut taken = self.reap(ring)?;
         let emptied = loop {
             let emptied = self.fill(ring)?;
             submit(self.engine.as_mut())?;
-            let here = self.engine.done_here();
             // What completed at once may have more steps, and makes room for what waits.
-            if !self.reap(ring)? {
-                break emptied;
+            if taken < BATCH || self.engine.done_here() > 0 {
+                let more = self.reap(ring)?;
+                if more == 0 {
+                    break emptied;
+                }
+                taken += more;
             }
-            if here >= HERE_BATCH {
-                break self.held.is_none();
+            // `poll` finds the rest.
+            if taken >= BATCH && self.engine.done_here() == 0 {
+                break self.held.is_none() && !self.free.is_empty();
             }
         };
         self.shared.count_fixed(self.engine.take_fixed_count());

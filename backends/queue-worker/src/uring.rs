@@ -158,6 +158,11 @@ impl IoRing {
         self.queued
     }
 
+    /// What the kernel works on: submitted, and not known to have completed.
+    pub fn under_way(&mut self) -> usize {
+        self.in_flight.saturating_sub(self.ring.completion().len())
+    }
+
     /// Registration after the start: buffers, where [`Setup::register_ops`] allows it.
     pub fn submitter(&self) -> Submitter<'_> {
         self.ring.submitter()
@@ -205,12 +210,17 @@ impl IoRing {
     }
 
     /// Takes what has completed; asks the kernel first where it has deferred completions.
-    pub fn take_completions(&mut self, mut each: impl FnMut(Completion)) -> io::Result<()> {
+    pub fn take_completions(&mut self, each: impl FnMut(Completion)) -> io::Result<()> {
+        self.take_up_to(usize::MAX, each)
+    }
+
+    /// The same, but no more than `limit`; for the rest [`is_ready`](IoRing::is_ready) stays true.
+    pub fn take_up_to(&mut self, limit: usize, mut each: impl FnMut(Completion)) -> io::Result<()> {
         self.disarm();
         if self.ring.completion().is_empty() && self.is_ready() {
             self.enter(0)?;
         }
-        for entry in self.ring.completion() {
+        for entry in self.ring.completion().take(limit) {
             let flags = entry.flags();
             if !cqueue::more(flags) {
                 self.in_flight = self.in_flight.saturating_sub(1);
@@ -384,6 +394,28 @@ mod tests {
         assert_eq!(&magic, b"\x7fELF");
         assert_eq!(ring.in_flight(), 0);
         assert!(!ring.is_ready());
+    }
+
+    #[test]
+    fn completions_are_taken_a_few_at_a_time() {
+        let file = file();
+        let mut ring = read_only_ring(&file);
+        let mut magic = [0u8; 4];
+        let read = opcode::Read::new(types::Fixed(0), magic.as_mut_ptr(), 4).build();
+        for _ in 0..3 {
+            // SAFETY: `magic` outlives the ring's use of it: all three are waited for.
+            assert!(unsafe { ring.push(&read) });
+        }
+        assert_eq!((ring.queued(), ring.under_way()), (3, 0));
+        let mut taken = Vec::new();
+        while taken.iter().sum::<usize>() < 3 {
+            ring.wait().unwrap();
+            let mut count = 0;
+            ring.take_up_to(2, |_| count += 1).unwrap();
+            taken.push(count);
+        }
+        assert!(taken.iter().all(|&count| count <= 2), "{taken:?}");
+        assert_eq!((ring.in_flight(), ring.under_way()), (0, 0));
     }
 
     #[test]

@@ -72,13 +72,17 @@ pub trait DiskEngine {
     /// Hands everything started to the kernel: one system call for a batch.
     fn submit(&mut self) -> io::Result<()>;
 
-    /// Calls `each` with the tag and the result (bytes, or -errno) of what has completed.
-    fn take_completions(&mut self, each: &mut dyn FnMut(u64, i32)) -> io::Result<()>;
+    /// Whether to submit before more is started: the medium has less to do than waits here.
+    fn is_starved(&mut self) -> bool {
+        false
+    }
+
+    /// Calls `each` with the tag and the result (bytes, or -errno) of what has completed, of up to
+    /// `limit` operations of each kind (on the spot, in a ring).
+    fn take_completions(&mut self, limit: usize, each: &mut dyn FnMut(u64, i32)) -> io::Result<()>;
 
     /// Completions that can be taken because `start` did the operation itself.
-    fn done_here(&self) -> usize {
-        0
-    }
+    fn done_here(&self) -> usize;
 
     /// Whether a completion can be taken. No system call.
     fn is_ready(&mut self) -> bool;

@@ -45,7 +45,7 @@ pub(crate) fn read(disk: &Disk, plan: &Plan) -> io::Result<()> {
     }
     engine.wait()?;
     let mut result = 0;
-    engine.take_completions(&mut |_, bytes| result = bytes)?;
+    engine.take_completions(1, &mut |_, bytes| result = bytes)?;
     match result {
         0.. => Ok(()),
         error if -error == libc::EAGAIN => Err(io::Error::from_raw_os_error(libc::EOPNOTSUPP)),

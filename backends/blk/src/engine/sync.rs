@@ -82,11 +82,15 @@ impl DiskEngine for SyncEngine {
         Ok(())
     }
 
-    fn take_completions(&mut self, each: &mut dyn FnMut(u64, i32)) -> io::Result<()> {
-        for (tag, result) in self.done.drain(..) {
+    fn take_completions(&mut self, limit: usize, each: &mut dyn FnMut(u64, i32)) -> io::Result<()> {
+        for (tag, result) in self.done.drain(..limit.min(self.done.len())) {
             each(tag, result);
         }
         Ok(())
+    }
+
+    fn done_here(&self) -> usize {
+        self.done.len()
     }
 
     fn is_ready(&mut self) -> bool {

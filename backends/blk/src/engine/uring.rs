@@ -349,13 +349,21 @@ impl DiskEngine for UringEngine {
         self.ring.submit()
     }
 
-    fn take_completions(&mut self, each: &mut dyn FnMut(u64, i32)) -> io::Result<()> {
-        for (tag, result) in self.done.drain(..) {
+    fn is_starved(&mut self) -> bool {
+        let ring = match &mut self.polled {
+            Some(polled) if !self.polled_refused => polled,
+            _ => &mut self.ring,
+        };
+        ring.queued() > ring.under_way()
+    }
+
+    fn take_completions(&mut self, limit: usize, each: &mut dyn FnMut(u64, i32)) -> io::Result<()> {
+        for (tag, result) in self.done.drain(..limit.min(self.done.len())) {
             each(tag, result);
         }
         if let Some(polled) = &mut self.polled {
             let refused = &mut self.polled_refused;
-            polled.take_completions(|done| {
+            polled.take_up_to(limit, |done| {
                 let unsupported = done.result == -libc::EOPNOTSUPP;
                 if unsupported && !*refused {
                     *refused = true;
@@ -375,7 +383,7 @@ impl DiskEngine for UringEngine {
         }
         let mut time = None;
         let timed = &self.timed;
-        self.ring.take_completions(|done| {
+        self.ring.take_up_to(limit, |done| {
             if let Some((tag, write, begin)) = timed
                 && *tag == done.user_data
             {
