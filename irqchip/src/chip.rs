@@ -289,6 +289,13 @@ impl Chip {
         table.release(gsi);
     }
 
+    /// A vector's message, and whether it is masked.
+    pub(crate) fn vector_setting(&self, gsi: u32) -> (Option<MsiMessage>, bool) {
+        let table = self.table();
+        let vector = table.vector(gsi);
+        vector.map_or((None, false), |vector| (vector.message, vector.masked))
+    }
+
     pub(crate) fn is_attached(&self, gsi: u32) -> bool {
         self.table()
             .vector(gsi)

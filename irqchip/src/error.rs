@@ -88,4 +88,15 @@ pub enum Error {
         /// KVM's answer.
         source: kvm_ioctls::Error,
     },
+    /// KVM gave or took no state.
+    #[error("cannot save or restore the {what}")]
+    State {
+        /// Of what.
+        what: &'static str,
+        /// KVM's answer.
+        source: kvm_ioctls::Error,
+    },
+    /// Saved state that cannot be, or that is not of such a machine.
+    #[error(transparent)]
+    BadState(#[from] crate::StateError),
 }

@@ -75,10 +75,14 @@ impl Entry {
         }
     }
 
-    #[cfg(test)]
+    /// From saved bits; `None` if an entry cannot have them.
     pub(crate) fn from_bits(bits: u64) -> Option<Self> {
         let known = Self::WRITABLE | Self::REMOTE_IRR;
         (bits & !known == 0).then_some(Self(bits))
+    }
+
+    pub(crate) fn bits(self) -> u64 {
+        self.0
     }
 
     pub(crate) fn vector(self) -> u8 {
@@ -149,6 +153,27 @@ impl Ioapic {
             id: 0,
             entries: [Entry::RESET; PINS],
         }
+    }
+
+    /// From saved registers; `None` if the id has bits that it cannot have.
+    pub(crate) fn from_parts(select: u8, id: u32, entries: [Entry; PINS]) -> Option<Self> {
+        (id & !ID_BITS == 0).then_some(Self {
+            select,
+            id,
+            entries,
+        })
+    }
+
+    pub(crate) fn select(&self) -> u8 {
+        self.select
+    }
+
+    pub(crate) fn id(&self) -> u32 {
+        self.id
+    }
+
+    pub(crate) fn entries(&self) -> &[Entry; PINS] {
+        &self.entries
     }
 
     /// The entry of a pin that exists.

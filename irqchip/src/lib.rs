@@ -54,6 +54,8 @@ mod msi;
 mod pic;
 mod pins;
 mod routing;
+mod save;
+mod state;
 mod sys;
 
 pub use chip::{Chip, Counters, Mode};
@@ -63,3 +65,4 @@ pub use ioapic::IOAPIC_LEN;
 pub use line::{Line, Trigger};
 pub use msi::{Batch, Msi};
 pub use routing::{IOAPIC_PINS, MsiMessage};
+pub use state::{ChipState, STATE_VERSION, StateError, VcpuState};

@@ -130,6 +130,40 @@ impl Pins {
         }
     }
 
+    /// Makes KVM's side that of all entries, on a chip whose registers were restored.
+    pub(crate) fn restore(&mut self, chip: &Chip, ioapic: Ioapic) -> Result<(), Error> {
+        self.ioapic = ioapic;
+        for pin in 0..crate::IOAPIC_PINS {
+            let entry = self.ioapic.entry(pin);
+            if !entry.is_masked() || entry.remote_irr() {
+                chip.set_pin_route(pin, entry.message())?;
+            }
+            for line in self.lines.iter_mut().filter(|line| line.ends.pin == pin) {
+                line.set_attached(chip, !entry.is_masked())?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Pins of which a level line is raised and waits to be unmasked.
+    pub(crate) fn pending(&self) -> u32 {
+        let waits = |line: &&AttachedLine| line.ends.is_level() && line.is_pending();
+        let pins = self.lines.iter().filter(waits).map(|line| line.ends.pin);
+        pins.fold(0, |pins, pin| pins | 1 << pin)
+    }
+
+    /// Raises a level line again that waited on each of these pins.
+    pub(crate) fn set_pending(&mut self, pins: u32) -> std::io::Result<()> {
+        for pin in (0..crate::IOAPIC_PINS).filter(|pin| pins >> pin & 1 != 0) {
+            let on_pin = |line: &&AttachedLine| line.ends.pin == pin && line.ends.is_level();
+            if let Some(line) = self.lines.iter().find(on_pin) {
+                let ends = Arc::clone(&line.ends);
+                self.raise(&ends)?;
+            }
+        }
+        Ok(())
+    }
+
     /// Drives a pin high or low, as a wire does: an edge counts once, a level until it is low.
     pub(crate) fn drive(
         &mut self,

@@ -19,10 +19,12 @@ macro_rules! both_modes {
 
 mod doorbell;
 mod edge_msi;
+#[allow(dead_code, reason = "examples/costs.rs uses all of it")]
 mod guest;
 mod ipi;
 mod level_line;
 mod msi_mask;
 mod pit;
+mod save_restore;
 mod split;
 mod tsc_deadline;

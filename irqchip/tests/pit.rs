@@ -24,6 +24,11 @@ fn start_pit(cpu: &Cpu, mode: u8) {
     cpu.out8(PIT_CHANNEL0, COUNT[1]);
 }
 
+/// Ticks for good, a thousand times a second.
+pub(crate) fn start_periodic(cpu: &Cpu) {
+    start_pit(cpu, PIT_PERIODIC);
+}
+
 #[test]
 fn it_ticks_at_ioapic_pin_0() {
     let Some(machine) = Machine::new(Mode::Kernel, 1) else {

@@ -2,7 +2,9 @@
 //!
 //! Intel SDM 3A, chapter 11 (local APIC, by its x2APIC MSRs); 82093AA datasheet (IOAPIC).
 
-use super::Cpu;
+use std::time::Instant;
+
+use super::{Cpu, DEADLINE};
 
 const APIC_BASE: u32 = 0x1b;
 const APIC_BASE_X2APIC: u64 = 0xfee0_0000 | 1 << 11 | 1 << 10;
@@ -14,6 +16,8 @@ const SPURIOUS_ENABLE: u64 = 1 << 8 | 0xff;
 const ICR: u32 = 0x830;
 /// First of eight registers with 32 vectors each.
 const IN_SERVICE: u32 = 0x810;
+/// The same for vectors that wait.
+const REQUEST: u32 = 0x820;
 const LVT_LINT0: u32 = 0x835;
 const LVT_EXTINT: u64 = 7 << 8;
 pub(crate) const LVT_TIMER: u32 = 0x832;
@@ -61,11 +65,23 @@ impl Cpu {
         bits >> (vector % 32) & 1 != 0
     }
 
+    /// Whether `vector` waits in the local APIC.
+    fn is_requested(&self, vector: u8) -> bool {
+        let bits = self.read_msr(REQUEST + u32::from(vector / 32));
+        bits >> (vector % 32) & 1 != 0
+    }
+
+    /// Waits until `vector` waits in the local APIC: an irqfd may deliver a moment later.
+    pub(crate) fn wait_requested(&self, vector: u8) {
+        let deadline = Instant::now() + DEADLINE;
+        while !self.is_requested(vector) {
+            assert!(Instant::now() < deadline, "no {vector:#x} in the IRR");
+        }
+    }
+
     /// Takes an interrupt with this vector if one waits.
     pub(crate) fn take_any(&self, vector: u8) {
-        const REQUEST: u32 = 0x820;
-        let bits = self.read_msr(REQUEST + u32::from(vector / 32));
-        if bits >> (vector % 32) & 1 != 0 {
+        if self.is_requested(vector) {
             assert_eq!(self.interrupt(), vector);
             self.eoi();
         }
@@ -73,13 +89,18 @@ impl Cpu {
 
     /// Sends an interrupt to the vCPU with this APIC id.
     pub(crate) fn send_ipi(&self, apic_id: u32, ipi: Ipi) {
+        self.send_ipi_at(apic_id, ipi);
+    }
+
+    /// The same; returns the TSC just before.
+    pub(crate) fn send_ipi_at(&self, apic_id: u32, ipi: Ipi) -> u64 {
         const ASSERT: u64 = 1 << 14;
         let command = match ipi {
             Ipi::Fixed(vector) => u64::from(vector),
             Ipi::Init => 5 << 8,
             Ipi::Startup(page) => 6 << 8 | u64::from(page),
         };
-        self.write_msr(ICR, u64::from(apic_id) << 32 | ASSERT | command);
+        self.write_msr_at(ICR, u64::from(apic_id) << 32 | ASSERT | command)
     }
 
     /// Masks both PICs, which KVM's reset state lets through to vCPU 0.

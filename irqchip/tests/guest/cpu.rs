@@ -14,14 +14,15 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread::JoinHandle;
 
-use berth_irqchip::{Chip, IOAPIC_LEN};
-use kvm_bindings::KVM_MAX_CPUID_ENTRIES;
+use berth_irqchip::{Chip, IOAPIC_LEN, VcpuState};
+use kvm_bindings::{KVM_MAX_CPUID_ENTRIES, kvm_regs, kvm_sregs};
 use kvm_ioctls::{Kvm, VcpuExit, VcpuFd};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 use vmm_sys_util::signal::{SIGRTMIN, register_signal_handler};
 
 use super::monitor::{
-    COMMAND_PORT, MAILBOX_PORT, Mailbox, NO_VECTOR, Operation, START, mailbox_of,
+    COMMAND_PORT, IGNORED_GPA, IGNORED_PORT, MAILBOX_PORT, Mailbox, NO_VECTOR, Operation, START,
+    mailbox_of,
 };
 use super::{DEADLINE, Exit, Exits, Host};
 
@@ -31,7 +32,8 @@ const IOAPIC: Range<u64> = 0xfec0_0000..0xfec0_0000 + IOAPIC_LEN;
 /// A vCPU that does as it is told.
 pub(crate) struct Cpu {
     id: u16,
-    commands: Option<Sender<Mailbox>>,
+    tsc_khz: u32,
+    commands: Option<Sender<Command>>,
     results: Receiver<Result<Mailbox, String>>,
     stop: Arc<AtomicBool>,
     runs: Arc<AtomicU64>,
@@ -41,11 +43,16 @@ pub(crate) struct Cpu {
 impl Cpu {
     /// The `index`th vCPU, with this APIC id.
     pub(super) fn new(host: &Host, index: u8, id: u16) -> Self {
-        let vcpu = host.vm.create_vcpu(id.into()).unwrap();
-        set_cpuid(&host.kvm, &vcpu, id);
+        let vcpu = create(host, id);
         if id == 0 {
             start_in_real_mode(&vcpu);
         }
+        Self::start(host, index, id, vcpu)
+    }
+
+    /// Runs a vCPU that has its registers.
+    pub(super) fn start(host: &Host, index: u8, id: u16, vcpu: VcpuFd) -> Self {
+        let tsc_khz = vcpu.get_tsc_khz().unwrap();
         let (commands, next) = channel();
         let (done, results) = channel();
         let stop = Arc::new(AtomicBool::new(false));
@@ -68,12 +75,20 @@ impl Cpu {
             .unwrap();
         Self {
             id,
+            tsc_khz,
             commands: Some(commands),
             results,
             stop,
             runs,
             thread: Some(thread),
         }
+    }
+
+    /// What the vCPU is; it runs no more.
+    pub(super) fn save(&self) -> SavedCpu {
+        let (reply, saved) = channel();
+        self.send_command(Command::Save(reply));
+        saved.recv_timeout(DEADLINE).expect("the vCPU is idle")
     }
 
     /// Writes `value` to a guest physical address.
@@ -140,8 +155,33 @@ impl Cpu {
 
     /// The vector that ended a [`halt`](Self::halt).
     pub(crate) fn woken_by(&self) -> u8 {
+        self.woken_at().0
+    }
+
+    /// The vector that ended a [`halt`](Self::halt), and the TSC in its handler.
+    pub(crate) fn woken_at(&self) -> (u8, u64) {
         let result = self.receive(Operation::WaitForInterrupt);
-        u8::try_from(result.vector).unwrap()
+        let vector = u8::try_from(result.vector).unwrap();
+        (vector, u64::from(result.high) << 32 | u64::from(result.low))
+    }
+
+    /// Writes an MSR; returns the TSC just before.
+    pub(crate) fn write_msr_at(&self, msr: u32, value: u64) -> u64 {
+        self.execute(Operation::TimedWriteMsr, msr, value, 1)
+    }
+
+    /// Frequency of its TSC.
+    pub(crate) fn tsc_khz(&self) -> u32 {
+        self.tsc_khz
+    }
+
+    /// Writes so often where a write leaves the kernel and comes to nothing.
+    pub(crate) fn exits_by_port(&self, times: u32) {
+        self.execute(Operation::Out16, IGNORED_PORT.into(), 0, times);
+    }
+
+    pub(crate) fn exits_by_memory(&self, times: u32) {
+        self.write32_times(IGNORED_GPA as u32, 0, times);
     }
 
     /// How often this vCPU has entered KVM; each command makes it once.
@@ -169,9 +209,13 @@ impl Cpu {
             count,
             vector: NO_VECTOR,
         };
+        self.send_command(Command::Do(mailbox));
+    }
+
+    fn send_command(&self, command: Command) {
         let commands = self.commands.as_ref().expect("taken on drop only");
         commands
-            .send(mailbox)
+            .send(command)
             .unwrap_or_else(|_| panic!("vcpu{} has ended", self.id));
     }
 
@@ -200,6 +244,37 @@ impl Drop for Cpu {
     }
 }
 
+/// What the test side asks for.
+enum Command {
+    Do(Mailbox),
+    Save(Sender<SavedCpu>),
+}
+
+/// A vCPU between two commands.
+pub(super) struct SavedCpu {
+    regs: kvm_regs,
+    sregs: kvm_sregs,
+    state: Vec<u8>,
+}
+
+impl SavedCpu {
+    /// The same vCPU in another VM.
+    pub(super) fn restore(&self, host: &Host, id: u16) -> VcpuFd {
+        let vcpu = create(host, id);
+        vcpu.set_sregs(&self.sregs).unwrap();
+        vcpu.set_regs(&self.regs).unwrap();
+        let state = VcpuState::from_bytes(&self.state).unwrap();
+        state.restore(&vcpu).unwrap();
+        vcpu
+    }
+}
+
+fn create(host: &Host, id: u16) -> VcpuFd {
+    let vcpu = host.vm.create_vcpu(id.into()).unwrap();
+    set_cpuid(&host.kvm, &vcpu, id);
+    vcpu
+}
+
 /// What the vCPU's thread owns.
 struct Runner {
     vcpu: VcpuFd,
@@ -211,7 +286,7 @@ struct Runner {
     stop: Arc<AtomicBool>,
     /// How often KVM_RUN was called.
     runs: Arc<AtomicU64>,
-    next: Receiver<Mailbox>,
+    next: Receiver<Command>,
     done: Sender<Result<Mailbox, String>>,
 }
 
@@ -235,12 +310,21 @@ impl Runner {
                     if std::mem::replace(&mut busy, true) && self.done.send(Ok(result)).is_err() {
                         break;
                     }
-                    let Ok(command) = self.next.recv() else { break };
-                    self.memory.write_obj(command, self.mailbox).unwrap();
+                    match self.next.recv() {
+                        Ok(Command::Do(command)) => {
+                            self.memory.write_obj(command, self.mailbox).unwrap();
+                        }
+                        Ok(Command::Save(reply)) => {
+                            let _ = reply.send(self.save());
+                            break;
+                        }
+                        Err(_) => break,
+                    }
                 }
                 VcpuExit::IoIn(MAILBOX_PORT, data) => {
                     data.copy_from_slice(&(self.mailbox.0 as u32).to_le_bytes());
                 }
+                VcpuExit::IoOut(IGNORED_PORT, _) | VcpuExit::MmioWrite(IGNORED_GPA, _) => {}
                 VcpuExit::IoOut(port, data) => {
                     let exit = Exit::Pio {
                         port,
@@ -270,6 +354,26 @@ impl Runner {
             }
         }
         IMMEDIATE_EXIT.set(std::ptr::null_mut());
+    }
+
+    /// Lets KVM finish the read of the command port, and takes what the vCPU is. What it does next, here or
+    /// elsewhere, is to read its clock and ask for a command.
+    fn save(&mut self) -> SavedCpu {
+        let nothing = Mailbox {
+            operation: Operation::ReadTsc as u32,
+            count: 1,
+            vector: NO_VECTOR,
+            ..Default::default()
+        };
+        self.memory.write_obj(nothing, self.mailbox).unwrap();
+        self.vcpu.get_kvm_run().immediate_exit = 1;
+        let error = self.vcpu.run().expect_err("the guest may not run");
+        assert_eq!(error.errno(), libc::EINTR);
+        SavedCpu {
+            regs: self.vcpu.get_regs().unwrap(),
+            sregs: self.vcpu.get_sregs().unwrap(),
+            state: VcpuState::save(&self.vcpu).unwrap().to_bytes(),
+        }
     }
 
     fn fail(&self, why: String) {

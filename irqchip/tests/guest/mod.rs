@@ -10,12 +10,12 @@ use std::io::Write;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use berth_irqchip::{Chip, Mode, Msi, MsiMessage};
+use berth_irqchip::{Chip, ChipState, Mode, Msi, MsiMessage};
 use kvm_bindings::{
     KVM_CAP_X2APIC_API, KVM_X2APIC_API_USE_32BIT_IDS, kvm_enable_cap, kvm_userspace_memory_region,
 };
 use kvm_ioctls::{Kvm, VmFd};
-use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
 use vmm_sys_util::eventfd::EventFd;
 
 pub(crate) use apic::{Ipi, LVT_TIMER, TSC_DEADLINE, TSC_DEADLINE_MODE};
@@ -51,9 +51,30 @@ pub(crate) struct Machine {
     /// Before the VM: threads end first.
     cpus: Vec<Cpu>,
     pub(crate) chip: Arc<Chip>,
-    exits: Exits,
-    vm: Arc<VmFd>,
-    _memory: GuestMemoryMmap,
+    host: Host,
+}
+
+/// A machine of one vCPU that was taken apart.
+pub(crate) struct Saved {
+    cpu: cpu::SavedCpu,
+    memory: Vec<u8>,
+    chip: Vec<u8>,
+}
+
+impl Host {
+    fn new(kvm: Kvm, mode: Mode) -> Self {
+        let vm = Arc::new(kvm.create_vm().unwrap());
+        vm.set_tss_address(0xfffb_d000).unwrap();
+        let memory = memory_at_zero(&vm);
+        let chip = Chip::new(Arc::clone(&vm), mode).unwrap();
+        Self {
+            kvm,
+            vm,
+            memory,
+            chip,
+            exits: Exits::default(),
+        }
+    }
 }
 
 impl Machine {
@@ -70,29 +91,15 @@ impl Machine {
             note("skipped: no /dev/kvm");
             return None;
         };
-        let vm = Arc::new(kvm.create_vm().unwrap());
-        vm.set_tss_address(0xfffb_d000).unwrap();
-        let memory = memory_at_zero(&vm);
-        monitor::load(&memory);
-        let chip = Chip::new(Arc::clone(&vm), mode).unwrap();
-        let exits = Exits::default();
-        let host = Host {
-            kvm,
-            vm: Arc::clone(&vm),
-            memory: memory.clone(),
-            chip: Arc::clone(&chip),
-            exits: Arc::clone(&exits),
-        };
+        let host = Host::new(kvm, mode);
+        monitor::load(&host.memory);
         let cpus = (0..)
             .zip(ids)
             .map(|(index, id)| Cpu::new(&host, index, *id));
-        let cpus = cpus.collect();
         let machine = Self {
-            cpus,
-            chip,
-            exits,
-            vm,
-            _memory: memory,
+            cpus: cpus.collect(),
+            chip: Arc::clone(&host.chip),
+            host,
         };
         machine.cpu(0).enable_apic();
         if mode == Mode::Kernel {
@@ -107,7 +114,37 @@ impl Machine {
 
     /// Guest accesses that left the kernel since the last call.
     pub(crate) fn take_exits(&self) -> Vec<Exit> {
-        std::mem::take(&mut *self.exits.lock().unwrap())
+        std::mem::take(&mut *self.host.exits.lock().unwrap())
+    }
+
+    /// Takes the machine apart. Its devices go with it, when the caller drops them.
+    pub(crate) fn save(self, msis: &[&Msi]) -> Saved {
+        let cpu = self.cpu(0).save();
+        let mut memory = vec![0; monitor::MEMORY_BYTES];
+        self.host
+            .memory
+            .read_slice(&mut memory, GuestAddress(0))
+            .unwrap();
+        let chip = self.chip.save(msis).unwrap().to_bytes();
+        Saved { cpu, memory, chip }
+    }
+
+    /// The same machine in a new VM. `make` makes its devices, in the order in which they were first made.
+    pub(crate) fn restored<D>(
+        saved: &Saved,
+        make: impl FnOnce(&Arc<Chip>) -> D,
+        msis: impl Fn(&D) -> Vec<&Msi>,
+    ) -> (Self, D) {
+        let state = ChipState::from_bytes(&saved.chip).unwrap();
+        let host = Host::new(Kvm::new().unwrap(), state.mode());
+        let memory = &host.memory;
+        memory.write_slice(&saved.memory, GuestAddress(0)).unwrap();
+        let devices = make(&host.chip);
+        let vcpu = saved.cpu.restore(&host, 0);
+        host.chip.restore(&state, &msis(&devices)).unwrap();
+        let cpus = vec![Cpu::start(&host, 0, 0, vcpu)];
+        let chip = Arc::clone(&host.chip);
+        (Self { cpus, chip, host }, devices)
     }
 
     /// A vector that raises `vector` on vCPU 0.
@@ -115,6 +152,11 @@ impl Machine {
         let msi = self.chip.msi().unwrap();
         msi.set_message(to_cpu0(vector)).unwrap();
         msi
+    }
+
+    /// The VM, for what the chip does not offer.
+    pub(crate) fn vm(&self) -> &VmFd {
+        &self.host.vm
     }
 
     /// Makes KVM take the high half of an MSI address as destination bits, and check it.
@@ -125,7 +167,7 @@ impl Machine {
             args,
             ..Default::default()
         };
-        self.vm.enable_cap(&cap).unwrap();
+        self.host.vm.enable_cap(&cap).unwrap();
     }
 
     /// Asserts that vCPU 0 has no interrupt waiting: one of the lowest priority, raised now, must

@@ -8,7 +8,7 @@
 //! ```
 //!
 //! Interrupts are off but for the command that waits for one. An interrupt or exception stores its
-//! vector in the mailbox and ends the command; there is no way back to what was interrupted, so
+//! vector and the time in the mailbox and ends the command; there is no way back to what was interrupted, so
 //! each wait takes exactly one interrupt, and a fault is seen by the test that caused it.
 //!
 //! A vCPU starts in real mode on the page [`START`], vCPU 0 because the host puts it there and the
@@ -33,6 +33,9 @@ const IDT: u64 = 0x1000;
 const MAILBOXES: u64 = 0x4_0000;
 const MAILBOX_STRIDE: u64 = 0x1000;
 
+/// Writes here leave the kernel and are not recorded: what an exit costs.
+pub(super) const IGNORED_PORT: u16 = 0xe8;
+pub(super) const IGNORED_GPA: u64 = 0xd200_0000;
 /// Read when the vCPU is ready for a command.
 pub(super) const COMMAND_PORT: u16 = 0xe0;
 /// Read once at the start: the address of the vCPU's mailbox.
@@ -74,6 +77,8 @@ pub(super) enum Operation {
     ReadMsr = 9,
     ReadTsc = 10,
     WaitForInterrupt = 11,
+    /// As `WriteMsr`; the result is the TSC just before.
+    TimedWriteMsr = 12,
 }
 
 pub(super) fn mailbox_of(cpu: u8) -> u64 {
@@ -157,6 +162,9 @@ monitor_interrupted:
     shr  eax, 4
     movzx eax, al
     mov  [ebx + 20], eax
+    rdtsc                                               // when
+    mov  [ebx + 8], eax
+    mov  [ebx + 12], edx
     mov  esp, ebx                                       // forget what was interrupted
     jmp  monitor_next
 
@@ -198,6 +206,8 @@ monitor_next:
     jz   110f
     dec  esi
     jz   120f
+    dec  esi
+    jz   130f
     ud2
 
 20: mov  byte ptr [ecx], al                             // Write8
@@ -242,6 +252,17 @@ monitor_next:
 121:
     hlt
     jmp  121b
+
+130:
+    mov  esi, eax                                       // TimedWriteMsr
+    mov  edi, edx
+    rdtsc
+    mov  [ebx + 8], eax
+    mov  [ebx + 12], edx
+    mov  eax, esi
+    mov  edx, edi
+    wrmsr
+    jmp  monitor_next
 
 monitor_result:
     mov  [ebx + 8], eax

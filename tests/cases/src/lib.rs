@@ -15,6 +15,7 @@ pub mod disk;
 pub mod interop_dpdk;
 pub mod interop_qemu;
 pub mod interop_qemu_img;
+pub mod irqchip;
 pub mod kill_storm;
 mod memory;
 pub mod migration;
@@ -33,6 +34,7 @@ pub fn stories() -> Vec<Story> {
         net::STORIES,
         disk::STORIES,
         boot::STORIES,
+        irqchip::STORIES,
         counters::STORIES,
         backend_loss::STORIES,
         net_control::STORIES,

@@ -81,6 +81,14 @@ impl VmBuilder {
         self
     }
 
+    /// The board, as `--platform` takes it.
+    #[must_use]
+    pub fn platform(mut self, value: &str) -> Self {
+        self.devices
+            .extend(["--platform".to_owned(), value.to_owned()]);
+        self
+    }
+
     /// A disk behind the daemon at `socket`; `more` as in `,num_queues=2`.
     #[must_use]
     pub fn disk(mut self, socket: &Path, more: &str) -> Self {
