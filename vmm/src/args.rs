@@ -14,6 +14,7 @@ use clap::{ArgAction, Parser};
 use crate::config::{ArgError, PayloadConfig, VmConfig, convert, device_flags};
 use crate::sandbox;
 use crate::socket::ApiSocket;
+use crate::telemetry::events::EventMonitor;
 
 const EXAMPLES: &str = "\
 Examples:
@@ -74,10 +75,10 @@ struct Flags {
         allow_hyphen_values = true
     )]
     cmdline: String,
-    /// Virtual CPUs, 1 to 64, and features to add or take away (docs/cpu.md)
+    /// Virtual CPUs, 1 to 64, features to add or take away (docs/cpu.md), the host's CPUs that each may run on
     #[arg(
         long,
-        value_name = "boot=N,features=+NAME,-NAME",
+        value_name = "boot=N,features=+NAME,-NAME,affinity=[VCPU@[CPU,CPU-CPU],...]",
         default_value = "boot=1"
     )]
     cpus: String,
@@ -131,6 +132,15 @@ struct Flags {
     /// Unix socket of the REST API: where to listen, or one that listens
     #[arg(long, value_name = "path=PATH|fd=N")]
     api_socket: Option<String>,
+    /// Where events go as JSON: a FIFO or file, or a descriptor; what its reader does not take is dropped
+    #[arg(long, value_name = "path=PATH|fd=N")]
+    event_monitor: Option<String>,
+    /// Unix socket that answers with counters as Prometheus text
+    #[arg(long, value_name = "PATH")]
+    metrics_socket: Option<PathBuf>,
+    /// Print what each step to the guest's first instruction took, on standard error
+    #[arg(long)]
+    startup_trace: bool,
     /// Whether the process confines itself [default: on]; log: the kernel logs what would be refused
     #[arg(long, value_name = "on|off|log")]
     sandbox: Option<String>,
@@ -158,6 +168,12 @@ pub struct Options {
     pub config: Option<VmConfig>,
     /// Where the API listens.
     pub api_socket: Option<ApiSocket>,
+    /// Where events go.
+    pub event_monitor: Option<EventMonitor>,
+    /// Where metrics are served.
+    pub metrics_socket: Option<PathBuf>,
+    /// Whether the way to the first instruction is timed.
+    pub startup_trace: bool,
     /// What the process gives up.
     pub sandbox: sandbox::Settings,
     /// Where the log goes, else standard error.
@@ -192,6 +208,13 @@ pub fn parse(words: impl IntoIterator<Item = OsString>) -> Result<Options, Stop>
     }
     Ok(Options {
         api_socket,
+        event_monitor: flags
+            .event_monitor
+            .as_deref()
+            .map(convert::event_monitor)
+            .transpose()?,
+        metrics_socket: flags.metrics_socket.clone(),
+        startup_trace: flags.startup_trace,
         sandbox: sandbox::Settings::from_flags(
             flags.sandbox.as_deref(),
             flags.seccomp.as_deref(),
@@ -214,6 +237,7 @@ fn guest(flags: Flags) -> Result<Option<VmConfig>, Stop> {
     let (kernel, entry) = convert::kernel(kernel)?;
     let config = VmConfig {
         cpus: convert::cpus(&flags.cpus)?,
+        affinity: convert::affinity(&flags.cpus)?,
         memory: convert::memory(&flags.memory)?,
         payload: PayloadConfig {
             kernel,

@@ -8,6 +8,7 @@ use berth_irqchip::Mode;
 use kvm_ioctls::{Cap, Kvm};
 
 use crate::config::validate::Host;
+use crate::cpu::affinity;
 
 /// The only version that KVM has had since Linux 2.6.22.
 const API_VERSION: i32 = 12;
@@ -84,6 +85,7 @@ pub fn host() -> io::Result<Host> {
     Ok(Host {
         physical_bits: physical_bits(&std::fs::read_to_string("/proc/cpuinfo")?),
         memory_bytes: memory_bytes(&std::fs::read_to_string("/proc/meminfo")?),
+        cpus: affinity::of_this_process()?,
     })
 }
 

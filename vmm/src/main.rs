@@ -11,13 +11,15 @@ use anyhow::Context;
 use berth_vmm::args::{self, Options, Stop};
 use berth_vmm::config::validate::validate;
 use berth_vmm::launcher::{LauncherProcess, Policy};
-use berth_vmm::socket::ApiSocket;
+use berth_vmm::socket::{ApiSocket, Listener};
+use berth_vmm::telemetry::{events, metrics, startup};
 use berth_vmm::vm::requests::Requests;
 use berth_vmm::vm::{Driver, Limits, Signals};
 use berth_vmm::{api, kvm, sandbox};
 use tracing_subscriber::EnvFilter;
 
 fn main() -> ExitCode {
+    let begin = startup::Begin::now();
     let options = match args::parse(std::env::args_os()) {
         Ok(options) => options,
         Err(Stop::Print(text)) => {
@@ -29,6 +31,10 @@ fn main() -> ExitCode {
             return ExitCode::from(2);
         }
     };
+    if options.startup_trace {
+        startup::start(&begin);
+        startup::mark("command line");
+    }
     match run(options) {
         Ok(code) => ExitCode::from(code),
         Err(error) => {
@@ -53,9 +59,20 @@ fn run(options: Options) -> anyhow::Result<u8> {
         .as_ref()
         .map(|config| config.platform.irqchip);
     kvm::open(irqchip)?;
+    startup::mark("log, limits of the host");
     let (sender, requests) = Requests::new().context("cannot make the request queue")?;
     // No thread before this; whatever is named on the command line is opened before the sandbox closes.
     sandbox::prepare(&options.sandbox)?;
+    startup::mark("privileges given up");
+    if let Some(place) = &options.event_monitor {
+        events::start(place)?;
+    }
+    events::event("vmm", "starting", &[]);
+    let metrics = options
+        .metrics_socket
+        .as_deref()
+        .map(open_metrics)
+        .transpose()?;
     let api = options.api_socket.as_ref().map(api::bind).transpose()?;
     let limits = Limits {
         host,
@@ -63,7 +80,8 @@ fn run(options: Options) -> anyhow::Result<u8> {
         launcher: launcher.as_ref().map(LauncherProcess::launcher),
     };
     let mut driver = Driver::new(limits, signals, (sender.clone(), requests))?;
-    let sockets: Vec<_> = api_path.map(Into::into).into_iter().collect();
+    let sockets = [api_path, options.metrics_socket.as_deref()];
+    let sockets: Vec<_> = sockets.into_iter().flatten().map(Into::into).collect();
     match options.config {
         Some(config) => {
             driver.create(config.clone())?;
@@ -71,9 +89,15 @@ fn run(options: Options) -> anyhow::Result<u8> {
         }
         None => sandbox::confine(None, &sockets)?,
     }
+    startup::mark("serial port opened, sandbox closed");
     let _api = api
-        .map(|listener| api::start(listener, sender))
+        .map(|listener| api::start(listener, sender.clone()))
         .transpose()?;
+    let _metrics = metrics
+        .map(|(listener, statm)| metrics::start(listener, statm, sender))
+        .transpose()
+        .context("cannot start the metrics thread")?;
+    startup::mark("API, metrics");
     Ok(driver.run()?)
 }
 
@@ -84,6 +108,13 @@ fn start_launcher(options: &Options) -> io::Result<Option<LauncherProcess>> {
         return Ok(None);
     }
     LauncherProcess::fork(&policy).map(Some)
+}
+
+/// What the metrics thread needs, opened before the sandbox closes.
+fn open_metrics(path: &Path) -> anyhow::Result<(Listener, File)> {
+    let listener = Listener::bind(path).context("metrics socket")?;
+    let statm = File::open("/proc/self/statm").context("cannot read our own memory")?;
+    Ok((listener, statm))
 }
 
 fn start_log(path: Option<&Path>, verbosity: u8) -> anyhow::Result<()> {

@@ -1,5 +1,9 @@
 //! The sandbox, from inside and from outside: what each kind of thread is refused, tried in processes of its own.
 #![expect(unsafe_code, reason = "system calls that no wrapper makes")]
+#![expect(
+    clippy::unwrap_used,
+    reason = "a test that cannot start its process has failed"
+)]
 
 mod support;
 

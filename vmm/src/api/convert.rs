@@ -8,6 +8,7 @@ use std::path::Path;
 use berth_irqchip::Mode;
 use berth_vmm_api_types::v1 as wire;
 
+use crate::config::affinity::VcpuAffinity;
 use crate::config::{KernelEntry, PlatformConfig, SerialConfig, VmConfig, device_wire};
 use crate::vm::state::VmState;
 
@@ -30,6 +31,7 @@ pub(super) fn vm_config(config: &VmConfig, pty: Option<&Path>) -> wire::VmConfig
             boot_vcpus: cpus,
             max_vcpus: cpus,
             feature_flags: config.cpus.features.names(),
+            affinity: some(config.affinity.iter().map(affinity)),
         },
         memory: wire::MemoryConfig {
             size: config.memory.size_bytes,
@@ -66,6 +68,13 @@ fn platform(platform: &PlatformConfig) -> wire::PlatformConfig {
         test_device: platform.test_device,
         irqchip: Some(irqchip.to_owned()),
         halt_poll_ns: platform.halt_poll_ns,
+    }
+}
+
+fn affinity(of: &VcpuAffinity) -> wire::CpuAffinity {
+    wire::CpuAffinity {
+        vcpu: of.vcpu.into(),
+        host_cpus: of.host_cpus.clone(),
     }
 }
 

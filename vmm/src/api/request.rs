@@ -11,6 +11,7 @@ use berth_irqchip::Mode;
 use berth_vmm_api_types::v1 as wire;
 use berth_vmm_api_types::v1::ConsoleMode;
 
+use crate::config::affinity::VcpuAffinity;
 use crate::config::{
     ArgError, CpusConfig, DiskConfig, KernelEntry, MemoryConfig, NetConfig, PayloadConfig,
     PlatformConfig, RngConfig, SerialConfig, VmConfig, device_wire, shared_fd::SharedFd,
@@ -92,6 +93,13 @@ pub(super) fn vm_config(config: wire::VmConfig) -> Result<VmConfig, Error> {
             features: Features::parse(config.cpus.feature_flags.iter().map(String::as_str))
                 .map_err(ArgError::Features)?,
         },
+        affinity: config
+            .cpus
+            .affinity
+            .iter()
+            .flatten()
+            .map(affinity)
+            .collect(),
         memory: memory(&config.memory),
         payload: payload(config.payload.ok_or(Error::Missing("payload"))?)?,
         disks: disks
@@ -116,6 +124,14 @@ pub(super) fn vm_config(config: wire::VmConfig) -> Result<VmConfig, Error> {
         },
         platform: platform(config.platform.unwrap_or_default())?,
     })
+}
+
+fn affinity(of: &wire::CpuAffinity) -> VcpuAffinity {
+    VcpuAffinity {
+        // As with the number of vCPUs.
+        vcpu: u8::try_from(of.vcpu).unwrap_or(u8::MAX),
+        host_cpus: of.host_cpus.clone(),
+    }
 }
 
 fn check_others(config: &wire::VmConfig) -> Result<(), Error> {

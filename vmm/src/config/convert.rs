@@ -8,12 +8,14 @@ use std::path::PathBuf;
 
 use berth_irqchip::Mode;
 
+use super::affinity::{self, VcpuAffinity};
 use super::keys::{Keys, hint};
 use super::{
     ArgError, CpusConfig, KernelEntry, MemoryConfig, PlatformConfig, RngConfig, SerialConfig,
 };
 use crate::cpu::features::Features;
 use crate::socket::ApiSocket;
+use crate::telemetry::events::EventMonitor;
 
 /// Vendor of the root ports unless given: Red Hat, whose generic root port they resemble.
 pub const DEFAULT_ROOT_PORT_VENDOR: u16 = 0x1b36;
@@ -21,9 +23,11 @@ pub const DEFAULT_ROOT_PORT_VENDOR: u16 = 0x1b36;
 /// Root ports for devices that are added later, unless given.
 pub const DEFAULT_HOTPLUG_PORTS: u8 = 8;
 
+const CPUS_KEYS: [&str; 3] = ["boot", "features", "affinity"];
+
 /// `--cpus boot=N,features=+x,-y`, or `--cpus N`.
 pub fn cpus(text: &str) -> Result<CpusConfig, ArgError> {
-    let mut keys = Keys::parse("--cpus", text, &["boot", "features"])?;
+    let mut keys = Keys::parse("--cpus", text, &CPUS_KEYS)?;
     let bare = keys.take_bare();
     let boot = match bare.as_deref().or(keys.text("boot")) {
         None => 1,
@@ -39,6 +43,13 @@ pub fn cpus(text: &str) -> Result<CpusConfig, ArgError> {
             Some(list) => Features::parse(list.split(','))?,
         },
     })
+}
+
+/// `affinity=` of `--cpus`.
+pub fn affinity(text: &str) -> Result<Vec<VcpuAffinity>, ArgError> {
+    let keys = Keys::parse("--cpus", text, &CPUS_KEYS)?;
+    keys.text("affinity")
+        .map_or(Ok(Vec::new()), affinity::parse)
 }
 
 /// `--memory size=,hugepages=on|off`, or `--memory 512M`.
@@ -180,6 +191,22 @@ fn path(flag: &'static str, key: &'static str, text: &str) -> Result<PathBuf, Ar
     }
 }
 
+/// `--event-monitor path=PATH|fd=N`.
+pub fn event_monitor(text: &str) -> Result<EventMonitor, ArgError> {
+    let flag = "--event-monitor";
+    let mut keys = Keys::parse(flag, text, &["path", "fd"])?;
+    let path = match keys.take_bare() {
+        Some(bare) => Some(bare),
+        None => keys.text("path").map(str::to_owned),
+    };
+    match (path, keys.number("fd")?) {
+        (Some(path), None) if !path.is_empty() => Ok(EventMonitor::Path(path.into())),
+        (None, Some(fd @ 3..)) => Ok(EventMonitor::Fd(fd)),
+        (None, Some(fd)) => Err(keys.bad("fd", &fd.to_string(), "a descriptor from 3 on")),
+        _ => Err(ArgError::Missing { flag, key: "path" }),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -235,6 +262,16 @@ mod tests {
             error.starts_with("--cpus: ") && error.contains("'x2apic'"),
             "{error}"
         );
+    }
+
+    #[test]
+    fn events_go_to_a_path_or_a_descriptor() {
+        let path = EventMonitor::Path("/fifo".into());
+        assert_eq!(event_monitor("path=/fifo").unwrap(), path);
+        assert_eq!(event_monitor("fd=9").unwrap(), EventMonitor::Fd(9));
+        for text in ["fd=1", "fd=3,path=/a", ""] {
+            assert!(event_monitor(text).is_err(), "{text}");
+        }
     }
 
     #[test]

@@ -4,6 +4,7 @@
 //! the VMM reads either. Alternatives are enums, never groups of `Option`. [`convert`] makes a
 //! configuration from text, [`validate`] holds it against the host.
 
+pub mod affinity;
 pub mod convert;
 mod device;
 pub mod device_flags;
@@ -128,6 +129,8 @@ pub enum ArgError {
 pub struct VmConfig {
     /// Virtual CPUs.
     pub cpus: CpusConfig,
+    /// Where vCPUs may run; those that are not named run anywhere.
+    pub affinity: Vec<affinity::VcpuAffinity>,
     /// Guest memory.
     pub memory: MemoryConfig,
     /// What is started.

@@ -9,6 +9,7 @@ use super::{
 pub(crate) fn config() -> VmConfig {
     VmConfig {
         cpus: CpusConfig::of(1),
+        affinity: Vec::new(),
         memory: MemoryConfig {
             size_bytes: 512 << 20,
             hugepages: false,

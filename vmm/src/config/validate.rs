@@ -8,6 +8,7 @@
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
+use super::affinity::{self, HostCpus};
 use super::{Link, VhostUserConfig, VmConfig};
 use crate::memory::layout::{MMIO64_LEN, mmio64_start};
 
@@ -29,6 +30,8 @@ pub struct Host {
     pub physical_bits: u32,
     /// RAM and swap in bytes.
     pub memory_bytes: u64,
+    /// CPUs that this process may use.
+    pub cpus: HostCpus,
 }
 
 /// A configuration that cannot be run (exit code 1).
@@ -37,6 +40,9 @@ pub enum Error {
     /// Too few or too many vCPUs.
     #[error("--cpus: boot must be 1 to {MAX_VCPUS}")]
     Vcpus,
+    /// Where vCPUs are to run.
+    #[error(transparent)]
+    Affinity(#[from] affinity::Error),
     /// No memory, or too little.
     #[error("--memory: size={size_bytes} bytes is too small, {} MiB is the least", MIN_MEMORY >> 20)]
     MemoryTooSmall {
@@ -135,6 +141,7 @@ pub fn validate(config: &VmConfig, api_socket: Option<&Path>, host: Host) -> Res
     if config.cpus.boot == 0 || config.cpus.boot > MAX_VCPUS {
         return Err(Error::Vcpus);
     }
+    affinity::validate(&config.affinity, config.cpus.boot, &host.cpus)?;
     memory(config.memory.size_bytes, host)?;
     cmdline(&config.payload.cmdline)?;
     devices(config)?;
@@ -301,6 +308,7 @@ mod tests {
     const HOST: Host = Host {
         physical_bits: 40,
         memory_bytes: 32 << 30,
+        cpus: HostCpus::ALL,
     };
 
     fn config() -> VmConfig {

@@ -5,6 +5,7 @@
 //!     └──── kick (immediate_exit, signal) ───────────▲              └─▶ GuestEvents (a dead vCPU)
 //! ```
 
+pub mod affinity;
 mod counters;
 pub mod cpuid;
 mod exits;

@@ -20,13 +20,16 @@ use std::time::{Duration, Instant};
 use kvm_ioctls::VcpuFd;
 use vmm_sys_util::signal::{SIGRTMIN, register_signal_handler};
 
+use super::affinity;
 use super::counters::{ExitCounters, Reason};
 use super::exits::{Buses, Next, run_once};
 use super::gate::{Gate, Pass};
 use super::perf::DoorbellCounter;
 use super::regs;
 use super::stats::KernelStats;
+use crate::config::affinity::VcpuAffinity;
 use crate::sandbox::{self, ThreadKind};
+use crate::telemetry::startup;
 use crate::vm::{GuestEvent, GuestEvents};
 
 /// How long all vCPUs together may take to come out of the guest.
@@ -38,6 +41,14 @@ pub enum Error {
     /// No thread.
     #[error("cannot start the thread of vcpu{index}")]
     Spawn {
+        /// Which.
+        index: usize,
+        /// The system's answer.
+        source: io::Error,
+    },
+    /// It cannot be kept to the CPUs that it was given.
+    #[error("cannot keep the thread of vcpu{index} to its CPUs")]
+    Affinity {
         /// Which.
         index: usize,
         /// The system's answer.
@@ -105,7 +116,12 @@ pub struct Vcpus {
 
 impl Vcpus {
     /// Starts a thread for each vCPU; they wait for [`resume`](Self::resume).
-    pub fn start(fds: Vec<VcpuFd>, buses: &Buses, events: &GuestEvents) -> Result<Self, Error> {
+    pub fn start(
+        fds: Vec<VcpuFd>,
+        buses: &Buses,
+        events: &GuestEvents,
+        affinity: &[VcpuAffinity],
+    ) -> Result<Self, Error> {
         register_signal_handler(SIGRTMIN(), on_kick).map_err(Error::Signal)?;
         let gate = Arc::new(Gate::new(fds.len()));
         let mut vcpus = Self {
@@ -134,11 +150,14 @@ impl Vcpus {
                 .name(format!("vcpu{index}"))
                 .spawn(move || runner.run())
                 .map_err(|source| Error::Spawn { index, source })?;
+            let cpus = affinity.iter().find(|of| usize::from(of.vcpu) == index);
+            let kept = cpus.map_or(Ok(()), |of| affinity::keep_to(&thread, &of.host_cpus));
             vcpus.vcpus.push(Vcpu {
                 shared,
                 stats,
                 thread: Some(thread),
             });
+            kept.map_err(|source| Error::Affinity { index, source })?;
         }
         Ok(vcpus)
     }
@@ -236,6 +255,9 @@ impl Runner {
                 // So that the guest's watchdogs forgive the time that it missed. A guest without
                 // kvmclock has nothing to tell: EINVAL.
                 Pass::Resumed => drop(self.fd.kvmclock_ctrl()),
+            }
+            if self.index == 0 {
+                startup::entered();
             }
             loop {
                 match run_once(&mut self.fd, &self.buses, &self.shared.exits) {

@@ -15,6 +15,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::kind::{Kind, Offer};
 use crate::devices::virtio::device::{QueueSetup, TransportNotify};
+use crate::telemetry::events::event;
 
 /// Where a session is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -143,7 +144,14 @@ impl Shared {
     }
 
     pub(super) fn set_session(&self, session: SessionState) {
-        self.state().session = session;
+        let before = std::mem::replace(&mut self.state().session, session);
+        if before != session {
+            match session {
+                SessionState::Live => event("vhost-user", "connected", &[("id", self.id())]),
+                SessionState::Lost => event("vhost-user", "lost", &[("id", self.id())]),
+                _ => {}
+            }
+        }
         if matches!(session, SessionState::Live | SessionState::Lost) {
             self.settle();
         }

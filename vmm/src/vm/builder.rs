@@ -40,6 +40,7 @@ use crate::memory::layout::{
 };
 use crate::memory::{self, GuestRam};
 use crate::pci::{self, PciContext, PciHost};
+use crate::telemetry::startup::mark;
 use crate::vhost_user::{self, Frontends, Kind};
 use crate::{bus, kvm, sandbox};
 
@@ -157,10 +158,13 @@ pub struct Parts {
 pub fn build(parts: &Parts) -> Result<Machine, Error> {
     let config = &*parts.config;
     sandbox::confine_boot(config)?;
+    mark("boot thread, its files confined");
     let vm = &parts.new_vm.vm;
     let ram = GuestRam::new(&config.memory)?;
     let slots = ram.register(vm)?;
+    mark("guest memory");
     let chip = Chip::new(Arc::clone(vm), config.platform.irqchip)?;
+    mark("interrupt controllers");
 
     let mut buses = Buses::default();
     add_ioapic(&mut buses, &chip)?;
@@ -178,15 +182,20 @@ pub fn build(parts: &Parts) -> Result<Machine, Error> {
     add_devices(&mut host, config, &mut frontends)?;
     let pci = host.finish()?;
 
+    mark("devices");
     let rsdp = write_acpi(&ram, config)?;
+    mark("ACPI tables");
     let entry = boot::load(&ram, &config.payload, rsdp)?;
+    mark("kernel loaded");
     if matches!(entry, Entry::Multiboot { .. }) && chip.mode() == Mode::Kernel {
         // What such an image is made for has firmware, which leaves these behind.
         chip.initialise_pics()?;
     }
     let fds = create_vcpus(&parts.new_vm, &chip, config, &ram, &entry)?;
+    mark("vCPUs");
     wait_for_backends(&frontends, &parts.cancel)?;
-    let vcpus = Vcpus::start(fds, &buses, &parts.events)?;
+    mark("backends");
+    let vcpus = Vcpus::start(fds, &buses, &parts.events, &config.affinity)?;
     Ok(Machine {
         vcpus,
         frontends: Backends(frontends),

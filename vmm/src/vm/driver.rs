@@ -34,6 +34,8 @@ use crate::devices::serial::host::{self, SerialHost};
 use crate::event_loop::{EventLoop, Token};
 use crate::launcher::Launcher;
 use crate::sandbox::{self, ThreadKind};
+use crate::telemetry::events::event;
+use crate::telemetry::startup;
 
 /// How long the end of the process waits for the machine to be taken apart.
 const TEARDOWN_PATIENCE: Duration = Duration::from_secs(2);
@@ -94,6 +96,8 @@ pub struct Driver {
     pub(super) boot: u64,
     /// When it began to run.
     booted: Instant,
+    /// There was a machine before this boot.
+    again: bool,
     /// A client of the API asked for this boot: where it fails, the process stays for the next try.
     stays_if_unbuilt: bool,
     /// The client that asked for this boot, until it is done.
@@ -131,6 +135,7 @@ impl Driver {
             machine: None,
             boot: 0,
             booted: Instant::now(),
+            again: false,
             stays_if_unbuilt: false,
             booting_for: None,
             plugging: Vec::new(),
@@ -157,6 +162,9 @@ impl Driver {
                 self.process(token)?;
             }
         };
+        if self.machine.is_some() {
+            report("shutdown");
+        }
         if let Some(gone) = self.stop_machine()?
             && gone.recv_timeout(TEARDOWN_PATIENCE).is_err()
         {
@@ -165,6 +173,10 @@ impl Driver {
         if let Some(host) = &self.host {
             host.flush();
         }
+        if self.config.is_some() {
+            report("deleted");
+        }
+        event("vmm", "shutdown", &[]);
         result
     }
 
@@ -249,6 +261,8 @@ impl Driver {
     /// Does what was accepted. An error ends the process; what is only the client's goes to `reply`.
     fn act(&mut self, action: Action, next: VmState, reply: ReplyTo) -> Result<(), Error> {
         let machine = self.machine.as_deref();
+        let (begins, done) = names(action);
+        report_some(begins);
         match (action, machine) {
             (Action::PowerButton, Some(machine)) => machine.press_power_button(),
             (Action::Pause, Some(machine)) => {
@@ -272,6 +286,7 @@ impl Driver {
         }
         tracing::info!(?action, state = ?next, "the guest's state was changed by the API");
         self.state = next;
+        report_some(done);
         reply.send(Ok(Reply::Done));
         Ok(())
     }
@@ -304,6 +319,8 @@ impl Driver {
 
     /// Takes the machine apart, if there is one, and has a new one built from scratch.
     fn start_boot(&mut self) -> Result<(), Error> {
+        self.again = self.machine.is_some();
+        report(if self.again { "rebooting" } else { "booting" });
         let gone = self.stop_machine()?;
         let (Some(config), Some(host)) = (&self.config, &self.host) else {
             return Ok(());
@@ -324,6 +341,7 @@ impl Driver {
             launcher: self.limits.launcher.clone(),
             cancel: Arc::clone(&self.cancel),
         };
+        startup::mark("KVM's VM");
         sandbox::spawn(ThreadKind::Boot, "boot", move || {
             // The backends serve one connection at a time: the old ones must have ended.
             if let Some(gone) = gone {
@@ -348,6 +366,7 @@ impl Driver {
                 machine.resume();
                 self.machine = Some(machine);
                 self.state = VmState::Running;
+                report(if self.again { "rebooted" } else { "booted" });
                 if self.boot == 1 || self.booted.elapsed() > RESET_LOG_INTERVAL {
                     tracing::info!(boot = self.boot, "the guest runs");
                 }
@@ -414,6 +433,28 @@ impl Driver {
         let own = own.map(|(name, value)| (name.to_owned(), value));
         groups.insert("vmm".to_owned(), own.into());
         groups
+    }
+}
+
+/// Reports an event of the guest.
+fn report(name: &'static str) {
+    event("vm", name, &[]);
+}
+
+fn report_some(name: Option<&'static str>) {
+    if let Some(name) = name {
+        report(name);
+    }
+}
+
+/// The events of an action, when it begins and when it is done.
+fn names(action: Action) -> (Option<&'static str>, Option<&'static str>) {
+    match action {
+        Action::Pause => (Some("pausing"), Some("paused")),
+        Action::Resume => (Some("resuming"), Some("resumed")),
+        Action::Shutdown => (None, Some("shutdown")),
+        Action::Delete => (None, Some("deleted")),
+        _ => (None, None),
     }
 }
 

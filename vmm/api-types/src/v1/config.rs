@@ -56,6 +56,18 @@ pub struct CpusConfig {
     /// Features to add (`+x`) and to take away (`-x`). Ours alone.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub feature_flags: Vec<String>,
+    /// Where vCPUs may run.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub affinity: Option<Vec<CpuAffinity>>,
+}
+
+/// A vCPU and the CPUs of the host that it may run on.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CpuAffinity {
+    /// The vCPU.
+    pub vcpu: u32,
+    /// CPUs of the host.
+    pub host_cpus: Vec<usize>,
 }
 
 impl Default for CpusConfig {
@@ -64,6 +76,7 @@ impl Default for CpusConfig {
             boot_vcpus: 1,
             max_vcpus: 1,
             feature_flags: Vec::new(),
+            affinity: None,
         }
     }
 }

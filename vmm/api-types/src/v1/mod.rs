@@ -17,7 +17,7 @@ mod devices;
 mod vm;
 
 pub use config::{
-    ConsoleConfig, ConsoleMode, CpusConfig, MemoryConfig, MemoryZone, PayloadConfig,
+    ConsoleConfig, ConsoleMode, CpuAffinity, CpusConfig, MemoryConfig, MemoryZone, PayloadConfig,
     PlatformConfig, RngConfig, VmConfig,
 };
 pub use devices::{

@@ -1,0 +1,48 @@
+//! Which CPUs of the host a thread may run on.
+#![expect(
+    unsafe_code,
+    reason = "sched_getaffinity and pthread_setaffinity_np have no safe wrapper"
+)]
+
+use std::io;
+use std::os::unix::thread::JoinHandleExt;
+use std::thread::JoinHandle;
+
+use crate::config::affinity::{HostCpus, MAX_HOST_CPUS};
+
+/// CPUs in `set`, at most as many as a configuration can name.
+fn listed(set: &libc::cpu_set_t) -> impl Iterator<Item = usize> {
+    // SAFETY: CPU_ISSET reads one bit of the set, which has CPU_SETSIZE, no fewer than these.
+    (0..MAX_HOST_CPUS.min(libc::CPU_SETSIZE as usize))
+        .filter(|cpu| unsafe { libc::CPU_ISSET(*cpu, set) })
+}
+
+/// The CPUs that this process was given.
+pub fn of_this_process() -> io::Result<HostCpus> {
+    // SAFETY: a cpu_set_t is plain integers, for which all zeroes is a value.
+    let mut set: libc::cpu_set_t = unsafe { std::mem::zeroed() };
+    // SAFETY: the call writes at most the size it is told, that of the set.
+    let result = unsafe { libc::sched_getaffinity(0, size_of_val(&set), &raw mut set) };
+    if result != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(HostCpus::new(listed(&set)))
+}
+
+/// Keeps a thread to these CPUs from now on.
+pub(super) fn keep_to<T>(thread: &JoinHandle<T>, cpus: &[usize]) -> io::Result<()> {
+    // SAFETY: as above.
+    let mut set: libc::cpu_set_t = unsafe { std::mem::zeroed() };
+    for cpu in cpus.iter().filter(|cpu| **cpu < libc::CPU_SETSIZE as usize) {
+        // SAFETY: CPU_SET writes one bit of the set, which the number is within.
+        unsafe { libc::CPU_SET(*cpu, &mut set) };
+    }
+    // SAFETY: the thread has not been joined, so its id is valid; the call reads the set.
+    let error = unsafe {
+        libc::pthread_setaffinity_np(thread.as_pthread_t(), size_of_val(&set), &raw const set)
+    };
+    match error {
+        0 => Ok(()),
+        error => Err(io::Error::from_raw_os_error(error)),
+    }
+}
