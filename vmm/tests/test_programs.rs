@@ -1,5 +1,6 @@
 //! Test programs: multiboot images on the host's own KVM, with the test device.
 
+mod programs;
 mod support;
 
 use support::{Code, Guest, has_kvm};
@@ -133,4 +134,47 @@ fn a_guest_has_the_features_that_were_asked_for() {
         stderr.contains("does not support the CPU feature"),
         "{stderr}"
     );
+}
+
+/// Runs a program with either irqchip.
+fn finds_no_fault(program: &[u8], load: u32) {
+    if !has_kvm() {
+        return;
+    }
+    let image = Code::new().raw(program).multiboot(load);
+    for irqchip in ["kernel", "split"] {
+        let platform = format!("test-device=on,irqchip={irqchip}");
+        let (code, stderr) = Guest::start_image(&image, &["--platform", &platform]).wait();
+        let step = code >> 1;
+        assert_eq!(
+            step,
+            programs::GOOD,
+            "irqchip={irqchip}, step {step}: {stderr}"
+        );
+    }
+}
+
+#[test]
+fn msrs_keep_what_the_guest_writes() {
+    finds_no_fault(programs::MSRS, 0x40_0000);
+}
+
+#[test]
+fn the_local_apic_changes_its_mode_and_keeps_its_registers() {
+    finds_no_fault(programs::APIC_MODES, 0x40_0000);
+}
+
+#[test]
+fn exceptions_an_nmi_and_nested_interrupts_reach_their_handlers() {
+    finds_no_fault(programs::EVENTS, 0x40_0000);
+}
+
+#[test]
+fn kvms_clock_never_goes_back() {
+    finds_no_fault(programs::CLOCK, 0x40_0000);
+}
+
+#[test]
+fn a_guest_goes_to_real_mode_and_comes_back() {
+    finds_no_fault(programs::REAL_MODE, 0x8000);
 }
