@@ -17,6 +17,7 @@ pub mod interop_qemu;
 pub mod interop_qemu_img;
 pub mod irqchip;
 pub mod kill_storm;
+pub mod kvm_unit_tests;
 mod memory;
 pub mod migration;
 pub mod net;
@@ -42,6 +43,7 @@ pub fn stories() -> Vec<Story> {
         power::STORIES,
         storm::STORIES,
         kill_storm::STORIES,
+        kvm_unit_tests::STORIES,
         interop_qemu::STORIES,
         interop_dpdk::STORIES,
         interop_qemu_img::STORIES,
