@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 
+use crate::awake::How;
 use crate::janitor::Janitor;
 use crate::subject::{Variant, on_path};
 use crate::sys;
@@ -96,6 +97,10 @@ pub struct Common {
     /// CPU of the daemon, and of the limit
     #[arg(long, value_name = "CPU", default_value_t = 1, value_parser = cpu)]
     pub daemon_cpu: usize,
+
+    /// How cores are kept awake
+    #[arg(long, value_enum, value_name = "HOW", default_value_t = How::Auto)]
+    pub awake: How,
 
     /// Where files and sockets go, in a directory of their own: not a tmpfs
     #[arg(long, value_name = "DIR", default_value = "/var/tmp")]

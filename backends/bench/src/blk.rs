@@ -7,6 +7,7 @@ use anyhow::{Context, Result};
 use serde_json::{Value, json};
 
 use crate::args::BlkArgs;
+use crate::awake::{Awake, How};
 use crate::backing::{self, Backing, Disk};
 use crate::cells::{self, Cell};
 use crate::idle::{self, Idle};
@@ -15,7 +16,6 @@ use crate::measure::{self, Setup};
 use crate::progress::Progress;
 use crate::report;
 use crate::rounds::CellResult;
-use crate::spinner::Spinners;
 use crate::subject::{self, Programs, Subject};
 
 /// Measures, prints, and clears up.
@@ -51,7 +51,7 @@ pub fn run(args: &BlkArgs) -> Result<()> {
         report::idle_table(&idle)
     );
     if let Some(path) = &common.json {
-        let json = report::as_json(&results, &idle, &host(), &absent);
+        let json = report::as_json(&results, &idle, &host(common.awake), &absent);
         fs::write(path, format!("{json:#}\n"))
             .with_context(|| format!("cannot write {}", path.display()))?;
     }
@@ -105,7 +105,8 @@ fn measure_all(
         directory: common.make_directory(janitor)?,
     };
     let disks = disks(args, cells, &setup, janitor)?;
-    let _awake = Spinners::start(&[common.client_cpu, common.daemon_cpu])?;
+    let awake = Awake::keep(&[common.client_cpu, common.daemon_cpu], common.awake)?;
+    eprintln!("awake: {}", awake.describe());
     let mut progress = Progress::new(
         cells
             .iter()
@@ -154,7 +155,7 @@ fn disks(
 }
 
 /// Where it was measured.
-pub fn host() -> Value {
+pub fn host(awake: How) -> Value {
     let kernel = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
     let info = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
     let model = info
@@ -168,7 +169,7 @@ pub fn host() -> Value {
         "kernel": kernel.trim(),
         "cpu": model,
         "cores": cores,
-        "awake": "a SCHED_IDLE spinner on each core",
+        "awake": awake.to_string(),
         "version": env!("CARGO_PKG_VERSION"),
     })
 }

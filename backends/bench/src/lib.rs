@@ -3,13 +3,14 @@
 //! ```text
 //!  CPU 0: client thread ─ target/virtio ─▶ socket, rings, eventfds ─▶ CPU 1: daemon ─▶ disk
 //!                                                                     CPU 1: target/uring … ─▶ disk   (limit)
-//!  both: a SCHED_IDLE spinner           janitor: removes the disks when we are gone
+//!  both: kept awake                     janitor: removes the disks when we are gone
 //! ```
 //!
 //! args → cells × subjects → rounds (interleaved) of measure → report. One thing runs at a time; the main
 //! thread waits for it. README.md says how to read what comes out.
 
 pub mod args;
+pub mod awake;
 pub mod backing;
 pub mod blk;
 pub mod cells;
@@ -26,7 +27,6 @@ pub mod proc;
 pub mod progress;
 pub mod report;
 pub mod rounds;
-pub mod spinner;
 pub mod subject;
 pub mod sys;
 pub mod target;

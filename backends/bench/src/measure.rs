@@ -221,7 +221,7 @@ fn limit(setup: &Setup, direct: Direct, disk: &Disk, load: &Load) -> Result<(Out
 }
 
 /// Drives `target`. `clock` tells the CPU time so far of the one who serves, and of all who belong to
-/// the run: spinners, client, daemon.
+/// the run: spinners, client, daemon. Time in which a core had nothing to do is not lost either.
 fn timed<T: Target>(
     setup: &Setup,
     target: &mut T,
@@ -230,8 +230,11 @@ fn timed<T: Target>(
     clock: impl Fn() -> std::io::Result<(Duration, Duration)>,
 ) -> Result<(Outcome, Used)> {
     let mut readings = Vec::new();
+    let cpus = [setup.client_cpu, setup.daemon_cpu];
     let outcome = target::drive(target, load, span, setup.window, || {
-        readings.push((Instant::now(), clock()?));
+        let (served, all) = clock()?;
+        let all = all + proc::idle_of(&cpus)?;
+        readings.push((Instant::now(), (served, all)));
         Ok(())
     })?;
     let [(began, from), (ended, to)] = readings[..] else {

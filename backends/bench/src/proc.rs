@@ -7,6 +7,9 @@ use std::time::Duration;
 
 use crate::sys;
 
+/// What /proc/stat counts in, on every architecture (USER_HZ).
+const TICKS_PER_SECOND: u64 = 100;
+
 /// CPU time of io_uring's kernel workers, which are threads of the process that submits. Those that
 /// have ended (after five idle seconds) are no longer counted.
 pub fn workers_cpu(process: &str) -> Result<Duration> {
@@ -41,9 +44,41 @@ pub fn thread_and_workers_cpu() -> Result<Duration> {
     Ok(sys::thread_cpu()? + workers_cpu("self")?)
 }
 
+/// Time in which `cpus` have had nothing to do since the machine booted, all together.
+pub fn idle_of(cpus: &[usize]) -> Result<Duration> {
+    idle_in(&fs::read_to_string("/proc/stat")?, cpus)
+}
+
+/// The same from the text: fields `idle` and `iowait` of the lines `cpuN`.
+fn idle_in(stat: &str, cpus: &[usize]) -> Result<Duration> {
+    let mut ticks = 0;
+    for cpu in cpus {
+        let line = stat
+            .lines()
+            .find_map(|line| line.strip_prefix(&format!("cpu{cpu} ")));
+        let fields = line.into_iter().flat_map(str::split_whitespace);
+        let idle: Vec<u64> = fields.skip(3).take(2).flat_map(str::parse).collect();
+        let [idle, waiting] = idle[..] else {
+            return Err(Error::other(format!(
+                "/proc/stat says nothing of CPU {cpu}"
+            )));
+        };
+        ticks += idle + waiting;
+    }
+    Ok(Duration::from_millis(ticks * 1000 / TICKS_PER_SECOND))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn idle_time_is_that_of_the_cpus_asked_for() {
+        let stat = "cpu  9 9 9 9 9 9\ncpu0 1 2 3 100 20 5\ncpu1 1 2 3 400 1 5\ncpu10 0 0 0 7 7 7\n";
+        assert_eq!(idle_in(stat, &[0, 1]).unwrap(), Duration::from_millis(5210));
+        assert_eq!(idle_in(stat, &[10]).unwrap(), Duration::from_millis(140));
+        assert!(idle_in(stat, &[2]).is_err() && idle_in("cpu0 1 2", &[0]).is_err());
+    }
 
     #[test]
     fn schedstat_is_read_and_nonsense_refused() {

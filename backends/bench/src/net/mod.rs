@@ -24,12 +24,12 @@ use std::fs;
 use anyhow::{Context, Result};
 
 use crate::args::NetArgs;
+use crate::awake::Awake;
 use crate::blk;
 use crate::janitor::Janitor;
 use crate::progress::Progress;
 use crate::report;
 use crate::rounds::CellResult;
-use crate::spinner::Spinners;
 use crate::sys;
 
 /// Measures, prints, and clears up.
@@ -57,7 +57,7 @@ pub fn run(args: &NetArgs) -> Result<()> {
     let results = measured?;
     print!("{}{}", report::details(&results), report::summary(&results));
     if let Some(path) = &common.json {
-        let json = report::as_json(&results, &[], &blk::host(), &absent);
+        let json = report::as_json(&results, &[], &blk::host(common.awake), &absent);
         fs::write(path, format!("{json:#}\n"))
             .with_context(|| format!("cannot write {}", path.display()))?;
     }
@@ -83,7 +83,8 @@ fn measure_all(
     };
     // Before the first thread: all that follow, and all children, are in it.
     sys::own_network().context("cannot make a network namespace (as root)")?;
-    let _awake = Spinners::start(&[common.client_cpu, common.daemon_cpu])?;
+    let awake = Awake::keep(&[common.client_cpu, common.daemon_cpu], common.awake)?;
+    eprintln!("awake: {}", awake.describe());
     let each = common.rounds as usize + usize::from(setup.count);
     let mut progress = Progress::new(cells.len() * subjects.len() * each);
     let results = cells
