@@ -1,7 +1,7 @@
 //! Everything between a device and a vCPU's interrupt, and between a guest's doorbell and an eventfd.
 //!
-//! KVM holds the interrupt controllers (local APICs, IOAPIC, two 8259 PICs) and the PIT. This crate
-//! makes them, owns their routing table, and hands devices three things that are nothing but
+//! KVM holds the interrupt controllers (local APICs, and perhaps IOAPIC, two 8259 PICs and the PIT).
+//! This crate makes them, owns their routing table, and hands devices three things that are nothing but
 //! eventfds with a place in that table:
 //!
 //! ```text
@@ -17,14 +17,24 @@
 //! Once they are set up no interrupt and no doorbell passes through this process: whoever holds a
 //! copy of the eventfd, a backend in another process most of all, talks to KVM directly.
 //!
+//! **Modes.** With [`Mode::Kernel`] KVM has all controllers. With [`Mode::Split`] it has the local
+//! APICs; the IOAPIC is here (`ioapic.rs`), a pin's route is the message that its entry stands for,
+//! and two things come out of KVM: accesses of the IOAPIC's page ([`Chip::ioapic_write`]) and ends
+//! of level interrupts ([`Chip::end_of_interrupt`]).
+//!
+//! **State.** [`Chip::save`] and [`VcpuState::save`] take all of it, wherever an interrupt is on its
+//! way; another VM goes on from there.
+//!
 //! **Threads.** Everything takes `&self` and may be called from any thread. One mutex in [`Chip`]
-//! protects the routing table and what each vector wants of it; a [`Doorbell`] has one of its own.
-//! No lock is held while another is taken, and none is taken on the way of an interrupt.
+//! protects the routing table and what each vector wants of it, one the split mode's pins; a
+//! [`Doorbell`] has one of its own. The pins' is taken before the table's; no other is taken while
+//! one is held. On the way of an interrupt none is taken, but by [`Line::raise`] in split mode.
 //!
 //! **Invariants.** A vector's irqfd is attached exactly if it has a message and is not masked, and
 //! then KVM routes it to that message; of a vector that is masked or gone KVM may have an old route,
-//! to which nothing leads. A message that KVM refuses is never in the table when another vector
-//! changes. A failed call leaves the routes as they were.
+//! to which nothing leads. The same goes for the lines of a pin in split mode. A message that KVM
+//! refuses is never in the table when another vector changes. A failed call leaves the routes as
+//! they were.
 //!
 //! ```no_run
 //! # fn main() -> Result<(), Box<dyn std::error::Error>> {
@@ -42,8 +52,12 @@
 //! # }
 //! ```
 //!
-//! Reference: KVM api.rst, `KVM_CREATE_IRQCHIP`, `KVM_CREATE_PIT2`, `KVM_SET_GSI_ROUTING`,
+//! Reference: KVM api.rst, `KVM_CREATE_IRQCHIP`, `KVM_CREATE_PIT2`, `KVM_CAP_SPLIT_IRQCHIP`, `KVM_SET_GSI_ROUTING`,
 //! `KVM_IRQFD`, `KVM_IOEVENTFD`. PCI 3.0, 6.8.2 (MSI-X mask and pending bits).
+
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;
 
 mod chip;
 mod doorbell;

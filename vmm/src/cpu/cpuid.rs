@@ -8,7 +8,7 @@
 //!
 //! `--cpus features=` changes bits after all that ([`super::features`]).
 //!
-//! TSC frequency leaves (0x15, 0x16) are KVM's: a guest has the frequency from its KVM clock.
+//! The TSC frequency leaves (0x15, 0x16, 0x4000_0010) are [`super::hypervisor`]'s.
 //!
 //! Intel SDM volume 2, CPUID; AMD64 APM volume 3, appendix E.
 
