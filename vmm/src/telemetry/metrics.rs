@@ -214,7 +214,8 @@ fn render(counters: &CounterGroups, known: &Known) -> String {
     backends(&mut text, counters);
     for (name, value) in counters.get("irqchip").into_iter().flatten() {
         // What is set up now, or how often something was done.
-        let counts = ["routing_updates", "line_raises"].contains(&name.as_str());
+        let counts =
+            ["routing_updates", "line_raises", "ends_of_interrupt"].contains(&name.as_str());
         let (kind, total) = if counts {
             ("counter", "_total")
         } else {
