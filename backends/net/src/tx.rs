@@ -137,7 +137,10 @@ impl TxQueue {
     /// No timer for the rate limit.
     pub fn new(state: Arc<DeviceState>, pair: u16, start: &QueueStart) -> io::Result<Self> {
         let limiter = state.limits().transmit.clone();
-        let batcher = state.port().is_roomy().then(|| state.batcher(pair));
+        let batcher = state
+            .port()
+            .is_roomy()
+            .then(|| state.batcher(pair, Batcher::new));
         Ok(Self {
             batcher: batcher.flatten(),
             throttle: limiter.map(Throttle::new).transpose()?,

@@ -10,7 +10,12 @@
 //! memory that a frame points to need not outlive it. A frame of one piece goes as a plain read or
 //! write, which spares the kernel the list.
 //!
-//! Threads: made and used on the queue's own. Kernel: io_uring, restricted to four opcodes on the
+//! Frames of an ordinary MTU are cheaper by another way ([`Batcher::read_slots`]): into slots of our
+//! own, which are registered with the ring. The kernel then reaches them without user access, once
+//! for the header and twice for the frame, and they are in this core's caches, where the guest's
+//! buffers are in another's; copies to those overlap, which the kernel's do not.
+//!
+//! Threads: made and used on the queue's own. Kernel: io_uring, restricted to five opcodes on the
 //! port's descriptor; RWF_NOWAIT on taps (6.4). What is missing shows in [`Batcher::new`].
 
 #![expect(unsafe_code, reason = "io_uring takes raw pointers")]
@@ -21,12 +26,17 @@ use std::os::fd::RawFd;
 
 use berth_queue_worker::IoRing;
 use berth_queue_worker::uring::Setup;
-use io_uring::{opcode, squeue, types};
+use io_uring::{Submitter, opcode, squeue, types};
 
 use super::frame::Frame;
 
 /// Most frames of one batch.
 pub const MAX_BATCH: usize = 64;
+
+/// Frames that one call of [`Batcher::read_slots`] takes at most.
+pub const MAX_SLOTS: usize = 32;
+/// Room in a slot, header included. No power of two, so that slots do not share cache sets.
+pub const SLOT_LEN: usize = 2304;
 
 const PORT: types::Fixed = types::Fixed(0);
 /// Taps and sockets have no position.
@@ -37,6 +47,8 @@ const NOWAIT: i32 = libc::RWF_NOWAIT;
 pub struct Batcher {
     /// None after it failed.
     ring: Option<IoRing>,
+    /// Registered with the ring, which is dropped before it; empty where that could not be.
+    slots: Box<[u8]>,
     pieces: Vec<libc::iovec>,
     /// Where each frame's pieces begin.
     starts: Vec<usize>,
@@ -56,19 +68,48 @@ impl Batcher {
     /// # Errors
     /// No io_uring here, or it cannot do without waiting on this kind of descriptor.
     pub fn new(fd: RawFd) -> io::Result<Self> {
-        let ring = IoRing::new(&Setup {
+        Self::prepared(fd, Box::default(), |_| Ok(()))
+    }
+
+    /// The same, with slots for [`read_slots`](Self::read_slots) where there may be some: they are
+    /// pinned, which RLIMIT_MEMLOCK may forbid.
+    ///
+    /// # Errors
+    /// As of [`new`](Self::new).
+    pub fn with_slots(fd: RawFd) -> io::Result<Self> {
+        let mut slots: Box<[u8]> = vec![0; MAX_SLOTS * SLOT_LEN].into();
+        let all = libc::iovec {
+            iov_base: slots.as_mut_ptr().cast(),
+            iov_len: slots.len(),
+        };
+        let register = |submitter: &Submitter| {
+            // SAFETY: the slots stay where they are until the ring has been dropped: fields of a
+            // `Batcher` are dropped in order.
+            unsafe { submitter.register_buffers(&[all]) }
+        };
+        Self::prepared(fd, slots, register).or_else(|_| Self::new(fd))
+    }
+
+    fn prepared(
+        fd: RawFd,
+        slots: Box<[u8]>,
+        prepare: impl FnOnce(&Submitter) -> io::Result<()>,
+    ) -> io::Result<Self> {
+        let setup = Setup {
             entries: MAX_BATCH as u32,
             files: &[fd],
             opcodes: &[
                 opcode::Read::CODE,
                 opcode::Readv::CODE,
+                opcode::ReadFixed::CODE,
                 opcode::Write::CODE,
                 opcode::Writev::CODE,
             ],
             ..Setup::default()
-        })?;
+        };
         let mut batcher = Self {
-            ring: Some(ring),
+            ring: Some(IoRing::prepared(&setup, prepare)?),
+            slots,
             pieces: Vec::new(),
             starts: Vec::new(),
             results: Vec::new(),
@@ -80,6 +121,41 @@ impl Batcher {
             [error @ ..0] => Err(io::Error::from_raw_os_error(-*error)),
             _ => Ok(batcher),
         }
+    }
+
+    /// Whether there are slots.
+    #[must_use]
+    pub fn has_slots(&self) -> bool {
+        !self.slots.is_empty()
+    }
+
+    /// Reads up to `count` frames, at most [`MAX_SLOTS`], each into the slot of its number; results
+    /// as of [`Batch::run`].
+    ///
+    /// # Errors
+    /// As of [`Batch::run`]; there are no slots.
+    pub fn read_slots(&mut self, count: usize) -> io::Result<&[i32]> {
+        if !self.has_slots() || count > MAX_SLOTS {
+            return Err(io::ErrorKind::InvalidInput.into());
+        }
+        let slots = self.slots.as_mut_ptr();
+        self.carry_out(count, |_, index| {
+            // Below MAX_SLOTS slots, so within the memory.
+            let slot = slots.wrapping_add(index * SLOT_LEN);
+            opcode::ReadFixed::new(PORT, slot, SLOT_LEN as u32, 0)
+                .offset(NO_OFFSET)
+                .rw_flags(NOWAIT)
+                .build()
+        })?;
+        Ok(&self.results)
+    }
+
+    /// What lies in slot `index` after a read of `len` bytes.
+    #[must_use]
+    pub fn slot(&mut self, index: usize, len: usize) -> &mut [u8] {
+        let slot = self.slots.chunks_exact_mut(SLOT_LEN).nth(index);
+        slot.and_then(|slot| slot.get_mut(..len))
+            .unwrap_or_default()
     }
 
     /// Begins a batch of reads; each takes one frame, as long as there are any.
@@ -135,16 +211,29 @@ impl Batcher {
 
     /// Carries out all frames of the list; returns when the kernel is done with every one.
     fn run(&mut self, way: Way) -> io::Result<()> {
-        let ring = self.ring.as_mut().ok_or(io::ErrorKind::NotConnected)?;
+        self.carry_out(self.starts.len(), |batcher, index| {
+            let start = batcher.starts[index];
+            let end = batcher.starts.get(index + 1).copied();
+            let pieces = &batcher.pieces[start..end.unwrap_or(batcher.pieces.len())];
+            Self::entry(way, pieces)
+        })
+    }
+
+    /// Carries out `count` requests; returns when the kernel is done with every one. They point to
+    /// memory that the caller's `Batch` borrows, or to slots, and to lists that are not changed.
+    fn carry_out(
+        &mut self,
+        count: usize,
+        entry: impl Fn(&Self, usize) -> squeue::Entry,
+    ) -> io::Result<()> {
+        let mut ring = self.ring.take().ok_or(io::ErrorKind::NotConnected)?;
         self.results.clear();
-        self.results.resize(self.starts.len(), -libc::EAGAIN);
-        for (index, &start) in self.starts.iter().enumerate() {
-            let end = self.starts.get(index + 1).copied();
-            let pieces = &self.pieces[start..end.unwrap_or(self.pieces.len())];
-            let entry = Self::entry(way, pieces).user_data(index as u64);
-            // SAFETY: the pieces point to memory that the caller's `Batch` borrows, and the list
-            // is ours and not changed; both last until this function returns, and it returns only
-            // when nothing is in flight, or after the ring was dropped.
+        self.results.resize(count, -libc::EAGAIN);
+        for index in 0..count {
+            let entry = entry(self, index).user_data(index as u64);
+            // SAFETY: memory and list are the caller's and ours; both last until this function
+            // returns, and it returns only when nothing is in flight, or after the ring was
+            // dropped.
             if !unsafe { ring.push(&entry) } {
                 return Err(io::ErrorKind::StorageFull.into());
             }
@@ -161,6 +250,7 @@ impl Batcher {
                 }
             })?;
             if ring.in_flight() == 0 {
+                self.ring = Some(ring);
                 return Ok(());
             }
             ring.wait()?;
@@ -201,11 +291,7 @@ impl<'b, 'm> Batch<'b, 'm> {
     /// The ring failed, and will not work again. Any of the frames may have been carried out.
     pub fn run(self) -> io::Result<&'b [i32]> {
         let Self { batcher, way, .. } = self;
-        if let Err(error) = batcher.run(way) {
-            // Dropping waits for what is in flight.
-            batcher.ring = None;
-            return Err(error);
-        }
+        batcher.run(way)?;
         Ok(&batcher.results)
     }
 }
@@ -253,6 +339,37 @@ mod tests {
         let again = -libc::EAGAIN;
         assert_eq!(batch.run().unwrap(), [5, 5, 5, again, again]);
         assert_eq!(room[2][..6], [2, 2, 2, 2, 2, 0xee]);
+    }
+
+    #[test]
+    fn frames_come_into_slots_as_far_as_there_are_any() {
+        // Arrange
+        let port = SocketPort::new(1).unwrap();
+        let mut batcher = Batcher::with_slots(port.fd(0)).expect("io_uring");
+        assert!(batcher.has_slots(), "72 KiB may be pinned");
+        port.inject(0, &[1; 5]).unwrap();
+        port.inject(0, &[2; SLOT_LEN + 1]).unwrap();
+        // Act, assert: one of them is cut
+        let again = -libc::EAGAIN;
+        assert_eq!(batcher.read_slots(3).unwrap(), [5, SLOT_LEN as i32, again]);
+        assert_eq!(batcher.slot(0, 5), [1; 5]);
+        assert!(batcher.slot(1, SLOT_LEN).iter().all(|byte| *byte == 2));
+        // Act, assert: no more than there is room for, and batches of other kinds as before
+        assert!(batcher.read_slots(MAX_SLOTS + 1).is_err());
+        port.inject(0, &[3; 4]).unwrap();
+        let mut room = [0; 4];
+        let mut batch = batcher.reads();
+        batch.add().push_own(&mut room);
+        assert_eq!(batch.run().unwrap(), [4]);
+        assert_eq!(room, [3; 4]);
+    }
+
+    #[test]
+    fn a_batcher_without_slots_reads_into_none() {
+        let port = SocketPort::new(1).unwrap();
+        let mut batcher = Batcher::new(port.fd(0)).expect("io_uring");
+        assert!(!batcher.has_slots());
+        assert!(batcher.read_slots(1).is_err());
     }
 
     #[test]

@@ -32,6 +32,8 @@ pub struct SocketPort {
     near: Vec<OwnedFd>,
     far: Vec<OwnedFd>,
     roomy: bool,
+    /// Longest frame without segmentation.
+    longest: Option<usize>,
     events: Mutex<Vec<Event>>,
     changed: Condvar,
 }
@@ -46,6 +48,7 @@ impl SocketPort {
             near: Vec::new(),
             far: Vec::new(),
             roomy: false,
+            longest: None,
             events: Mutex::default(),
             changed: Condvar::new(),
         };
@@ -64,6 +67,17 @@ impl SocketPort {
     pub fn roomy(queues: u16) -> io::Result<Self> {
         let mut port = Self::new(queues)?;
         port.roomy = true;
+        Ok(port)
+    }
+
+    /// A port that says that it is never full, and that a frame without segmentation has at most
+    /// `longest` bytes, header included. A longer one is as after a change of the MTU.
+    ///
+    /// # Errors
+    /// No more file descriptors.
+    pub fn with_longest(queues: u16, longest: usize) -> io::Result<Self> {
+        let mut port = Self::roomy(queues)?;
+        port.longest = Some(longest);
         Ok(port)
     }
 
@@ -157,6 +171,10 @@ impl NetPort for SocketPort {
 
     fn is_roomy(&self) -> bool {
         self.roomy
+    }
+
+    fn max_plain_frame(&self) -> Option<usize> {
+        self.longest
     }
 
     fn fd(&self, queue: u16) -> RawFd {

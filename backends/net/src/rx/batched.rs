@@ -1,28 +1,116 @@
 //! A batch of reads, one buffer each, and what to do with what they found.
+//!
+//! ```text
+//!   none can be longer than a slot:  tap ──read──▶ slot ──copy──▶ the guest's buffer
+//!   otherwise:                       tap ──read──▶ the guest's buffer, and a spill
+//! ```
+//!
+//! A slot is nobody else's: what is in it and not for the guest costs no buffer and no turn.
 
 #![forbid(unsafe_code)]
 
 use std::io;
 
-use berth_queue_worker::{Interest, QueueError, Ring};
+use berth_queue_worker::{Chain, Interest, QueueError, Ring};
+use virtio_bindings::virtio_net::VIRTIO_NET_F_GUEST_CSUM;
 
 use super::{Found, MAX_READS, RxQueue};
-use crate::device::GUEST_SEGMENTATION;
-use crate::header::MAX_FRAME_WITH_HDR;
+use crate::device::{GUEST_SEGMENTATION, has};
+use crate::filter::{PEEK_LEN, RxFilter};
+use crate::header::{HDR_LEN, MAX_FRAME_WITH_HDR, NUM_BUFFERS_OFFSET};
+use crate::port::batch::{Batcher, SLOT_LEN};
 
 impl RxQueue {
-    /// A batch of reads into the first `count` buffers of the pool, one each.
+    /// A batch of reads for the first `count` buffers of the pool, one each.
     pub(super) fn batch(
         &mut self,
         count: usize,
         ring: &mut Ring,
     ) -> Result<Option<Interest>, QueueError> {
-        if let Err(error) = self.read_batch(count) {
+        let segmented = self.state.offloads() & GUEST_SEGMENTATION != 0;
+        self.longest = self.max_plain.filter(|_| !segmented);
+        let copy = is_bare(self.longest, SLOT_LEN)
+            && self.batcher.as_ref().is_some_and(Batcher::has_slots);
+        let read = if copy {
+            self.read_slots(count)
+        } else {
+            self.read_batch(count)
+        };
+        if let Err(error) = read {
             // Frames that were read are lost.
             tracing::warn!(pair = self.pair, %error, "io_uring failed; going on without");
             self.batcher = None;
             return Ok(None);
         }
+        let found = if copy {
+            self.take_copies(ring)?
+        } else {
+            self.take_in_place(count, ring)?
+        };
+        self.after_batch(count, found)
+    }
+
+    fn read_slots(&mut self, count: usize) -> io::Result<()> {
+        if let Some(batcher) = &mut self.batcher {
+            self.results.clear();
+            self.results.extend_from_slice(batcher.read_slots(count)?);
+        }
+        Ok(())
+    }
+
+    /// Frames in slots: how many there were.
+    fn take_copies(&mut self, ring: &mut Ring) -> Result<usize, QueueError> {
+        let mut found = 0;
+        for index in 0..self.results.len() {
+            if let Ok(len) = usize::try_from(self.results[index]) {
+                found += 1;
+                self.take_copy(index, len, ring)?;
+            }
+        }
+        Ok(found)
+    }
+
+    fn take_copy(&mut self, index: usize, len: usize, ring: &mut Ring) -> Result<(), QueueError> {
+        let has_csum = has(self.state.offloads(), VIRTIO_NET_F_GUEST_CSUM);
+        let Some(batcher) = &mut self.batcher else {
+            return Ok(());
+        };
+        let frame = batcher.slot(index, len);
+        let filter = self.filter.filter();
+        if len < self.header_len
+            || !(filter.passes_all() || accepts(filter, &frame[self.header_len..]))
+        {
+            return Ok(());
+        }
+        if len == SLOT_LEN {
+            // It has been cut: the port's MTU has just been raised.
+            self.max_plain = self.state.port().max_plain_frame();
+            self.counters.dropped.add(1);
+            return Ok(());
+        }
+        let first = self.pool.chains_from(0).next();
+        let room = first.map_or(0, Chain::writable_len);
+        if !self.stash.is_empty() || (len > room && self.mergeable) {
+            self.stash.push_back(frame.to_vec());
+            self.note_len(len);
+        } else if let Some(chain) = first.filter(|_| len <= room) {
+            if !has_csum {
+                frame[0] = 0;
+            }
+            if self.header_len == HDR_LEN {
+                frame[NUM_BUFFERS_OFFSET..HDR_LEN].copy_from_slice(&1_u16.to_le_bytes());
+            }
+            chain.writer().write(frame);
+            self.note_len(len);
+            self.use_first(len, ring)?;
+        } else {
+            self.counters.dropped.add(1);
+        }
+        Ok(())
+    }
+
+    /// Frames in the first `count` buffers of the pool, one each: how many there were.
+    fn take_in_place(&mut self, count: usize, ring: &mut Ring) -> Result<usize, QueueError> {
         let mut delivered = 0;
         let mut in_turn = true;
         let mut found = 0;
@@ -51,7 +139,7 @@ impl RxQueue {
                 in_turn = false;
             }
         }
-        self.after_batch(count, found)
+        Ok(found)
     }
 
     fn after_batch(&mut self, count: usize, found: usize) -> Result<Option<Interest>, QueueError> {
@@ -69,8 +157,6 @@ impl RxQueue {
     }
 
     fn read_batch(&mut self, count: usize) -> io::Result<()> {
-        let segmented = self.state.offloads() & GUEST_SEGMENTATION != 0;
-        self.longest = self.max_plain.filter(|_| !segmented);
         let longest = self.longest;
         let Some(batcher) = &mut self.batcher else {
             return Ok(());
@@ -96,4 +182,12 @@ impl RxQueue {
 /// port's MTU has just been raised), and one that does not is whole.
 fn is_bare(longest: Option<usize>, room: usize) -> bool {
     longest.is_some_and(|longest| longest < room)
+}
+
+/// Whether the guest wants the frame of these bytes.
+fn accepts(filter: &RxFilter, frame: &[u8]) -> bool {
+    let mut start = [0; PEEK_LEN];
+    let len = frame.len().min(PEEK_LEN);
+    start[..len].copy_from_slice(&frame[..len]);
+    filter.accepts(&start)
 }

@@ -11,7 +11,8 @@
 //! and nothing is ever cut. Two ways:
 //!
 //! - **short frames**: a batch of reads, one buffer each, as many as there may be frames
-//!   ([`Batcher`]); where there is no io_uring, one read at a time.
+//!   ([`Batcher`]); where there is no io_uring, one read at a time. Where none can be longer,
+//!   they are read into memory of ours and copied, which is cheaper.
 //! - **long frames** (segmentation offload) have so many bytes that a system call each is no
 //!   matter: one read at a time into a pool that is kept large enough for the longest.
 //!
@@ -39,7 +40,7 @@ use std::io;
 use std::sync::Arc;
 
 use berth_queue_worker::{
-    Chain, Interest, QueueCounters, QueueError, QueueStart, QueueWorker, Ready, Ring, Source,
+    Chain, Interest, Poll, QueueCounters, QueueError, QueueStart, QueueWorker, Ready, Ring, Source,
     Throttle,
 };
 use virtio_bindings::virtio_net::{VIRTIO_NET_F_GUEST_CSUM, VIRTIO_NET_F_MRG_RXBUF};
@@ -97,6 +98,8 @@ pub struct RxQueue {
     /// Longest frame that the last batch reckoned with, if any.
     longest: Option<usize>,
     throttle: Option<Throttle>,
+    /// Frames may have been left in the port.
+    more: bool,
     running: bool,
 }
 
@@ -116,7 +119,10 @@ impl RxQueue {
     pub fn new(state: Arc<DeviceState>, pair: u16, start: &QueueStart) -> io::Result<Self> {
         let limiter = state.limits().receive.clone();
         // A limit is charged frame by frame.
-        let batcher = limiter.is_none().then(|| state.batcher(pair)).flatten();
+        let batcher = limiter
+            .is_none()
+            .then(|| state.batcher(pair, Batcher::with_slots))
+            .flatten();
         let spills = if batcher.is_some() { MAX_READS } else { 1 };
         Ok(Self {
             filter: FilterView::new(&state),
@@ -136,6 +142,7 @@ impl RxQueue {
             spills: vec![0; spills * MAX_FRAME_WITH_HDR].into(),
             stash: VecDeque::new(),
             long: 0,
+            more: false,
             running: false,
         })
     }
@@ -204,12 +211,17 @@ impl RxQueue {
         if len < self.header_len || !self.is_wanted(first, count, spill) {
             return Found::Unwanted;
         }
+        self.note_len(len);
+        Found::Wanted(len)
+    }
+
+    /// The next frames are probably as long as the last ones.
+    fn note_len(&mut self, len: usize) {
         if len > SHORT {
             self.long = LONG_MEMORY;
         } else {
             self.long = self.long.saturating_sub(1);
         }
-        Found::Wanted(len)
     }
 
     fn is_wanted(&self, first: usize, count: usize, spill: usize) -> bool {
@@ -241,6 +253,21 @@ impl RxQueue {
             ring.push_used(chain.head(), written as u32)?;
             self.pool.keep(chain);
         }
+        self.account(len)
+    }
+
+    /// The frame lies in the first buffer of the pool, header and all: uses it.
+    fn use_first(&mut self, len: usize, ring: &mut Ring) -> Result<(), QueueError> {
+        if let Some(chain) = self.pool.pop() {
+            // At most MAX_FRAME_WITH_HDR.
+            ring.push_used(chain.head(), len as u32)?;
+            self.pool.keep(chain);
+        }
+        self.account(len)
+    }
+
+    /// A frame has been delivered.
+    fn account(&mut self, len: usize) -> Result<(), QueueError> {
         let payload = (len - self.header_len) as u64;
         self.counters.requests.add(1);
         self.counters.bytes_to_guest.add(payload);
@@ -364,13 +391,24 @@ impl QueueWorker for RxQueue {
             if let Some(throttle) = &mut self.throttle
                 && !throttle.release()?
             {
+                self.more = false;
                 return Ok(Interest::sources(PAID));
             }
             if let Some(interest) = self.advance(ring)? {
+                self.more = false;
                 return Ok(interest);
             }
         }
+        self.more = true;
         Ok(Interest::sources(TAP))
+    }
+
+    fn poll(&mut self) -> Poll {
+        if self.more {
+            Poll::Ready
+        } else {
+            Poll::Unknown
+        }
     }
 
     fn drain(&mut self, ring: &mut Ring) -> Result<(), QueueError> {

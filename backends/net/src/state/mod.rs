@@ -21,6 +21,7 @@
 mod saved;
 
 use std::io;
+use std::os::fd::RawFd;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, Once, PoisonError};
 
@@ -134,15 +135,19 @@ impl DeviceState {
         &self.limits
     }
 
-    /// What moves frames of the queues of `pair` many at a time, on the thread that will use it;
-    /// none where that was not asked for, or does not work here: said once.
+    /// What moves frames of the queues of `pair` many at a time, as `make` makes it, on the thread
+    /// that will use it; none where that was not asked for, or does not work here: said once.
     #[must_use]
-    pub fn batcher(&self, pair: u16) -> Option<Batcher> {
+    pub fn batcher(
+        &self,
+        pair: u16,
+        make: impl FnOnce(RawFd) -> io::Result<Batcher>,
+    ) -> Option<Batcher> {
         static TOLD: Once = Once::new();
         if self.settings.engine == EngineChoice::Sync {
             return None;
         }
-        let made = Batcher::new(self.port.fd(pair));
+        let made = make(self.port.fd(pair));
         made.inspect_err(|error| {
             TOLD.call_once(|| {
                 tracing::warn!(%error, "no io_uring for the tap here: one system call a frame");

@@ -1,7 +1,5 @@
 //! The driver's choices, seen from the port and the configuration space.
 
-use std::os::fd::RawFd;
-
 use super::*;
 use crate::port::frame::Frame;
 use crate::port::testing::{Event, SocketPort};
@@ -241,13 +239,13 @@ fn frames_go_one_by_one_where_no_ring_can_be_had_or_is_wanted() {
     };
     let port = || SocketPort::new(1).unwrap();
     let best = DeviceState::new(identity, Arc::new(port()));
-    assert!(best.batcher(0).is_some());
+    assert!(best.batcher(0, Batcher::new).is_some());
     let none = DeviceState::new(identity, Arc::new(NoRing(port())));
-    assert!(none.batcher(0).is_none());
+    assert!(none.batcher(0, Batcher::new).is_none());
     let plain = Settings {
         engine: EngineChoice::Sync,
         ..identity.into()
     };
     let plain = DeviceState::new(plain, Arc::new(port()));
-    assert!(plain.batcher(0).is_none());
+    assert!(plain.batcher(0, Batcher::new).is_none());
 }

@@ -3,7 +3,11 @@
 use berth_net::port::testing::{Event, SocketPort};
 use berth_net::settings::{EngineChoice, Settings};
 use berth_queue_worker::testing::Buffer;
-use virtio_bindings::virtio_net::{VIRTIO_NET_F_GUEST_CSUM, VIRTIO_NET_F_MRG_RXBUF};
+use virtio_bindings::virtio_net::{
+    VIRTIO_NET_F_GUEST_CSUM, VIRTIO_NET_F_GUEST_ECN, VIRTIO_NET_F_GUEST_TSO4,
+    VIRTIO_NET_F_GUEST_TSO6, VIRTIO_NET_F_GUEST_USO4, VIRTIO_NET_F_GUEST_USO6,
+    VIRTIO_NET_F_MRG_RXBUF,
+};
 
 use crate::guest::{Guest, OWN, PLAIN, RX, TX, frame, settings};
 
@@ -317,4 +321,84 @@ fn without_mergeable_buffers_a_batch_drops_what_is_too_long() {
             "{n}"
         );
     }
+}
+
+/// What segmentation needs: without it no frame is longer than the MTU.
+const SEGMENTATION: [u32; 5] = [
+    VIRTIO_NET_F_GUEST_TSO4,
+    VIRTIO_NET_F_GUEST_TSO6,
+    VIRTIO_NET_F_GUEST_ECN,
+    VIRTIO_NET_F_GUEST_USO4,
+    VIRTIO_NET_F_GUEST_USO6,
+];
+
+#[test]
+fn frames_keep_their_order_where_none_can_be_longer_than_the_mtu() {
+    // Arrange: frames of many lengths; some are for others, some for two buffers
+    let port = SocketPort::with_longest(1, 1700).unwrap();
+    let mut guest = Guest::on(port, settings(1), &SEGMENTATION, 256);
+    assert_eq!(guest.command(&[0, 0, 0]), 0, "promiscuous mode off");
+    let other = [2, 9, 9, 9, 9, 9];
+    let to = |n: usize| if n % 11 == 3 { other } else { OWN };
+    let len = |n: usize| match n {
+        82 | 150 => 1600,
+        100..120 if n.is_multiple_of(3) => 900,
+        _ => 60 + n,
+    };
+    for n in 0..200 {
+        let header = [2, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff];
+        let bytes = frame(header, to(n), len(n), n as u8);
+        guest.port.inject(0, &bytes).unwrap();
+    }
+    // Act
+    let buffers = guest.post(240, 1536);
+    // Assert
+    let mut buffers = buffers.iter();
+    for n in (0..200).filter(|n| to(*n) == OWN) {
+        let mut got = Vec::new();
+        while got.len() < len(n) {
+            let (_, part) = guest.driver.queues[RX].wait_used();
+            let gpa = buffers.next().unwrap();
+            got.extend(guest.driver.ram.read(*gpa, part as usize));
+        }
+        assert_eq!(got.len(), len(n), "frame {n}");
+        assert_eq!(got[..2], [2, 0], "DATA_VALID is passed on");
+        assert_eq!(got[10..12], (len(n).div_ceil(1536) as u16).to_le_bytes());
+        assert!(
+            got[12..] == frame(PLAIN, OWN, len(n), n as u8)[12..],
+            "frame {n}"
+        );
+    }
+    assert_eq!(guest.dropped(0), 0);
+    // Act, assert: buffers that were popped ahead are still in turn
+    let base = guest.driver.frontend.stop_queue(0);
+    assert_eq!(usize::from(base), 240 - buffers.len());
+}
+
+#[test]
+fn short_frames_have_no_flags_without_guest_csum_and_a_cut_one_is_dropped() {
+    // Arrange
+    let without = [&SEGMENTATION[..], &[VIRTIO_NET_F_GUEST_CSUM]].concat();
+    let port = SocketPort::with_longest(1, 1700).unwrap();
+    let mut guest = Guest::on(port, settings(1), &without, 128);
+    let header = [2, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff];
+    for n in 0..60 {
+        // The MTU has been raised meanwhile.
+        let len = if n == 50 { 3000 } else { 100 };
+        let bytes = frame(header, OWN, len, n as u8);
+        guest.port.inject(0, &bytes).unwrap();
+    }
+    // Act
+    let buffers = guest.post(64, 4096);
+    // Assert
+    for (n, gpa) in (0..60).filter(|n| *n != 50).zip(buffers) {
+        let (_, len) = guest.driver.queues[RX].wait_used();
+        let got = guest.driver.ram.read(gpa, len as usize);
+        assert_eq!(got[..12], [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0]);
+        assert!(
+            got[12..] == frame(header, OWN, 100, n as u8)[12..],
+            "frame {n}"
+        );
+    }
+    assert_eq!(guest.dropped(0), 1);
 }
