@@ -25,6 +25,7 @@ pub mod net_control;
 pub mod pci;
 pub mod power;
 pub mod storm;
+pub mod upgrade;
 
 use berth_tests_framework::story::Story;
 
@@ -48,6 +49,7 @@ pub fn stories() -> Vec<Story> {
         interop_dpdk::STORIES,
         interop_qemu_img::STORIES,
         migration::STORIES,
+        upgrade::STORIES,
         bad_input::STORIES,
     ]
     .concat()

@@ -2,9 +2,10 @@
 
 use std::collections::BTreeMap;
 use std::io::{BufRead as _, BufReader, Write as _};
-use std::os::unix::net::UnixStream;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Stdio};
 
 use anyhow::{Context as _, Result};
 
@@ -22,7 +23,18 @@ pub struct Daemon {
     socket: PathBuf,
     metrics: Option<PathBuf>,
     log: PathBuf,
+    /// The socket that it inherits as descriptor 3; none where it makes its own.
+    inherits: Option<UnixListener>,
     process: Process,
+}
+
+/// Where a daemon listens.
+#[derive(Debug)]
+enum Listens {
+    /// On a socket that it makes there.
+    Itself(PathBuf),
+    /// On this one, which is there already.
+    Inherits(PathBuf, UnixListener),
 }
 
 /// Settings of a [`Daemon::blk`].
@@ -44,16 +56,26 @@ impl Daemon {
     /// # Errors
     /// It does not come up.
     pub fn blk(context: &Context, name: &str, image: &Path, set: BlkSettings<'_>) -> Result<Self> {
-        let mut args = vec![format!("--blk-file={}", image.display())];
-        if set.read_only {
-            args.push("--read-only".to_owned());
-        }
-        args.push(format!("--num-queues={}", set.queues.max(1)));
-        args.extend(set.serial_id.map(|id| format!("--serial-id={id}")));
-        let control = context.scratch(&format!("{name}.ctl"));
-        args.push(format!("--control-socket={}", control.display()));
-        args.extend(set.more.iter().map(|&flag| flag.to_owned()));
-        Self::ours(context, "berth-blk", name, args)
+        let socket = context.scratch(&format!("{name}.sock"));
+        let args = blk_args(context, name, image, set);
+        Self::ours(context, "berth-blk", name, args, Listens::Itself(socket))
+    }
+
+    /// The same on a listening socket that outlives the process: whoever is started after it serves there too.
+    ///
+    /// # Errors
+    /// The socket cannot be made, or the daemon does not come up.
+    pub fn blk_on_inherited(
+        context: &Context,
+        name: &str,
+        image: &Path,
+        set: BlkSettings<'_>,
+    ) -> Result<Self> {
+        let socket = context.scratch(&format!("{name}.sock"));
+        let listener = UnixListener::bind(&socket).with_context(|| socket.display().to_string())?;
+        let args = blk_args(context, name, image, set);
+        let listens = Listens::Inherits(socket, listener);
+        Self::ours(context, "berth-blk", name, args, listens)
     }
 
     /// Starts berth-net on a tap; `create` lets the daemon make it.
@@ -63,26 +85,27 @@ impl Daemon {
     pub fn net(context: &Context, name: &str, tap: &str, more: &[String]) -> Result<Self> {
         let mut args = vec![format!("--tap={tap}")];
         args.extend_from_slice(more);
-        Self::ours(context, "berth-net", name, args)
+        let socket = context.scratch(&format!("{name}.sock"));
+        Self::ours(context, "berth-net", name, args, Listens::Itself(socket))
     }
 
-    /// A program of ours with `--socket-path` and `--metrics-socket`.
-    fn ours(context: &Context, program: &str, name: &str, args: Vec<String>) -> Result<Self> {
-        let socket = context.scratch(&format!("{name}.sock"));
+    /// A program of ours with `--metrics-socket`.
+    fn ours(
+        context: &Context,
+        program: &str,
+        name: &str,
+        args: Vec<String>,
+        listens: Listens,
+    ) -> Result<Self> {
         let metrics = context.scratch(&format!("{name}.metrics"));
-        let mut all = vec![
-            format!("--socket-path={}", socket.display()),
-            format!("--metrics-socket={}", metrics.display()),
-        ];
+        let mut all = vec![format!("--metrics-socket={}", metrics.display())];
+        all.push(match &listens {
+            Listens::Itself(socket) => format!("--socket-path={}", socket.display()),
+            Listens::Inherits(..) => "--fd=3".to_owned(),
+        });
         all.extend(args);
-        Self::start(
-            context,
-            name,
-            context.bin(program),
-            all,
-            socket,
-            Some(metrics),
-        )
+        let program = context.bin(program);
+        Self::start(context, name, program, all, listens, Some(metrics))
     }
 
     /// Starts qemu-storage-daemon with a raw image exported as vhost-user-blk.
@@ -111,7 +134,7 @@ impl Daemon {
             name,
             "qemu-storage-daemon".into(),
             args,
-            socket,
+            Listens::Itself(socket),
             None,
         )
     }
@@ -121,11 +144,15 @@ impl Daemon {
         name: &str,
         program: PathBuf,
         args: Vec<String>,
-        socket: PathBuf,
+        listens: Listens,
         metrics: Option<PathBuf>,
     ) -> Result<Self> {
         let log = context.log(name);
-        let process = spawn(name, &program, &args, &log)?;
+        let (socket, inherits) = match listens {
+            Listens::Itself(socket) => (socket, None),
+            Listens::Inherits(socket, listener) => (socket, Some(listener)),
+        };
+        let process = spawn(name, &program, &args, inherits.as_ref(), &log)?;
         process.wait_path(&socket, seconds(30))?;
         Ok(Self {
             name: name.to_owned(),
@@ -134,6 +161,7 @@ impl Daemon {
             socket,
             metrics,
             log,
+            inherits,
             process,
         })
     }
@@ -165,7 +193,8 @@ impl Daemon {
     /// # Errors
     /// It does not come up.
     pub fn start_again(&mut self) -> Result<()> {
-        self.process = spawn(&self.name, &self.program, &self.args, &self.log)?;
+        let inherits = self.inherits.as_ref();
+        self.process = spawn(&self.name, &self.program, &self.args, inherits, &self.log)?;
         // The old socket file may still be there: a connection shows the new listener.
         crate::wait::until(
             &format!("{} to listen again", self.name),
@@ -227,8 +256,34 @@ impl Daemon {
     }
 }
 
-fn spawn(name: &str, program: &Path, args: &[String], log: &Path) -> Result<Process> {
-    let mut command = Command::new(program);
-    command.args(args);
-    Process::spawn(name, command, log)
+fn blk_args(context: &Context, name: &str, image: &Path, set: BlkSettings<'_>) -> Vec<String> {
+    let mut args = vec![format!("--blk-file={}", image.display())];
+    if set.read_only {
+        args.push("--read-only".to_owned());
+    }
+    args.push(format!("--num-queues={}", set.queues.max(1)));
+    args.extend(set.serial_id.map(|id| format!("--serial-id={id}")));
+    let control = context.scratch(&format!("{name}.ctl"));
+    args.push(format!("--control-socket={}", control.display()));
+    args.extend(set.more.iter().map(|&flag| flag.to_owned()));
+    args
+}
+
+fn spawn(
+    name: &str,
+    program: &Path,
+    args: &[String],
+    inherits: Option<&UnixListener>,
+    log: &Path,
+) -> Result<Process> {
+    let Some(listener) = inherits else {
+        let mut command = Command::new(program);
+        command.args(args);
+        return Process::spawn(name, command, log);
+    };
+    let mut command = Command::new("sh");
+    command.args(["-c", "exec \"$0\" \"$@\" 3<&0 </dev/null"]);
+    command.arg(program).args(args);
+    let stdin = Stdio::from(OwnedFd::from(listener.try_clone()?));
+    Process::spawn_with_stdin(name, command, stdin, log)
 }

@@ -46,16 +46,26 @@ impl Process {
     ///
     /// # Errors
     /// The program cannot be started, or the log cannot be written.
-    pub fn spawn(name: &str, mut command: Command, log: &Path) -> Result<Self> {
+    pub fn spawn(name: &str, command: Command, log: &Path) -> Result<Self> {
+        Self::spawn_with_stdin(name, command, Stdio::null(), log)
+    }
+
+    /// The same, with this standard input.
+    ///
+    /// # Errors
+    /// As [`Process::spawn`].
+    pub fn spawn_with_stdin(
+        name: &str,
+        mut command: Command,
+        stdin: Stdio,
+        log: &Path,
+    ) -> Result<Self> {
         let out = File::options()
             .create(true)
             .append(true)
             .open(log)
             .with_context(|| format!("cannot write {}", log.display()))?;
-        command
-            .stdin(Stdio::null())
-            .stdout(out.try_clone()?)
-            .stderr(out);
+        command.stdin(stdin).stdout(out.try_clone()?).stderr(out);
         sys::die_with_parent(&mut command);
         let child = command
             .spawn()
