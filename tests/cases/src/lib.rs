@@ -12,6 +12,7 @@ pub mod boot;
 pub mod counters;
 mod cpu;
 pub mod disk;
+pub mod hotplug;
 pub mod interop_dpdk;
 pub mod interop_qemu;
 pub mod interop_qemu_img;
@@ -41,6 +42,7 @@ pub fn stories() -> Vec<Story> {
         backend_loss::STORIES,
         net_control::STORIES,
         pci::STORIES,
+        hotplug::STORIES,
         power::STORIES,
         storm::STORIES,
         kill_storm::STORIES,

@@ -67,6 +67,16 @@ impl Api {
         Ok(())
     }
 
+    /// PUT `/api/v1/NAME` with a body; every status is an answer.
+    ///
+    /// # Errors
+    /// No answer in time.
+    pub fn put_json(&self, name: &str, body: &Value) -> Result<Answer> {
+        let path = format!("/api/v1/{name}");
+        request_with(&self.socket, "PUT", &path, &body.to_string(), self.limit)
+            .with_context(|| format!("PUT {name} on {}", self.socket.display()))
+    }
+
     /// Any method on `/api/v1/NAME`; every status is an answer.
     ///
     /// # Errors
@@ -82,11 +92,22 @@ impl Api {
 /// # Errors
 /// The socket is not there, or no whole answer comes in time.
 pub fn request(socket: &Path, method: &str, path: &str, limit: Duration) -> Result<Answer> {
+    request_with(socket, method, path, "", limit)
+}
+
+fn request_with(
+    socket: &Path,
+    method: &str,
+    path: &str,
+    body: &str,
+    limit: Duration,
+) -> Result<Answer> {
     let mut stream = UnixStream::connect(socket)?;
     stream.set_read_timeout(Some(limit))?;
     stream.set_write_timeout(Some(limit))?;
     let head = format!(
-        "{method} {path} HTTP/1.1\r\nHost: localhost\r\nAccept: */*\r\nContent-Length: 0\r\n\r\n"
+        "{method} {path} HTTP/1.1\r\nHost: localhost\r\nAccept: */*\r\nContent-Length: {}\r\n\r\n{body}",
+        body.len()
     );
     stream.write_all(head.as_bytes())?;
     read_answer(BufReader::new(stream))
