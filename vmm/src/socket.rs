@@ -1,6 +1,10 @@
-//! Unix sockets on which this process listens: made, guarded against what is in the way, and removed.
+//! Unix sockets on which this process listens: made, guarded against what is in the way, and removed. And
+//! descriptors that come over one.
 
-#![expect(unsafe_code, reason = "an inherited descriptor is only a number")]
+#![expect(
+    unsafe_code,
+    reason = "descriptors that are inherited or come by a message are only numbers"
+)]
 
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
@@ -157,6 +161,47 @@ impl Drop for Listener {
             let _ = std::fs::remove_file(path);
         }
     }
+}
+
+/// Takes a message with its descriptors, which no program inherits.
+pub fn receive(socket: &impl AsRawFd, buffer: &mut [u8]) -> io::Result<(usize, Vec<OwnedFd>)> {
+    let mut iovec = libc::iovec {
+        iov_base: buffer.as_mut_ptr().cast(),
+        iov_len: buffer.len(),
+    };
+    // As u64, so that it is aligned as a cmsghdr; room for more descriptors than a message may carry.
+    let mut control = [0_u64; 256];
+    // SAFETY: all zeros is a msghdr without anything.
+    let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
+    message.msg_iov = &raw mut iovec;
+    message.msg_iovlen = 1;
+    message.msg_control = control.as_mut_ptr().cast();
+    message.msg_controllen = size_of_val(&control);
+    // SAFETY: `message` points to `buffer` and `control`, with their lengths, which outlive the call.
+    let len =
+        unsafe { libc::recvmsg(socket.as_raw_fd(), &raw mut message, libc::MSG_CMSG_CLOEXEC) };
+    if len < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    let mut fds = Vec::new();
+    // SAFETY: the kernel filled `control` with as many headers as `msg_controllen` says, which the macros
+    // walk; a header of SCM_RIGHTS is followed by as many descriptors as fit its length, made for us.
+    unsafe {
+        let mut header = libc::CMSG_FIRSTHDR(&raw const message);
+        while !header.is_null() {
+            let part = &*header;
+            if (part.cmsg_level, part.cmsg_type) == (libc::SOL_SOCKET, libc::SCM_RIGHTS) {
+                let data = libc::CMSG_DATA(header);
+                let bytes = part.cmsg_len - (data.addr() - header.addr());
+                for index in 0..bytes / size_of::<RawFd>() {
+                    let fd = data.cast::<RawFd>().add(index).read_unaligned();
+                    fds.push(OwnedFd::from_raw_fd(fd));
+                }
+            }
+            header = libc::CMSG_NXTHDR(&raw const message, header);
+        }
+    }
+    Ok((len as usize, fds))
 }
 
 #[cfg(test)]

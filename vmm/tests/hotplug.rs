@@ -49,8 +49,9 @@ fn lines(guest: &Guest, count: usize) {
     });
 }
 
+/// With one empty port, which every device goes to.
 fn running(code: &Code) -> Guest {
-    let guest = Guest::start(code);
+    let guest = Guest::start_with(code, &["--platform", "hotplug_ports=1"]);
     eventually("the guest runs", || {
         (guest.state() == "Running").then_some(())
     });

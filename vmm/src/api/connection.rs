@@ -2,17 +2,21 @@
 
 #![forbid(unsafe_code)]
 
-use std::io::{self, Read, Write};
-use std::os::fd::{AsRawFd, RawFd};
+use std::io::{self, Write};
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
 use vmm_sys_util::epoll::EventSet;
 
-use super::http::{self, MAX_BODY, MAX_HEAD, Parsed, Request, Response};
+use super::http::{self, MAX_BODY, MAX_HEAD, Parsed, Request, Response, Status};
+use crate::socket;
 
 /// How long a client may take to send a request it has begun, or to take its answer.
 pub(super) const PATIENCE: Duration = Duration::from_secs(5);
+
+/// Most descriptors of a request; a network card has one for each pair of queues.
+const MAX_FDS: usize = 64;
 
 /// Whether a connection goes on.
 #[derive(Debug, PartialEq, Eq)]
@@ -36,6 +40,8 @@ pub(super) enum Served {
 pub(super) struct Connection {
     stream: UnixStream,
     input: Vec<u8>,
+    /// Descriptors that came with the input so far.
+    fds: Vec<OwnedFd>,
     output: Vec<u8>,
     /// A request is with the driver.
     awaiting: bool,
@@ -52,6 +58,7 @@ impl Connection {
         Ok(Self {
             stream,
             input: Vec::new(),
+            fds: Vec::new(),
             output: Vec::new(),
             awaiting: false,
             closing: false,
@@ -89,7 +96,7 @@ impl Connection {
     }
 
     /// The stream is ready: reads, has complete requests answered by `serve`, writes.
-    pub(super) fn process(&mut self, serve: impl FnMut(&Request) -> Served) -> Fate {
+    pub(super) fn process(&mut self, serve: impl FnMut(&mut Request) -> Served) -> Fate {
         if self.awaiting {
             // Nothing else is reported.
             return Fate::Closed;
@@ -105,14 +112,14 @@ impl Connection {
     pub(super) fn answer(
         &mut self,
         response: &Response,
-        serve: impl FnMut(&Request) -> Served,
+        serve: impl FnMut(&mut Request) -> Served,
     ) -> Fate {
         self.awaiting = false;
         self.put(response);
         self.end(Ok(Fate::Open), serve)
     }
 
-    fn end(&mut self, read: io::Result<Fate>, serve: impl FnMut(&Request) -> Served) -> Fate {
+    fn end(&mut self, read: io::Result<Fate>, serve: impl FnMut(&mut Request) -> Served) -> Fate {
         match read.and_then(|read| self.exchange(read == Fate::Closed, serve)) {
             Ok(fate) => fate,
             Err(error) => {
@@ -126,7 +133,7 @@ impl Connection {
     fn exchange(
         &mut self,
         ended: bool,
-        mut serve: impl FnMut(&Request) -> Served,
+        mut serve: impl FnMut(&mut Request) -> Served,
     ) -> io::Result<Fate> {
         self.flush()?;
         while !self.wants_to_write()
@@ -144,8 +151,11 @@ impl Connection {
     /// Reads what is there, as long as it may be part of a request.
     fn fill(&mut self) -> io::Result<Fate> {
         let mut buffer = [0; 4096];
-        while self.input.len() < MAX_HEAD + MAX_BODY {
-            match self.stream.read(&mut buffer) {
+        while self.input.len() < MAX_HEAD + MAX_BODY && self.fds.len() <= MAX_FDS {
+            match socket::receive(&self.stream, &mut buffer).map(|(count, fds)| {
+                self.fds.extend(fds);
+                count
+            }) {
                 Ok(0) => return Ok(Fate::Closed),
                 Ok(count) => {
                     if self.input.is_empty() {
@@ -161,17 +171,25 @@ impl Connection {
         Ok(Fate::Open)
     }
 
-    fn serve_one(&mut self, serve: &mut impl FnMut(&Request) -> Served) -> bool {
+    fn serve_one(&mut self, serve: &mut impl FnMut(&mut Request) -> Served) -> bool {
         let served = match http::parse(&self.input) {
+            _ if self.fds.len() > MAX_FDS => {
+                self.closing = true;
+                Served::Now(Response::error(
+                    Status::BadRequest,
+                    &["too many descriptors"],
+                ))
+            }
             Parsed::Incomplete => return false,
             Parsed::Bad(status, reason) => {
                 self.closing = true;
                 Served::Now(Response::error(status, &[reason]))
             }
-            Parsed::Complete(request, len) => {
+            Parsed::Complete(mut request, len) => {
                 self.input.drain(..len);
+                request.fds = std::mem::take(&mut self.fds);
                 self.closing = !request.keep_alive;
-                serve(&request)
+                serve(&mut request)
             }
         };
         match served {
@@ -208,7 +226,8 @@ impl AsRawFd for Connection {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::api::http::Status;
+    use std::io::Read;
+    use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
     const REQUEST: &[u8] = b"GET /a HTTP/1.1\r\n\r\n";
 
@@ -218,7 +237,7 @@ mod tests {
         (Connection::new(ours).unwrap(), theirs)
     }
 
-    fn serve(request: &Request) -> Served {
+    fn serve(request: &mut Request) -> Served {
         Served::Now(Response {
             status: Status::Ok,
             body: Some(format!("\"{}\"", request.path)),
@@ -268,7 +287,7 @@ mod tests {
     #[test]
     fn an_answer_that_nobody_takes_is_kept_but_not_for_ever() {
         let (mut connection, mut client) = pair();
-        let big = |_: &Request| {
+        let big = |_: &mut Request| {
             Served::Now(Response {
                 status: Status::Ok,
                 body: Some("x".repeat(4 << 20)),
@@ -313,5 +332,34 @@ mod tests {
         let late = Response::error(Status::Conflict, &["late"]);
         assert_eq!(connection.answer(&late, serve), Fate::Closed);
         assert!(received(&mut client).contains("late"));
+    }
+
+    #[test]
+    fn descriptors_go_to_the_request_that_they_came_with() {
+        let (mut connection, mut client) = pair();
+        let file = std::fs::File::open("/dev/null").unwrap();
+        let fds = [file.as_raw_fd(); 2];
+        // They come with the first bytes, the rest of the request later.
+        client.send_with_fds(&[&REQUEST[..4]], &fds).unwrap();
+        let mut counts = Vec::new();
+        let mut count = |request: &mut Request| {
+            counts.push(request.fds.len());
+            serve(request)
+        };
+        assert_eq!(connection.process(&mut count), Fate::Open);
+        client.write_all(&REQUEST[4..]).unwrap();
+        assert_eq!(connection.process(&mut count), Fate::Open);
+        client.write_all(REQUEST).unwrap();
+        assert_eq!(connection.process(&mut count), Fate::Open);
+        assert_eq!(counts, [2, 0]);
+    }
+
+    #[test]
+    fn a_client_that_sends_descriptors_without_end_is_dropped() {
+        let (mut connection, client) = pair();
+        let file = std::fs::File::open("/dev/null").unwrap();
+        let fds = vec![file.as_raw_fd(); MAX_FDS + 1];
+        client.send_with_fds(&[&REQUEST[..4]], &fds).unwrap();
+        assert_eq!(connection.process(serve), Fate::Closed);
     }
 }

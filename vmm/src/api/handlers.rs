@@ -2,11 +2,14 @@
 
 #![forbid(unsafe_code)]
 
+use std::os::fd::OwnedFd;
+
 use berth_vmm_api_types::v1 as wire;
 
 use super::http::{Request, Response, Status};
 use super::request;
 use crate::config::device_wire;
+use crate::config::shared_fd::SharedFd;
 use crate::vhost_user::Kind;
 use crate::vm::requests::{Command, Failure, Info, Reply};
 use crate::vm::state::{Action, Refusal};
@@ -41,7 +44,9 @@ const NOT_SERVED: [&str; 14] = [
 ];
 
 /// Finds out what a request wants.
-pub(super) fn route(request: &Request) -> Route {
+///
+/// Descriptors are taken out of the request by the one that has a use for them.
+pub(super) fn route(request: &mut Request) -> Route {
     let Some(name) = request.path.strip_prefix(ROOT) else {
         return not_found(&request.path);
     };
@@ -64,7 +69,7 @@ pub(super) fn route(request: &Request) -> Route {
         "vm.shutdown" => act(Action::Shutdown),
         "vm.delete" => act(Action::Delete),
         "vm.add-disk" => add_disk(&request.body),
-        "vm.add-net" => add_net(&request.body),
+        "vm.add-net" => add_net(&request.body, std::mem::take(&mut request.fds)),
         "vm.add-fs" => add_fs(&request.body),
         "vm.add-generic-vhost-user" => add_generic(&request.body),
         "vm.remove-device" => remove(&request.body),
@@ -96,9 +101,10 @@ fn add_disk(body: &[u8]) -> Result<Command, request::Error> {
     add(Kind::Blk(request::disk_config(&disk, "")?))
 }
 
-fn add_net(body: &[u8]) -> Result<Command, request::Error> {
+fn add_net(body: &[u8], fds: Vec<OwnedFd>) -> Result<Command, request::Error> {
     let net = request::json("NetConfig", body)?;
-    add(Kind::Net(request::net_config(&net, "", Vec::new())?))
+    let fds = fds.into_iter().map(SharedFd::from).collect();
+    add(Kind::Net(request::net_config(&net, "", fds)?))
 }
 
 fn add_fs(body: &[u8]) -> Result<Command, request::Error> {
@@ -200,11 +206,12 @@ mod tests {
     use crate::vm::state::VmState;
 
     fn routed(method: &str, path: &str) -> Route {
-        route(&Request {
+        route(&mut Request {
             method: method.to_owned(),
             path: path.to_owned(),
             keep_alive: true,
             body: Vec::new(),
+            fds: Vec::new(),
         })
     }
 

@@ -5,6 +5,8 @@
 
 #![forbid(unsafe_code)]
 
+use std::os::fd::OwnedFd;
+
 /// Longest request line and headers.
 pub const MAX_HEAD: usize = 8 << 10;
 /// Longest body.
@@ -13,7 +15,7 @@ pub const MAX_BODY: usize = 64 << 10;
 const MAX_HEADERS: usize = 64;
 
 /// A request.
-#[derive(Debug, PartialEq, Eq)]
+#[derive(Debug)]
 pub struct Request {
     /// Method, as sent.
     pub method: String,
@@ -23,10 +25,12 @@ pub struct Request {
     pub keep_alive: bool,
     /// Body.
     pub body: Vec<u8>,
+    /// Descriptors that came along; the parser sees none.
+    pub fds: Vec<OwnedFd>,
 }
 
 /// What the bytes so far are.
-#[derive(Debug, PartialEq, Eq)]
+#[derive(Debug)]
 pub enum Parsed {
     /// The beginning of a request.
     Incomplete,
@@ -160,6 +164,7 @@ pub fn parse(bytes: &[u8]) -> Parsed {
         path: path.to_owned(),
         keep_alive,
         body: bytes[head..head + body].to_vec(),
+        fds: Vec::new(),
     };
     Parsed::Complete(request, head + body)
 }
@@ -180,7 +185,8 @@ mod tests {
     #[test]
     fn every_beginning_of_a_request_is_incomplete() {
         for len in 0..PING.len() {
-            assert_eq!(parse(&PING.as_bytes()[..len]), Parsed::Incomplete, "{len}");
+            let parsed = parse(&PING.as_bytes()[..len]);
+            assert!(matches!(parsed, Parsed::Incomplete), "{len}");
         }
         let Parsed::Complete(request, len) = parse(PING.as_bytes()) else {
             panic!("not complete");

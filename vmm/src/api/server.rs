@@ -207,7 +207,7 @@ impl Server {
 }
 
 impl Driver {
-    fn serve(&self, client: u64, request: &Request) -> Served {
+    fn serve(&self, client: u64, request: &mut Request) -> Served {
         let command = match route(request) {
             Route::Answer(response) => return Served::Now(response),
             Route::Ask(command) => command,

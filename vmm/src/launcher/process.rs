@@ -11,6 +11,7 @@ use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
 use super::{FIXED_FDS, MAX_MESSAGE, Policy, Report, Request, sys};
+use crate::socket;
 
 /// How long a daemon that was told to end has for it.
 const GRACE: Duration = Duration::from_secs(2);
@@ -68,7 +69,7 @@ fn receive(
     daemons: &mut Vec<Running>,
 ) -> io::Result<bool> {
     let mut message = vec![0; MAX_MESSAGE];
-    let (len, mut fds) = sys::receive(channel, &mut message)?;
+    let (len, mut fds) = socket::receive(channel, &mut message)?;
     if len == 0 {
         return Ok(false);
     }

@@ -152,6 +152,31 @@ fn a_device_that_was_there_at_boot_goes_too_and_its_port_is_free() {
 }
 
 #[test]
+fn the_port_that_was_used_least_takes_the_next_device() {
+    let mut host = PciHost::new(PciContext {
+        wiring: Arc::new(FakeWiring::default()),
+        memory: GuestMemoryMmap::new(),
+        mmio: Arc::default(),
+        ports: Arc::default(),
+        mmio64_start: MMIO64,
+    });
+    for _ in 0..3 {
+        host.add_empty_root_port(0x1b36).unwrap();
+    }
+    let pci = host.finish().unwrap();
+    let buses = (0..6).map(|round| {
+        let name = format!("_disk{round}");
+        let device = Box::new(FakeDevice::default());
+        let bdf = pci.plug(&name, device).unwrap().bdf;
+        // It has no power, and goes at once.
+        assert!(pci.request_removal(&name));
+        bdf[5..7].to_owned()
+    });
+    let buses: Vec<_> = buses.collect();
+    assert_eq!(buses, ["01", "02", "03", "01", "02", "03"]);
+}
+
+#[test]
 fn a_device_whose_power_is_off_is_not_there_and_comes_back_as_after_a_reset() {
     let machine = machine();
     machine.plug("_disk1").unwrap();

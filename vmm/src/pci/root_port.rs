@@ -40,6 +40,8 @@ pub(super) struct RootPort {
     config: ConfigSpace,
     endpoint: Option<Box<Endpoint>>,
     slot: Slot,
+    /// How many devices have been in it.
+    insertions: u32,
     number: u8,
     /// Offset of the MSI capability, and the vector with the message that it has now.
     msi: usize,
@@ -90,6 +92,7 @@ impl RootPort {
         let slot = Slot::new(&mut config, express, number, endpoint.is_some());
         Ok(Self {
             config,
+            insertions: endpoint.is_some().into(),
             endpoint,
             slot,
             number,
@@ -122,9 +125,15 @@ impl RootPort {
         self.slot.powered(&self.config).then_some(range)
     }
 
+    /// How many devices have been in the slot.
+    pub(super) fn insertions(&self) -> u32 {
+        self.insertions
+    }
+
     /// Puts a device into the slot, which must be empty, and tells the guest.
     pub(super) fn insert(&mut self, endpoint: Box<Endpoint>) {
         self.endpoint = Some(endpoint);
+        self.insertions = self.insertions.saturating_add(1);
         if self.slot.insert(&mut self.config) {
             self.interrupt();
         }

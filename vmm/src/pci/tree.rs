@@ -103,10 +103,12 @@ impl Tree {
         self.follow(effect)
     }
 
-    /// Puts a device below a port that has none; `None` where every port has one.
+    /// Puts a device below a port that has none; `None` where every port has one. The port that was used
+    /// least: Linux overlooks a card for a second after it switched its slot off, and then takes the button's
+    /// word for it, with its five seconds.
     pub(super) fn insert(&mut self, endpoint: Box<Endpoint>) -> Option<Bdf> {
-        let mut ports = self.ports();
-        let port = ports.find(|port| port.endpoint().is_none())?;
+        let free = self.ports().filter(|port| port.endpoint().is_none());
+        let port = free.min_by_key(|port| port.insertions())?;
         port.insert(endpoint);
         Some(Bdf::new(port.secondary().unwrap_or(0), 0))
     }

@@ -122,6 +122,14 @@ impl VirtioPci {
     }
 }
 
+impl Drop for VirtioPci {
+    /// Takes its vectors off the chip, on the thread that drops it: a device's own thread may hold them a
+    /// little longer, and is not permitted to.
+    fn drop(&mut self) {
+        self.msix.reset();
+    }
+}
+
 /// Ids and class of a device type (virtio 1.3, 4.1.2.1; classes of the PCI code and id assignment
 /// specification, so that software that goes by class finds disks and network cards).
 fn identity(device_type: u32) -> Identity {
