@@ -123,7 +123,7 @@ fn a_boot_that_waits_holds_up_nobody_and_is_answered_when_it_is_given_up() {
     let boot = std::thread::spawn(move || ask(stream, "PUT", "vm.boot"));
     // Other clients are answered, and see it wait.
     eventually("the boot", || {
-        let (status, text) = guest.api("PUT", "vm.boot");
+        let (status, text) = guest.api("PUT", "vm.pause");
         assert_eq!(status, 500, "{text}");
         text.contains("Booting").then_some(())
     });

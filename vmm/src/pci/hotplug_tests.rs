@@ -140,8 +140,8 @@ fn a_device_that_was_there_at_boot_goes_too_and_its_port_is_free() {
     assert!(machine.pci.request_removal("_disk0"));
     machine.write16(0, 1, CONTROL, POWER_OFF);
     assert!(!machine.has_bell_at(bar));
-    assert_eq!(machine.plug("_disk1").unwrap(), "0000:01:00.0");
-    assert_eq!(machine.plug("_disk2").unwrap(), "0000:02:00.0");
+    assert_eq!(machine.plug("_disk1").unwrap(), "0000:02:00.0");
+    assert_eq!(machine.plug("_disk2").unwrap(), "0000:01:00.0");
     assert_eq!(machine.pci.free_ports(), 0);
     let full = machine.plug("_disk3").unwrap_err();
     assert!(
