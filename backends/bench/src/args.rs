@@ -99,7 +99,7 @@ pub struct Common {
     pub daemon_cpu: usize,
 
     /// How cores are kept awake
-    #[arg(long, value_enum, value_name = "HOW", default_value_t = How::Auto)]
+    #[arg(long, value_enum, value_name = "HOW", default_value_t = How::Spin)]
     pub awake: How,
 
     /// Where files and sockets go, in a directory of their own: not a tmpfs
