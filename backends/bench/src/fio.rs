@@ -52,6 +52,8 @@ fn arguments(setup: &Setup, load: &Load, disk: &Disk) -> Vec<String> {
         "--time_based".to_owned(),
         "--norandommap".to_owned(),
         "--allow_file_create=0".to_owned(),
+        // By default fio throws the file out of the page cache first.
+        "--invalidate=0".to_owned(),
         format!("--filename={}", disk.path.display()),
         format!("--size={}", disk.size),
         format!("--direct={direct}"),
