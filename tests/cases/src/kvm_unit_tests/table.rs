@@ -50,6 +50,7 @@ pub fn text(rows: &[Row]) -> String {
     for (machine, _) in rows.first().map_or(&[][..], |row| &row.outcomes) {
         let _ = write!(text, "{:<18}", machine.name());
     }
+    text.truncate(text.trim_end().len());
     text.push('\n');
     for row in rows {
         let _ = write!(text, "{:<24}", row.test);
