@@ -138,6 +138,12 @@ impl Case {
             !self.is_split() || !interrupts.contains("XT-PIC"),
             "a PIC in split mode: {interrupts}"
         );
+        let clocks =
+            vm.sh("cat /sys/devices/system/clocksource/clocksource0/available_clocksource")?;
+        ensure!(
+            clocks.contains("kvm-clock") && clocks.contains("acpi_pm"),
+            "clock sources {clocks:?}"
+        );
         let log = vm.sh("dmesg | grep -i 'legacy PIC' || true")?;
         let no_pic = log.contains("NULL legacy PIC");
         ensure!(no_pic == self.is_split(), "about the PIC: {log:?}");

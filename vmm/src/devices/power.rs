@@ -1,38 +1,34 @@
-//! Power: ACPI's PM1a block, the PM timer, the reset register, and the keyboard controller's reset line.
+//! Power: ACPI's PM1a block, the reset register, and the keyboard controller's reset line.
 //!
 //! ```text
 //!  0x600 PM1 status   bit 8 power button; written 1 to clear     status & enable ─▶ SCI, level, pin 9
 //!  0x602 PM1 enable
 //!  0x604 PM1 control  SLP_EN with SLP_TYP 5 ─▶ power off
-//!  0x608 PM timer     3.579545 MHz, 32 bits
 //!  0xcf9 reset        bit 2 ─▶ reset        0x64 keyboard controller, command 0xfe ─▶ reset
 //! ```
 //!
 //! The SCI's line drops when the guest ends the interrupt; the event loop then calls
 //! [`PowerBlock::resample`], which raises it again if the condition still holds.
-//! Reference: ACPI 6.5, 4.8.3 (PM1 and PM timer), 4.8.4.6 (reset register).
+//! Reference: ACPI 6.5, 4.8.3 (PM1), 4.8.4.6 (reset register).
 
 #![forbid(unsafe_code)]
 
 use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
-use std::time::Instant;
 
 use crate::bus::BusDevice;
-use crate::memory::layout::{PM_TIMER_PORT, PM1A_CNT_PORT, PM1A_EVT_PORT, S5_SLEEP_TYPE};
+use crate::memory::layout::{PM1A_CNT_PORT, PM1A_EVT_PORT, S5_SLEEP_TYPE};
 use crate::vm::{GuestEvent, GuestEvents};
 
 /// Length of the port range from [`PM1A_EVT_PORT`] on.
-pub const PM_BLOCK_LEN: u64 = 12;
+pub const PM_BLOCK_LEN: u64 = 8;
 /// Ports of the keyboard controller: data at the first, command and status four above.
 pub const I8042_PORT: u64 = 0x60;
 /// Command and status port of the keyboard controller.
 pub const I8042_COMMAND_PORT: u64 = 0x64;
 
 const CONTROL: u64 = (PM1A_CNT_PORT - PM1A_EVT_PORT) as u64;
-const TIMER: u64 = (PM_TIMER_PORT - PM1A_EVT_PORT) as u64;
-const TIMER_HZ: u128 = 3_579_545;
 const POWER_BUTTON: u16 = 1 << 8;
 /// Fixed events: timer carry, bus master, global, power button, sleep button, RTC, wake.
 const STATUS_BITS: u16 = 1 | 1 << 4 | 1 << 5 | 1 << 8 | 1 << 9 | 1 << 10 | 1 << 15;
@@ -57,11 +53,10 @@ impl Pm1 {
 /// Raises the SCI's line.
 pub type RaiseSci = Box<dyn Fn() -> io::Result<()> + Send + Sync>;
 
-/// PM1a event and control registers and the PM timer.
+/// PM1a event and control registers.
 pub struct PowerBlock {
     /// Protects the registers; held for one access and the eventfd write of the SCI.
     pm1: Mutex<Pm1>,
-    started: Instant,
     sci: RaiseSci,
     events: GuestEvents,
     /// A sleep state that is not there was asked for, and said so once.
@@ -73,7 +68,6 @@ impl PowerBlock {
     pub fn new(sci: RaiseSci, events: GuestEvents) -> Self {
         Self {
             pm1: Mutex::default(),
-            started: Instant::now(),
             sci,
             events,
             warned: AtomicBool::new(false),
@@ -111,14 +105,8 @@ impl PowerBlock {
             0..2 => pm1.status.to_le_bytes()[at as usize],
             2..4 => pm1.enable.to_le_bytes()[at as usize - 2],
             CONTROL..=5 => control.to_le_bytes()[(at - CONTROL) as usize],
-            TIMER..PM_BLOCK_LEN => self.timer().to_le_bytes()[(at - TIMER) as usize],
             _ => 0,
         }
-    }
-
-    fn timer(&self) -> u32 {
-        let ticks = self.started.elapsed().as_nanos() * TIMER_HZ / 1_000_000_000;
-        ticks as u32
     }
 
     fn write_control(&self, pm1: &mut Pm1, value: u16) {
@@ -140,10 +128,6 @@ impl PowerBlock {
 
 impl BusDevice for PowerBlock {
     fn read(&self, offset: u64, data: &mut [u8]) {
-        if offset == TIMER && data.len() == 4 {
-            data.copy_from_slice(&self.timer().to_le_bytes());
-            return;
-        }
         let pm1 = self.lock();
         for (at, byte) in (offset..).zip(data) {
             *byte = self.register_byte(&pm1, at);
@@ -291,18 +275,6 @@ mod tests {
         board.block.write(4, &five.to_le_bytes());
         assert_eq!(board.events.try_recv(), Ok(GuestEvent::PowerOff));
         assert_eq!(read16(&board.block, 4) & SCI_ENABLED, SCI_ENABLED);
-    }
-
-    #[test]
-    fn the_timer_runs() {
-        let board = board();
-        let mut first = [0; 4];
-        let mut second = [0; 4];
-        board.block.read(TIMER, &mut first);
-        while first == second || second == [0; 4] {
-            board.block.read(TIMER, &mut second);
-        }
-        assert!(u32::from_le_bytes(second) > u32::from_le_bytes(first));
     }
 
     #[test]

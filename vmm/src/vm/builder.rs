@@ -25,6 +25,7 @@ use crate::config::validate::MAX_EXTERNAL_DEVICES;
 use crate::config::{PlatformConfig, SerialConfig, VmConfig};
 use crate::cpu::{self, Buses, Vcpus, cpuid, hypervisor, msr, regs};
 use crate::devices::ioapic::IoapicPage;
+use crate::devices::pm_timer::{PM_TIMER_LEN, PmTimer};
 use crate::devices::power::{
     self, I8042_COMMAND_PORT, KeyboardController, PM_BLOCK_LEN, PowerBlock, ResetRegister,
 };
@@ -36,7 +37,8 @@ use crate::devices::test_device;
 use crate::devices::virtio::rng;
 use crate::launcher::Launcher;
 use crate::memory::layout::{
-    IOAPIC_START, KVM_IDENTITY_MAP, KVM_TSS, PM1A_EVT_PORT, RESET_PORT, SCI_PIN, mmio64_start,
+    IOAPIC_START, KVM_IDENTITY_MAP, KVM_TSS, PM_TIMER_PORT, PM1A_EVT_PORT, RESET_PORT, SCI_PIN,
+    mmio64_start,
 };
 use crate::memory::{self, GuestRam};
 use crate::pci::{self, PciContext, PciHost};
@@ -276,6 +278,8 @@ fn add_power(
     let block = Arc::new(PowerBlock::new(raise, events.clone()));
     let pio = &buses.pio;
     pio.insert(PM1A_EVT_PORT.into(), PM_BLOCK_LEN, Arc::clone(&block) as _)?;
+    let timer = Arc::new(PmTimer::new());
+    pio.insert(PM_TIMER_PORT.into(), PM_TIMER_LEN, timer)?;
     let reset = ResetRegister::new(events.clone());
     pio.insert(RESET_PORT.into(), 1, Arc::new(reset))?;
     let keyboard = KeyboardController::new(events.clone());
