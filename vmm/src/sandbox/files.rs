@@ -13,8 +13,9 @@ use landlock::{
 
 use super::Error;
 use crate::config::keys::Keys;
-use crate::config::{ArgError, SerialConfig, VmConfig};
+use crate::config::{ArgError, Link, SerialConfig, VmConfig};
 use crate::cpu::TRACEPOINT_FOLDERS;
+use crate::vhost_user::Kind;
 
 /// What may be done with a file, or with all below a folder.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -118,6 +119,13 @@ fn known(config: Option<&VmConfig>, sockets: &[PathBuf]) -> Vec<(PathBuf, BitFla
             .map(|path| (path.clone(), read)),
     );
     files.push((config.rng.src.clone(), read));
+    // Sockets that backends connect to.
+    for kind in Kind::all(config) {
+        if let Link::Listen(path) = kind.link() {
+            let both = AccessFs::MakeSock | AccessFs::RemoveFile;
+            files.push((folder_of(path), both));
+        }
+    }
     if let SerialConfig::Socket(path) = &config.serial {
         files.push((folder_of(path), AccessFs::RemoveFile.into()));
     }

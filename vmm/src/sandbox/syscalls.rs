@@ -256,6 +256,9 @@ const VHOST_USER: &[&[Syscall]] = &[
         SYS_getsockopt,
         SYS_eventfd2,
         SYS_lseek,
+        // A backend that connects to us; the socket is removed at the end.
+        SYS_accept4,
+        SYS_unlink,
     ],
     &[
         checked!(SYS_socket, UNIX_ONLY),
@@ -268,6 +271,8 @@ const UNIX_ONLY: Check = Check::OneOf(0, named![AF_UNIX]);
 /// Files by path, as Landlock allows them, and memory for a guest.
 const BOOT: &[&[Syscall]] = &[
     any![
+        SYS_bind,
+        SYS_listen,
         SYS_openat,
         SYS_stat,
         SYS_lstat,
@@ -299,13 +304,7 @@ const BOOT: &[&[Syscall]] = &[
 /// The main thread besides: sockets to listen on and pseudo-terminals, when the API makes a new guest; the
 /// launcher's end.
 const MAIN: &[&[Syscall]] = &[
-    any![
-        SYS_bind,
-        SYS_listen,
-        SYS_getsockname,
-        SYS_unlinkat,
-        SYS_waitid
-    ],
+    any![SYS_getsockname, SYS_unlinkat, SYS_waitid],
     &[checked!(
         SYS_ioctl,
         Check::OneOf(1, named![TIOCGPTN, TIOCSPTLCK, TIOCGPTPEER, TCSETSF])

@@ -212,7 +212,7 @@ impl Kind {
     }
 
     /// How its backend is reached.
-    pub(super) fn link(&self) -> &Link {
+    pub fn link(&self) -> &Link {
         match self {
             Self::Blk(disk) => &disk.backend.link,
             Self::Net(net) => &net.backend.link,
