@@ -5,6 +5,7 @@
 
 #![forbid(unsafe_code)]
 
+mod any_device;
 pub mod backend_loss;
 pub mod bad_input;
 pub mod blocks;
@@ -23,6 +24,7 @@ mod memory;
 pub mod migration;
 pub mod net;
 pub mod net_control;
+mod own_daemons;
 pub mod pci;
 pub mod power;
 pub mod storm;
@@ -52,6 +54,8 @@ pub fn stories() -> Vec<Story> {
         interop_qemu_img::STORIES,
         migration::STORIES,
         upgrade::STORIES,
+        any_device::STORIES,
+        own_daemons::STORIES,
         bad_input::STORIES,
     ]
     .concat()

@@ -139,6 +139,22 @@ impl Daemon {
         )
     }
 
+    /// Starts a daemon of somebody else's, which listens on a socket of its name in the scratch folder;
+    /// `args` are made from that socket's path.
+    ///
+    /// # Errors
+    /// It does not come up.
+    pub fn other(
+        context: &Context,
+        name: &str,
+        program: PathBuf,
+        args: impl FnOnce(&Path) -> Vec<String>,
+    ) -> Result<Self> {
+        let socket = context.scratch(&format!("{name}.sock"));
+        let args = args(&socket);
+        Self::start(context, name, program, args, socket, None)
+    }
+
     fn start(
         context: &Context,
         name: &str,

@@ -105,6 +105,13 @@ impl VmBuilder {
         self
     }
 
+    /// Any other device: a flag and its value.
+    #[must_use]
+    pub fn device(mut self, flag: &str, value: impl Into<String>) -> Self {
+        self.devices.extend([flag.to_owned(), value.into()]);
+        self
+    }
+
     /// The command line but for the serial line, and the socket of the API.
     fn command(&self, context: &Context) -> (Command, PathBuf) {
         let api = context.scratch(&format!("{}.api", self.name));

@@ -1,0 +1,151 @@
+//! Daemons that are neither ours nor QEMU's: virtiofsd as a shared folder and as a device of any type, passt
+//! as the network.
+
+use std::fs;
+use std::net::Ipv4Addr;
+use std::path::Path;
+
+use anyhow::{Result, ensure};
+use berth_tests_framework::daemons::Daemon;
+use berth_tests_framework::image;
+use berth_tests_framework::net::PageServer;
+use berth_tests_framework::story::{Context, Story, Tier};
+use berth_tests_framework::vmm::{Vm, VmBuilder};
+
+/// Stories of this file.
+pub(crate) const STORIES: &[Story] = &[Story {
+    name: "any-device",
+    tier: Tier::Guest,
+    long: false,
+    checks: CHECKS,
+    run: any_device,
+}];
+
+const CHECKS: &[&str] = &[
+    "fs.mount_and_read",
+    "fs.write_and_read_outside",
+    "fs.unmount_and_mount_again",
+    "generic.fs_by_its_type",
+    "passt.address_by_dhcp",
+    "passt.fetches_a_file",
+    "any_device.power_off",
+];
+
+/// Where a passt without an interface to imitate puts itself; to its guest it is the host's loopback.
+const PASST: Ipv4Addr = Ipv4Addr::new(169, 254, 2, 2);
+
+/// Takes what the server offers.
+const DHCP_SCRIPT: &str = "#!/bin/sh
+[ \"$1\" = bound ] || exit 0
+ip addr add $ip/$mask dev $interface
+ip route add default via $router dev $interface
+";
+
+fn any_device(context: &Context) -> Result<()> {
+    if let Ok(why) = fs::read_to_string(context.asset("trixie/absent")) {
+        CHECKS.iter().for_each(|check| context.skip(check, &why));
+        return Ok(());
+    }
+    let (shared, other) = (context.scratch("shared"), context.scratch("other"));
+    for folder in [&shared, &other] {
+        fs::create_dir(folder)?;
+        image::random(&folder.join("from-outside"), 4 << 20, 31)?;
+    }
+    context.step("start the daemons");
+    let fs = virtiofsd(context, "virtiofsd", &shared, &[])?;
+    let generic = virtiofsd(context, "virtiofsd-other", &other, &["--tag=other"])?;
+    let passt = passt(context)?;
+    context.step("boot");
+    let socket = |daemon: &Daemon| daemon.socket().display().to_string();
+    let mut vm = VmBuilder::new(context, "vmm")
+        .device("--fs", format!("tag=home,socket={}", socket(&fs)))
+        .device(
+            "--generic-vhost-user",
+            format!(
+                "device_type=fs,socket={},queue_sizes=[128,128]",
+                socket(&generic)
+            ),
+        )
+        .net(passt.socket(), "")
+        .boot(context)?;
+
+    shared_folder(context, &mut vm, &shared)?;
+    context.check("generic.fs_by_its_type", || {
+        vm.sh("mkdir -p /other && mount -t virtiofs other /other")?;
+        same(&mut vm, "/other/from-outside", &other.join("from-outside"))?;
+        vm.sh("umount /other").map(drop)
+    })?;
+    network(context, &mut vm)?;
+    context.check("any_device.power_off", || vm.power_off())
+}
+
+fn virtiofsd(context: &Context, name: &str, folder: &Path, more: &[&str]) -> Result<Daemon> {
+    let program = context.asset("trixie/bin/virtiofsd");
+    Daemon::other(context, name, program, |socket| {
+        let mut args = vec![
+            format!("--socket-path={}", socket.display()),
+            format!("--shared-dir={}", folder.display()),
+        ];
+        args.extend(more.iter().map(|&flag| flag.to_owned()));
+        args
+    })
+}
+
+fn passt(context: &Context) -> Result<Daemon> {
+    let program = context.asset("trixie/bin/passt");
+    Daemon::other(context, "passt", program, |socket| {
+        let socket = socket.display().to_string();
+        let flags = ["-f", "-4", "--vhost-user", "--runas", "0", "-s", &socket];
+        flags.map(str::to_owned).to_vec()
+    })
+}
+
+fn shared_folder(context: &Context, vm: &mut Vm, shared: &Path) -> Result<()> {
+    context.check("fs.mount_and_read", || {
+        vm.sh("mkdir -p /home && mount -t virtiofs home /home")?;
+        same(vm, "/home/from-outside", &shared.join("from-outside"))
+    })?;
+    context.check("fs.write_and_read_outside", || {
+        vm.sh("mkdir /home/folder
+             dd if=/dev/urandom of=/home/folder/from-guest bs=64k count=64 2>/dev/null
+             mv /home/folder/from-guest /home/from-guest && rmdir /home/folder && sync")?;
+        same(vm, "/home/from-guest", &shared.join("from-guest"))?;
+        ensure!(!shared.join("folder").exists(), "the folder is still there");
+        Ok(())
+    })?;
+    context.check("fs.unmount_and_mount_again", || {
+        vm.sh("umount /home && mount -t virtiofs home /home")?;
+        same(vm, "/home/from-guest", &shared.join("from-guest"))?;
+        vm.sh("umount /home").map(drop)
+    })
+}
+
+/// The same bytes here and in the guest.
+fn same(vm: &mut Vm, there: &str, here: &Path) -> Result<()> {
+    let sum = image::md5(here)?;
+    let seen = vm.sh(&format!("md5sum <{there}"))?;
+    ensure!(seen.starts_with(&sum), "{there}: {seen}, not {sum}");
+    Ok(())
+}
+
+fn network(context: &Context, vm: &mut Vm) -> Result<()> {
+    context.check("passt.address_by_dhcp", || {
+        vm.sh(&format!(
+            "cat >/tmp/dhcp <<'END'\n{DHCP_SCRIPT}END
+             chmod 755 /tmp/dhcp && ip link set eth0 up &&
+             udhcpc -i eth0 -n -q -t 20 -T 1 -s /tmp/dhcp"
+        ))?;
+        let addresses = vm.sh("ip -4 addr show dev eth0")?;
+        ensure!(addresses.contains("inet 169.254.2.1/"), "{addresses}");
+        Ok(())
+    })?;
+    context.check("passt.fetches_a_file", || {
+        let page = context.scratch("page");
+        image::random(&page, 8 << 20, 32)?;
+        let server = PageServer::start(Ipv4Addr::LOCALHOST, &page)?;
+        let url = server.url();
+        let url = url.replace("127.0.0.1", &PASST.to_string());
+        vm.sh(&format!("wget -q -O /tmp/page {url}"))?;
+        same(vm, "/tmp/page", &page)
+    })
+}
