@@ -152,7 +152,7 @@ impl Daemon {
     ) -> Result<Self> {
         let socket = context.scratch(&format!("{name}.sock"));
         let args = args(&socket);
-        Self::start(context, name, program, args, socket, None)
+        Self::start(context, name, program, args, Listens::Itself(socket), None)
     }
 
     fn start(
