@@ -325,3 +325,16 @@ fn accesses_of_no_shape_that_the_specification_knows_harm_nothing() {
     assert_eq!(bench.status(), 0);
     bench.run();
 }
+
+#[test]
+fn a_function_that_goes_takes_its_vectors_along_whoever_still_holds_them() {
+    let bench = bench();
+    bench.function.set_msix(true, false);
+    bench.write32(TABLE, 0xfee0_1000);
+    bench.write32(TABLE + 12, 0);
+    assert_eq!(bench.wiring.message(0), Some((0xfee0_1000, 0)));
+    // The device keeps its way back to the transport, as a thread of its own does.
+    drop(bench.function);
+    assert!(bench.device.state().notify.is_some());
+    assert_eq!(bench.wiring.message(0), None);
+}
