@@ -129,7 +129,8 @@ impl Qemu {
         let process = Process::spawn(name, command, &context.log(name))?;
         // server=on waits for us before the guest starts, so that no line is lost.
         let stream = process.connect(&serial, seconds(30))?;
-        let console = Console::new(stream, &context.log(&format!("{name}-serial")))?;
+        let mut console = Console::new(stream, &context.log(&format!("{name}-serial")))?;
+        console.resend_lost(seconds(10));
         Ok(Self {
             console,
             process,
