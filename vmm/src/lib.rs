@@ -27,6 +27,8 @@ pub mod config;
 pub mod cpu;
 pub mod devices;
 pub mod event_loop;
+#[doc(hidden)]
+pub mod fuzzing;
 pub mod kvm;
 pub mod launcher;
 pub mod memory;

@@ -10,6 +10,7 @@ mod support;
 use std::fs::{self, Permissions};
 use std::io;
 use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
+use std::os::unix::net::UnixStream;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::Path;
 use std::process::{Command, Output};
@@ -253,4 +254,24 @@ fn an_ordinary_user_boots_a_guest() {
     assert!(output.status.success(), "{stderr}");
     assert_eq!(fs::read(at("serial")).unwrap(), b"hello\n");
     assert!(!at("api").exists(), "the socket is left behind");
+}
+
+#[test]
+fn a_backend_that_is_to_connect_finds_a_socket_each_time() {
+    if !has_kvm() {
+        return;
+    }
+    let dir = TempDir::new().unwrap();
+    let path = dir.as_path().join("net");
+    let net = format!("vhost_user=on,vhost_mode=server,socket={}", path.display());
+    let guest = Guest::start_with(&Code::new().halt(), &["--net", &net]);
+    for _ in 0..3 {
+        // Each one hangs up before it says a word.
+        drop(eventually("the socket", || UnixStream::connect(&path).ok()));
+    }
+    assert_eq!(guest.api("PUT", "vm.shutdown").0, 204);
+    eventually("the socket is removed", || (!path.exists()).then_some(()));
+    assert_eq!(guest.api("PUT", "vmm.shutdown").0, 204);
+    let (status, stderr) = guest.wait();
+    assert_eq!(status, 0, "{stderr}");
 }

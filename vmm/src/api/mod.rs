@@ -64,6 +64,17 @@ pub fn start(listener: Listener, requests: RequestSender) -> Result<Api, Error> 
     })
 }
 
+/// Reads the requests in `bytes` as a client's are read, and finds out what they want; for the fuzz targets.
+pub(crate) fn fuzz_requests(mut bytes: &[u8]) {
+    while let http::Parsed::Complete(mut request, len) = http::parse(bytes) {
+        assert!(len > 0 && len <= bytes.len());
+        if let handlers::Route::Answer(response) = handlers::route(&mut request) {
+            assert!(!response.to_bytes(request.keep_alive).is_empty());
+        }
+        bytes = &bytes[len..];
+    }
+}
+
 impl Drop for Api {
     fn drop(&mut self) {
         if self.stop.write(1).is_ok()

@@ -101,6 +101,19 @@ impl BackendRequests {
     }
 }
 
+/// Serves a backend that sends these bytes; for the fuzz targets.
+pub(super) fn fuzz(bytes: &[u8]) {
+    let Ok((mut channel, theirs)) = BackendRequests::new() else {
+        return;
+    };
+    for chunk in bytes.chunks(777) {
+        if (&theirs).write_all(chunk).is_err() || channel.receive().is_err() {
+            return;
+        }
+        assert!(channel.buffer.len() < HEADER + MAX_PAYLOAD);
+    }
+}
+
 impl AsRawFd for BackendRequests {
     fn as_raw_fd(&self) -> RawFd {
         self.stream.as_raw_fd()

@@ -39,9 +39,11 @@ mod tests;
 mod vring;
 mod wait;
 
-use std::io;
+use std::io::{self, Write};
+use std::net::Shutdown;
+use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, LazyLock};
 use std::time::Duration;
 
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
@@ -62,6 +64,37 @@ use crate::socket;
 const OPERATION_LIMIT: Duration = Duration::from_secs(5);
 /// Longest name that a thread may have.
 const THREAD_NAME: usize = 15;
+
+/// A backend that has said all that `bytes` are before it was asked, and then closes; for the fuzz targets. The first
+/// byte picks whether these are replies, to whom, or requests of its own.
+pub(crate) fn fuzz_backend(bytes: &[u8]) {
+    let Some((&first, bytes)) = bytes.split_first() else {
+        return;
+    };
+    let Ok((ours, theirs)) = UnixStream::pair() else {
+        return;
+    };
+    if first & 1 == 0 {
+        backend_requests::fuzz(bytes);
+        return;
+    }
+    // What does not fit the socket is not said.
+    let _ = theirs
+        .set_nonblocking(true)
+        .and_then(|()| (&theirs).write_all(bytes));
+    let _ = theirs.shutdown(Shutdown::Write);
+    let kind = kind::fuzz(first >> 1);
+    let Ok(deadlines) = FUZZ_DEADLINES.as_ref().map(Arc::clone) else {
+        return;
+    };
+    if let Ok((_, found)) = peer::Peer::handshake(ours, &kind, &deadlines, OPERATION_LIMIT) {
+        // Unfit is an answer too.
+        let _ = kind.offer(&found);
+    }
+}
+
+static FUZZ_DEADLINES: LazyLock<io::Result<Arc<Deadlines>>> =
+    LazyLock::new(|| Deadlines::new().map(Arc::new));
 
 /// Why a device could not be set up. A backend that is not there is no error: it is waited for.
 #[derive(Debug, thiserror::Error)]

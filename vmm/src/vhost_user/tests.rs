@@ -2,6 +2,7 @@
 //! answers wrongly, changes. Good ones are in `tests/frontend.rs`.
 
 mod backend;
+mod hostile;
 
 use std::fs::File;
 use std::io::{Read, Write};

@@ -276,8 +276,15 @@ impl Guest {
         let dir = TempDir::new().unwrap();
         let at = |name: &str| dir.as_path().join(name).display().to_string();
         std::fs::write(at("kernel"), image).unwrap();
+        let sized = args.iter().any(|arg| arg.starts_with("--memory"));
+        let memory: &[&str] = if sized {
+            &[]
+        } else {
+            &["--memory", "size=32M"]
+        };
         let child = vmm()
-            .args(["--kernel", &at("kernel"), "--memory", "size=32M"])
+            .args(["--kernel", &at("kernel")])
+            .args(memory)
             .args(["--serial", &format!("file={}", at("serial"))])
             .args(["--api-socket", &format!("path={}", at("api"))])
             .args(args)

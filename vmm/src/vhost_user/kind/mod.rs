@@ -23,7 +23,9 @@ use virtio_bindings::virtio_net::{
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 
 use super::shared::Rings;
-use crate::config::{DiskConfig, FsConfig, GenericConfig, Link, NetConfig, VmConfig};
+use crate::config::{
+    DiskConfig, FsConfig, GenericConfig, Link, NetConfig, VhostUserConfig, VmConfig,
+};
 
 mod other;
 #[cfg(test)]
@@ -168,6 +170,39 @@ impl Offer {
             }
             _ => queue,
         }
+    }
+}
+
+/// A device of one kind or another; for the fuzz targets.
+pub(super) fn fuzz(pick: u8) -> Kind {
+    let backend = VhostUserConfig {
+        link: Link::Connect("/nowhere".into()),
+        num_queues: 2 + 2 * u16::from(pick >> 6),
+        queue_size: 64,
+    };
+    let id = "_fuzz0".to_owned();
+    match pick % 4 {
+        0 => Kind::Blk(DiskConfig {
+            id,
+            backend,
+            readonly: pick & 4 != 0,
+        }),
+        1 => Kind::Net(NetConfig {
+            id,
+            backend,
+            mac: None,
+        }),
+        2 => Kind::Fs(FsConfig {
+            id,
+            tag: "tag".to_owned(),
+            backend,
+        }),
+        _ => Kind::Generic(GenericConfig {
+            id,
+            device_type: 1 + u32::from(pick >> 2),
+            link: backend.link,
+            queue_sizes: vec![64, 128],
+        }),
     }
 }
 

@@ -50,6 +50,12 @@ pub(super) struct Script {
     pub(super) fault: Option<(u32, Fault)>,
     /// Flips a bit of some replies; which ones and which bits follows from the number.
     pub(super) mangle: Option<u64>,
+    /// Bytes that it sends at a request, before it answers.
+    pub(super) noise: Option<(u32, Vec<u8>)>,
+    /// What it says its configuration is.
+    pub(super) config: Option<Vec<u8>>,
+    /// How large it says that its region for requests in flight is.
+    pub(super) region: u64,
 }
 
 /// MQ, REPLY_ACK, BACKEND_REQ, CONFIG.
@@ -58,6 +64,9 @@ pub(super) const GOOD: Script = Script {
     protocol: 1 | REPLY_ACK | 1 << 5 | 1 << 9,
     fault: None,
     mangle: None,
+    noise: None,
+    config: None,
+    region: 4096,
 };
 
 #[derive(Default)]
@@ -66,6 +75,8 @@ pub(super) struct Seen {
     pub(super) files: Mutex<Vec<(u32, File)>>,
     pub(super) capacity: Mutex<u8>,
     pub(super) current: Mutex<Option<UnixStream>>,
+    /// The region that it made last.
+    pub(super) region: Mutex<Option<File>>,
 }
 
 impl Seen {
@@ -171,6 +182,12 @@ pub(super) fn serve(mut stream: UnixStream, script: &Script, seen: &Seen) {
         if let Some(file) = file {
             seen.files.lock().unwrap().push((code, file));
         }
+        if let Some((at, noise)) = &script.noise
+            && *at == code
+            && stream.write_all(noise).is_err()
+        {
+            return;
+        }
         let mut answer = answer_to(code, need_reply, payload, script, seen);
         let mut reply = Vec::new();
         for word in [code, 5, answer.len() as u32] {
@@ -205,7 +222,7 @@ pub(super) fn serve(mut stream: UnixStream, script: &Script, seen: &Seen) {
                 let bit = next(random) as usize % (8 * reply.len());
                 reply[bit / 8] ^= 1 << (bit % 8);
             }
-            if !send(&mut stream, code, &reply) {
+            if !send(&mut stream, code, &reply, seen) {
                 return;
             }
         }
@@ -226,9 +243,10 @@ fn answer_to(
         GET_QUEUE_NUM => 1_u64.to_le_bytes().to_vec(),
         GET_VRING_BASE => payload,
         GET_INFLIGHT_FD => {
-            payload[..8].copy_from_slice(&4096_u64.to_le_bytes());
+            payload[..8].copy_from_slice(&script.region.to_le_bytes());
             payload
         }
+        GET_CONFIG if script.config.is_some() => script.config.clone().unwrap_or_default(),
         GET_CONFIG => {
             payload[12] = *seen.capacity.lock().unwrap();
             payload
@@ -239,12 +257,13 @@ fn answer_to(
 }
 
 /// Sends a reply, a region's with a file; whether it went.
-fn send(stream: &mut UnixStream, code: u32, reply: &[u8]) -> bool {
+fn send(stream: &mut UnixStream, code: u32, reply: &[u8], seen: &Seen) -> bool {
     if code == GET_INFLIGHT_FD {
-        let region = TempFile::new().unwrap();
-        return stream
-            .send_with_fd(reply, region.as_file().as_raw_fd())
-            .is_ok();
+        let region = TempFile::new().unwrap().into_file();
+        region.set_len(4096).unwrap();
+        let sent = stream.send_with_fd(reply, region.as_raw_fd()).is_ok();
+        *seen.region.lock().unwrap() = Some(region);
+        return sent;
     }
     stream.write_all(reply).is_ok()
 }

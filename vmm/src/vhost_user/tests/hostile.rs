@@ -1,0 +1,116 @@
+//! Backends that lie, send junk and shrink their files: what they cannot do to the rest.
+
+use super::*;
+
+/// What a backend says that it should not: before a reply, or of its own accord.
+fn hostile(after: u32, noise: Vec<u8>) -> Script {
+    Script {
+        noise: Some((after, noise)),
+        ..GOOD
+    }
+}
+
+fn message(code: u32, flags: u32, payload: &[u8]) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    for word in [code, flags, payload.len() as u32] {
+        bytes.extend(word.to_le_bytes());
+    }
+    bytes.extend(payload);
+    bytes
+}
+
+#[test]
+fn junk_unsolicited_and_reordered_replies_end_a_connection_and_nothing_else() {
+    let junk: Vec<u8> = (0..4096_u32).map(|at| (at * 193) as u8).collect();
+    let noises = [
+        junk,
+        // A reply to what was not asked, one that says it is longer than anything, an early one of another request.
+        message(GET_VRING_BASE, 5, &[0; 8]),
+        message(GET_FEATURES, 5, &[0xff; 64]),
+        [
+            &message(GET_QUEUE_NUM, 5, &[])[..8],
+            &u32::MAX.to_le_bytes(),
+        ]
+        .concat(),
+        message(GET_CONFIG, 1, &[0xff; 12]),
+    ];
+    for after in [SET_OWNER, GET_FEATURES, SET_MEM_TABLE, SET_VRING_ENABLE] {
+        for noise in &noises {
+            let mut bench = bench();
+            let scripts = [hostile(after, noise.clone()), GOOD];
+            let backend = Backend::listen(&bench.path, &scripts);
+            bench.live();
+            bench.activate();
+            until("the noise", || backend.seen.payload(after).is_some());
+            until("the next connection", || {
+                // Noise that does no harm ends nothing: then the backend does.
+                if bench.frontends.sessions()[0].state == SessionState::Live {
+                    backend.hang_up();
+                }
+                order(&backend.seen, &[SET_OWNER]).len() >= 2
+            });
+            wait_started(&backend);
+            bench.reset();
+        }
+    }
+}
+
+#[test]
+fn a_configuration_of_the_wrong_size_is_not_taken() {
+    for (offset, size) in [
+        (0, 0_u32),
+        (0, u32::MAX),
+        (u32::MAX, 60),
+        (60, 60),
+        (0, 59),
+        (0, 4096),
+    ] {
+        let mut bench = bench();
+        let mut payload = Vec::new();
+        for word in [offset, size, 0] {
+            payload.extend(word.to_le_bytes());
+        }
+        payload.extend(vec![0xee; size.min(256) as usize]);
+        let lying = Script {
+            config: Some(payload),
+            ..GOOD
+        };
+        let _backend = Backend::listen(&bench.path, &[lying, GOOD]);
+        assert!(bench.frontends.wait_settled(PATIENCE));
+        bench.live();
+        let mut capacity = [0; 8];
+        bench.device.read_config(0, &mut capacity);
+        assert_eq!(capacity, [0; 8], "offset {offset} size {size}");
+        bench.reset();
+    }
+}
+
+#[test]
+fn a_region_that_shrinks_or_has_wild_sizes_raises_nothing_here() {
+    for size in [0_u64, 1, 4096, u64::MAX, u64::MAX - 4095] {
+        let mut bench = bench();
+        let lying = Script {
+            region: size,
+            ..tracking()
+        };
+        let first = Backend::listen(&bench.path, &[lying, tracking()]);
+        bench.live();
+        let [kick, _] = bench.activate();
+        wait_started(&first);
+        if let Some(region) = &*first.seen.region.lock().unwrap() {
+            // What a mapping of it would now end the process by.
+            region.set_len(0).unwrap();
+        }
+        drop(first);
+        let second = Backend::listen(&bench.path, &[tracking()]);
+        wait(&kick, "kick with the next backend");
+        wait_started(&second);
+        bench.reset();
+    }
+}
+
+fn wait_started(backend: &Backend) {
+    until("started", || {
+        backend.seen.payload(SET_VRING_ENABLE).is_some()
+    });
+}
