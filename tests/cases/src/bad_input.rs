@@ -117,7 +117,10 @@ fn flags_and_keys(context: &Context) -> Result<()> {
             &["--kernel", &kernel, "--memory", "size=1G,hugepage=on"],
             &["hugepage", "hugepages"],
         ),
-        (&["--kernel", &kernel, "--disk", "path=/x"], &["path"]),
+        (
+            &["--kernel", &kernel, "--disk", "path=/x,direkt=on"],
+            &["direkt", "direct"],
+        ),
         (
             &["--kernel", &kernel, "--net", "vhost_user=on,soket=/x"],
             &["soket", "socket"],

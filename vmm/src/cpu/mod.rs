@@ -20,5 +20,5 @@ pub mod topology;
 mod vcpu;
 
 pub use exits::Buses;
-pub use perf::{TRACEPOINT_FOLDERS, counts_doorbells};
+pub use perf::counts_doorbells;
 pub use vcpu::{Error, Vcpus};

@@ -13,11 +13,12 @@ use std::ffi::CString;
 use std::fs::File;
 use std::io::{self, Error, ErrorKind, Read};
 use std::os::fd::{AsRawFd, FromRawFd};
+use std::sync::OnceLock;
 
 use crate::memory::layout::{HIGH_RAM_START, MMIO32_LEN, MMIO32_START};
 
 /// Where KVM's tracepoints are described, for who may read it.
-pub const TRACEPOINT_FOLDERS: [&str; 2] = [
+const TRACEPOINT_FOLDERS: [&str; 2] = [
     "/sys/kernel/tracing/events/kvm",
     "/sys/kernel/debug/tracing/events/kvm",
 ];
@@ -55,9 +56,11 @@ pub(super) struct DoorbellCounter {
 impl DoorbellCounter {
     /// Counts the calling thread's doorbells from now on.
     pub(super) fn of_this_thread() -> io::Result<Self> {
+        let unreadable = || Error::new(ErrorKind::NotFound, "no tracepoints to be read");
+        let ids = ids().ok_or_else(unreadable)?;
         Ok(Self {
-            fast: count_tracepoint("kvm_fast_mmio", None)?,
-            slow: count_tracepoint("kvm_mmio", Some(&slow_filter()))?,
+            fast: count_tracepoint(ids.fast, None)?,
+            slow: count_tracepoint(ids.slow, Some(&slow_filter()))?,
         })
     }
 
@@ -67,9 +70,36 @@ impl DoorbellCounter {
     }
 }
 
-/// Whether this user may read the tracepoints of this host, so that doorbells can be counted.
+/// Whether this user may read the tracepoints of this host, so that doorbells can be counted. The first
+/// call is to be made before the sandbox closes: their numbers are read once, as the files cannot be named in
+/// a Landlock rule (tracefs makes a folder's inode anew for each that looks it up).
 pub fn counts_doorbells() -> bool {
-    tracepoint_id("kvm_mmio").is_ok()
+    ids().is_some()
+}
+
+/// Numbers of the tracepoints, as perf has them.
+#[derive(Debug, Clone, Copy)]
+struct Ids {
+    fast: u64,
+    slow: u64,
+}
+
+fn ids() -> Option<Ids> {
+    static IDS: OnceLock<Option<Ids>> = OnceLock::new();
+    *IDS.get_or_init(|| {
+        Some(Ids {
+            fast: tracepoint_id("kvm_fast_mmio")?,
+            slow: tracepoint_id("kvm_mmio")?,
+        })
+    })
+}
+
+fn tracepoint_id(name: &str) -> Option<u64> {
+    let files = TRACEPOINT_FOLDERS.map(|folder| format!("{folder}/{name}/id"));
+    let text = files
+        .iter()
+        .find_map(|file| std::fs::read_to_string(file).ok())?;
+    text.trim().parse().ok()
 }
 
 /// The same addresses as [`super::exits::may_be_bar`].
@@ -81,11 +111,11 @@ fn slow_filter() -> String {
     )
 }
 
-fn count_tracepoint(name: &str, filter: Option<&str>) -> io::Result<File> {
+fn count_tracepoint(id: u64, filter: Option<&str>) -> io::Result<File> {
     let attr = Attr {
         kind: PERF_TYPE_TRACEPOINT,
         size: size_of::<Attr>() as u32,
-        config: tracepoint_id(name)?,
+        config: id,
         ..Attr::default()
     };
     let (this_thread, any_cpu, no_group) = (0, -1, -1);
@@ -127,18 +157,4 @@ fn read(mut counter: &File) -> io::Result<u64> {
     let mut value = [0; 8];
     counter.read_exact(&mut value)?;
     Ok(u64::from_ne_bytes(value))
-}
-
-fn tracepoint_id(name: &str) -> io::Result<u64> {
-    let mut last = Error::from(ErrorKind::NotFound);
-    for folder in TRACEPOINT_FOLDERS {
-        match std::fs::read_to_string(format!("{folder}/{name}/id")) {
-            Ok(text) => {
-                let id = text.trim().parse();
-                return id.map_err(|_| Error::from(ErrorKind::InvalidData));
-            }
-            Err(error) => last = error,
-        }
-    }
-    Err(last)
 }

@@ -1,8 +1,8 @@
 //! A PCI Express root port: the type 1 header, and the slot with at most one device below it.
 //!
 //! A port forwards what lies in one of its windows while its memory decode is on, and configuration
-//! accesses for the bus numbers that it was given, both only while the slot has power. Its I/O window leads
-//! nowhere: no device has ports. Its one interrupt is the slot's, by MSI; there is no INTx.
+//! accesses for the bus numbers that it was given, both only while the slot has power. It has no I/O window:
+//! no device has ports, and a window in a port for hot-plug would be given 4 KiB of the 64 that there are. Its one interrupt is the slot's, by MSI; there is no INTx.
 //!
 //! Reference: PCI-to-PCI Bridge 1.2, 3.2; PCI Express 3.0, 7.5.3.
 
@@ -18,7 +18,6 @@ use crate::telemetry::LogLimit;
 
 const SECONDARY: usize = 0x19;
 const SUBORDINATE: usize = 0x1a;
-const IO_BASE: usize = 0x1c;
 const MEMORY_BASE: usize = 0x20;
 const PREFETCH_BASE: usize = 0x24;
 const PREFETCH_BASE_UPPER: usize = 0x28;
@@ -81,10 +80,8 @@ impl RootPort {
         );
         config.allow(PREFETCH_BASE_UPPER, &[0xff; 8]);
         config.allow(BRIDGE_CONTROL, &[0x43, 0]);
-        // All windows closed: base above limit. Without the I/O window's registers, which would read
-        // 0, Linux takes it for open, and gives it ports when it scans the bus again.
-        config.allow(IO_BASE, &[0xf0, 0xf0]);
-        config.set_u16(IO_BASE, 0x00f0);
+        // Both windows closed: base above limit. The I/O window's registers are 0 and stay 0, which is
+        // how a port without one looks.
         config.set_u32(MEMORY_BASE, 0x0000_fff0);
         config.set_u32(PREFETCH_BASE, 0x0001_fff1);
         let express = express::add_express(&mut config, PortType::RootPort);

@@ -14,7 +14,6 @@ use landlock::{
 use super::Error;
 use crate::config::keys::Keys;
 use crate::config::{ArgError, Link, SerialConfig, VmConfig};
-use crate::cpu::TRACEPOINT_FOLDERS;
 use crate::vhost_user::Kind;
 
 /// What may be done with a file, or with all below a folder.
@@ -53,7 +52,7 @@ impl FileRule {
     }
 }
 
-/// What no configuration needs to name: the host's limits, KVM, its tracepoints.
+/// What no configuration needs to name: the host's limits.
 const ALWAYS_READ: [&str; 2] = ["/proc/cpuinfo", "/proc/meminfo"];
 
 /// Confines the calling thread and those it starts later to the files of the guest and of the rules.
@@ -102,8 +101,7 @@ fn known(config: Option<&VmConfig>, sockets: &[PathBuf]) -> Vec<(PathBuf, BitFla
     let mut files: Vec<(PathBuf, BitFlags<AccessFs>)> = Vec::new();
     let device = AccessFs::ReadFile | AccessFs::WriteFile | AccessFs::IoctlDev;
     files.push(("/dev/kvm".into(), device));
-    let always = ALWAYS_READ.iter().chain(&TRACEPOINT_FOLDERS);
-    files.extend(always.map(|path| (PathBuf::from(path), read)));
+    files.extend(ALWAYS_READ.map(|path| (PathBuf::from(path), read)));
     for socket in sockets {
         files.push((folder_of(socket), AccessFs::RemoveFile.into()));
     }
