@@ -2,6 +2,7 @@
 //! each, one pair after another, while another disk is written and read back all the time.
 
 use std::net::Ipv4Addr;
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
@@ -59,8 +60,13 @@ fn come_and_go(context: &Context) -> Result<()> {
     let base = Daemon::blk(context, "blk-base", &base, BlkSettings::default())?;
     let spare = Spare::start(context)?;
     context.step("boot");
+    // The guest that is created later has a file of its own, which the command line knows nothing of.
+    let later = created_serial(context);
+    let folder = later.parent().context("a scratch file has a folder")?;
+    let rule = format!("path={},access=rw", folder.display());
     let mut vm = VmBuilder::new(context, "vmm")
         .cpus(2)
+        .device("--landlock-rules", rule)
         .disk(base.socket(), ",id=base")
         .boot(context)?;
     context.check("hotplug.slots_are_native", || {
@@ -175,13 +181,17 @@ fn calm(console: &mut Console) -> Result<()> {
     Ok(())
 }
 
+fn created_serial(context: &Context) -> PathBuf {
+    context.scratch("created.serial")
+}
+
 /// The same guest, forgotten and made again from what `vm.info` said of it.
 fn created(context: &Context, vm: &mut Vm) -> Result<()> {
     let info = vm.api.get("vm.info")?;
     vm.api.put("vm.delete")?;
     let refused = vm.api.request("GET", "vm.info")?;
     ensure!(refused.status == 404, "vm.info of no VM: {refused:?}");
-    let log = context.scratch("created.serial");
+    let log = created_serial(context);
     let mut config = info["config"].clone();
     config["serial"] = json!({"mode": "File", "file": log});
     put(vm, "vm.create", &config, 204)?;
