@@ -97,17 +97,7 @@ fn run(args: &Args) -> Result<bool> {
     }
     wait::set_patience(args.patience);
     story::clean_up_on_signals()?;
-    let absolute = |path: &PathBuf| {
-        path.canonicalize()
-            .with_context(|| format!("no such folder: {}", path.display()))
-    };
-    std::fs::create_dir_all(&args.out).with_context(|| args.out.display().to_string())?;
-    let options = Options {
-        assets: absolute(&args.assets)?,
-        bin: absolute(&args.bin)?,
-        out: absolute(&args.out)?,
-        jobs: args.jobs,
-    };
+    let options = Options::of_folders(&args.assets, &args.bin, &args.out, args.jobs)?;
     let totals = story::run(&stories, &options)?;
     println!("{}", totals.line());
     Ok(totals.all_well())

@@ -64,6 +64,26 @@ pub struct Options {
     pub jobs: usize,
 }
 
+impl Options {
+    /// Makes `out` where it is not there, and takes all three by their absolute paths.
+    ///
+    /// # Errors
+    /// One of them is not there, or `out` cannot be made.
+    pub fn of_folders(assets: &Path, bin: &Path, out: &Path, jobs: usize) -> Result<Self> {
+        fs::create_dir_all(out).with_context(|| out.display().to_string())?;
+        let absolute = |path: &Path| {
+            path.canonicalize()
+                .with_context(|| format!("no such folder: {}", path.display()))
+        };
+        Ok(Self {
+            assets: absolute(assets)?,
+            bin: absolute(bin)?,
+            out: absolute(out)?,
+            jobs,
+        })
+    }
+}
+
 /// How many checks ended how.
 #[derive(Debug, Default)]
 pub struct Totals {

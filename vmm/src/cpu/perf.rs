@@ -5,7 +5,8 @@
 //! that nobody in the kernel takes. Those exit and are counted by us, so the rest is doorbells. Only
 //! addresses that BARs can have are looked at: no local APIC, no IOAPIC, no configuration space.
 //!
-//! Where perf or tracefs are not permitted there is no count.
+//! Where perf or tracefs are not permitted there is no count. That is so inside the sandbox where
+//! /proc/sys/kernel/perf_event_paranoid is 3, as with Debian's kernels: they want more than CAP_PERFMON then.
 //! Reference: perf_event_open(2), PERF_TYPE_TRACEPOINT, PERF_EVENT_IOC_SET_FILTER.
 #![expect(unsafe_code, reason = "the system calls have no wrapper")]
 
@@ -71,8 +72,7 @@ impl DoorbellCounter {
 }
 
 /// Whether this user may read the tracepoints of this host, so that doorbells can be counted. The first
-/// call is to be made before the sandbox closes: their numbers are read once, as the files cannot be named in
-/// a Landlock rule (tracefs makes a folder's inode anew for each that looks it up).
+/// call is to be made before the sandbox closes: their numbers are read once, and nothing opens the files later.
 pub fn counts_doorbells() -> bool {
     ids().is_some()
 }

@@ -58,17 +58,7 @@ fn main() -> ExitCode {
 
 fn run(args: &Args) -> Result<()> {
     story::clean_up_on_signals()?;
-    fs::create_dir_all(&args.out).with_context(|| args.out.display().to_string())?;
-    let absolute = |path: &PathBuf| {
-        path.canonicalize()
-            .with_context(|| format!("no such folder: {}", path.display()))
-    };
-    let options = Options {
-        assets: absolute(&args.assets)?,
-        bin: absolute(&args.bin)?,
-        out: absolute(&args.out)?,
-        jobs: 1,
-    };
+    let options = Options::of_folders(&args.assets, &args.bin, &args.out, 1)?;
     remove_old_logs(&options.out)?;
     let context = Context::alone(&options)?;
     if args.shell {

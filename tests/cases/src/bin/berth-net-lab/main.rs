@@ -101,17 +101,7 @@ fn measure(args: &Measure) -> Result<()> {
             .with_context(|| device.to_owned())?;
     }
     story::clean_up_on_signals()?;
-    fs::create_dir_all(&args.out).with_context(|| args.out.display().to_string())?;
-    let absolute = |path: &PathBuf| {
-        path.canonicalize()
-            .with_context(|| format!("no such folder: {}", path.display()))
-    };
-    let options = Options {
-        assets: absolute(&args.assets)?,
-        bin: absolute(&args.bin)?,
-        out: absolute(&args.out)?,
-        jobs: 1,
-    };
+    let options = Options::of_folders(&args.assets, &args.bin, &args.out, 1)?;
     let context = Context::alone(&options)?;
     match run_rounds(&context, args) {
         Ok(table) => {
