@@ -75,10 +75,9 @@ fn guest_offloads_reach_the_port() {
         guest.command(&[&[5, 0], &csum_only.to_le_bytes()[..]].concat()),
         0
     );
-    assert_eq!(
-        guest.port.events().last(),
-        Some(&Event::Offloads(csum_only))
-    );
+    // Behind it there may be the pair's worker, which starts in its own time.
+    let events = guest.port.events();
+    assert!(events.contains(&Event::Offloads(csum_only)), "{events:?}");
 }
 
 #[test]
