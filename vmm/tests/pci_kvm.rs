@@ -76,6 +76,7 @@ struct Machine {
     vcpu: VcpuFd,
     mmio: Arc<Bus>,
     activation: Arc<Mutex<Option<Activation>>>,
+    chip: Arc<Chip>,
     _pci: Pci,
     _vm: Arc<VmFd>,
     _slots: berth_vmm::memory::RamSlots,
@@ -100,7 +101,7 @@ fn machine() -> Option<Machine> {
     let vcpu = vm.create_vcpu(0).unwrap();
     let mmio = Arc::new(Bus::new());
     let mut host = PciHost::new(PciContext {
-        wiring: Arc::new(chip),
+        wiring: Arc::new(Arc::clone(&chip)),
         memory: ram.memory().clone(),
         mmio: Arc::clone(&mmio),
         ports: Arc::default(),
@@ -113,6 +114,7 @@ fn machine() -> Option<Machine> {
         vcpu,
         mmio,
         activation,
+        chip,
         _pci: host.finish().unwrap(),
         _vm: vm,
         _slots: slots,
@@ -144,13 +146,18 @@ impl Machine {
         assert!(self.mmio.write(at, data), "nobody at {at:#x}");
     }
 
-    /// Switches MSI-X on, with vector 1 unmasked, and drives the device to DRIVER_OK with queue 0.
-    fn start(&self, bar: u64) {
+    /// Writes MSI-X message control: bit 15 enables, bit 14 masks the function.
+    fn set_msix(&self, control: u16) {
         let mut msix = self.config_byte(0x34);
         while self.config_byte(msix.into()) != 0x11 {
             msix = self.config_byte(u64::from(msix) + 1);
         }
-        self.config_write(1, 0, u64::from(msix) + 2, &0x8000_u16.to_le_bytes());
+        self.config_write(1, 0, u64::from(msix) + 2, &control.to_le_bytes());
+    }
+
+    /// Switches MSI-X on, with vector 1 unmasked, and drives the device to DRIVER_OK with queue 0.
+    fn start(&self, bar: u64) {
+        self.set_msix(0x8000);
         let entry = bar + TABLE + 16;
         for (offset, value) in [(0, 0xfee0_0000), (8, VECTOR), (12, 0)] {
             self.write(entry + offset, &value.to_le_bytes());
@@ -274,4 +281,29 @@ fn a_masked_interrupt_is_pending_and_arrives_when_it_is_unmasked() {
     machine.write(mask, &0_u32.to_le_bytes());
     assert!(machine.interrupt_arrives());
     assert_eq!(pending(), 0);
+}
+
+#[test]
+fn enabling_and_masking_all_vectors_costs_one_update_of_the_routes() {
+    let Some(machine) = machine() else { return };
+    let bar = MMIO32_START + 0x10_0000;
+    machine.place(bar);
+    for vector in 0..3 {
+        let entry = bar + TABLE + 16 * u64::from(vector);
+        for (offset, value) in [(0, 0xfee0_0000), (8, VECTOR + vector), (12, 0)] {
+            machine.write(entry + offset, &value.to_le_bytes());
+        }
+    }
+    let state = || {
+        let counters = machine.chip.counters();
+        (counters.routing_updates, counters.msis_attached)
+    };
+    let (before, none) = state();
+    assert_eq!(none, 0);
+    machine.set_msix(0x8000);
+    assert_eq!(state(), (before + 1, 3));
+    machine.set_msix(0xc000);
+    assert_eq!(state(), (before + 1, 0));
+    machine.set_msix(0x8000);
+    assert_eq!(state(), (before + 1, 3), "the routes are there already");
 }

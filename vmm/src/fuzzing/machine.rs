@@ -24,7 +24,7 @@ use crate::devices::virtio::device::{
     ActivateError, Activation, ResetProgress, TransportNotify, VirtioDevice,
 };
 use crate::memory::layout::{ECAM_START, MMIO32_START, PM1A_EVT_PORT, RESET_PORT};
-use crate::pci::wiring::{DoorbellAt, Vector, Wiring, WiringError};
+use crate::pci::wiring::{DoorbellAt, Message, Vectors, Wiring, WiringError};
 use crate::pci::{Pci, PciContext, PciHost};
 use crate::vm::GuestEvents;
 
@@ -156,42 +156,39 @@ struct NoWiring;
 
 struct Nowhere(EventFd);
 
-fn nowhere() -> Result<Box<Nowhere>, WiringError> {
+struct NowhereVectors(Vec<Nowhere>);
+
+fn nowhere() -> Result<Nowhere, WiringError> {
     let event = EventFd::new(EFD_NONBLOCK).map_err(|error| {
         let boxed: Box<dyn std::error::Error + Send + Sync> = Box::new(error);
         WiringError::from(boxed)
     })?;
-    Ok(Box::new(Nowhere(event)))
+    Ok(Nowhere(event))
 }
 
 impl Wiring for NoWiring {
-    fn vector(&self) -> Result<Box<dyn Vector>, WiringError> {
-        Ok(nowhere()?)
+    fn vectors(&self, count: u16) -> Result<Box<dyn Vectors>, WiringError> {
+        let made: Result<_, _> = (0..count).map(|_| nowhere()).collect();
+        Ok(Box::new(NowhereVectors(made?)))
     }
 
     fn doorbell(&self) -> Result<Box<dyn DoorbellAt>, WiringError> {
-        Ok(nowhere()?)
+        Ok(Box::new(nowhere()?))
     }
 }
 
-impl Vector for Nowhere {
-    fn event(&self) -> &EventFd {
-        &self.0
+impl Vectors for NowhereVectors {
+    fn event(&self, vector: usize) -> Option<&EventFd> {
+        Some(&self.0.get(vector)?.0)
     }
 
-    fn set_message(&self, _address: u64, _data: u32) -> Result<(), WiringError> {
+    fn set(&self, settings: &[(usize, Message)]) -> Result<(), WiringError> {
+        let last = settings.iter().map(|(vector, _)| *vector).max();
+        assert!(last.is_none_or(|last| last < self.0.len()), "no vector");
         Ok(())
     }
 
-    fn mask(&self) -> Result<(), WiringError> {
-        Ok(())
-    }
-
-    fn unmask(&self) -> Result<(), WiringError> {
-        Ok(())
-    }
-
-    fn is_pending(&self) -> bool {
+    fn is_pending(&self, _vector: usize) -> bool {
         false
     }
 }

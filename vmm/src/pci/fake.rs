@@ -6,17 +6,17 @@ use std::sync::{Arc, Mutex};
 
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-use super::wiring::{DoorbellAt, Vector, Wiring, WiringError};
+use super::wiring::{DoorbellAt, Message, Vectors, Wiring, WiringError};
 
-/// Whether a vector is masked, and its message.
-type VectorState = (bool, Option<(u64, u32)>);
 /// A vector, and its event.
 type Events = BTreeMap<usize, EventFd>;
 
 #[derive(Default)]
 struct Shared {
     /// By number of the vector.
-    vectors: Mutex<BTreeMap<usize, VectorState>>,
+    vectors: Mutex<BTreeMap<usize, Message>>,
+    /// Calls of [`Vectors::set`].
+    updates: AtomicUsize,
     events: Mutex<Events>,
     /// By address: the doorbell's number.
     doorbells: Mutex<BTreeMap<u64, usize>>,
@@ -31,10 +31,12 @@ pub(crate) struct FakeWiring(Arc<Shared>);
 impl FakeWiring {
     /// The message of a vector that is not masked.
     pub(crate) fn message(&self, vector: usize) -> Option<(u64, u32)> {
-        match self.0.vectors.lock().unwrap()[&vector] {
-            (false, message) => message,
-            (true, _) => None,
-        }
+        self.0.vectors.lock().unwrap()[&vector]
+    }
+
+    /// How often vectors were set, however many at a time.
+    pub(crate) fn updates(&self) -> usize {
+        self.0.updates.load(Ordering::Relaxed)
     }
 
     /// How often a vector was raised since this was last asked.
@@ -50,15 +52,20 @@ impl FakeWiring {
 }
 
 impl Wiring for FakeWiring {
-    fn vector(&self) -> Result<Box<dyn Vector>, WiringError> {
-        let number = self.0.next_vector.fetch_add(1, Ordering::Relaxed);
-        self.0.vectors.lock().unwrap().insert(number, (true, None));
-        let event = EventFd::new(EFD_NONBLOCK).unwrap();
-        let copy = event.try_clone().unwrap();
-        self.0.events.lock().unwrap().insert(number, copy);
-        Ok(Box::new(FakeVector {
-            number,
-            event,
+    fn vectors(&self, count: u16) -> Result<Box<dyn Vectors>, WiringError> {
+        let count = usize::from(count);
+        let first = self.0.next_vector.fetch_add(count, Ordering::Relaxed);
+        let mut events = Vec::new();
+        for number in first..first + count {
+            self.0.vectors.lock().unwrap().insert(number, None);
+            let event = EventFd::new(EFD_NONBLOCK).unwrap();
+            let copy = event.try_clone().unwrap();
+            self.0.events.lock().unwrap().insert(number, copy);
+            events.push(event);
+        }
+        Ok(Box::new(FakeVectors {
+            first,
+            events,
             shared: Arc::clone(&self.0),
         }))
     }
@@ -72,52 +79,44 @@ impl Wiring for FakeWiring {
     }
 }
 
-struct FakeVector {
-    number: usize,
-    event: EventFd,
+struct FakeVectors {
+    /// Number of vector 0.
+    first: usize,
+    events: Vec<EventFd>,
     shared: Arc<Shared>,
 }
 
-impl FakeVector {
-    fn change(&self, change: impl FnOnce(&mut VectorState)) {
-        change(
-            self.shared
-                .vectors
-                .lock()
-                .unwrap()
-                .get_mut(&self.number)
-                .unwrap(),
-        );
-    }
-}
-
-impl Vector for FakeVector {
-    fn event(&self) -> &EventFd {
-        &self.event
+impl Vectors for FakeVectors {
+    fn event(&self, vector: usize) -> Option<&EventFd> {
+        self.events.get(vector)
     }
 
-    fn set_message(&self, address: u64, data: u32) -> Result<(), WiringError> {
-        self.change(|vector| vector.1 = Some((address, data)));
-        Ok(())
-    }
-
-    fn mask(&self) -> Result<(), WiringError> {
-        self.change(|vector| vector.0 = true);
-        Ok(())
-    }
-
-    fn unmask(&self) -> Result<(), WiringError> {
-        self.change(|vector| vector.0 = false);
-        Ok(())
-    }
-
-    fn is_pending(&self) -> bool {
-        let masked = self.shared.vectors.lock().unwrap()[&self.number].0;
-        let count = self.event.read().unwrap_or(0);
-        if count > 0 {
-            self.event.write(count).unwrap();
+    /// As KVM does, refuses all if one address has bits that no local APIC's has.
+    fn set(&self, settings: &[(usize, Message)]) -> Result<(), WiringError> {
+        self.shared.updates.fetch_add(1, Ordering::Relaxed);
+        let bad = |(_, message): &&(usize, Message)| message.is_some_and(|(at, _)| at >> 32 != 0);
+        if let Some((vector, _)) = settings.iter().find(bad) {
+            let why: Box<dyn std::error::Error + Send + Sync> = format!("vector {vector}").into();
+            return Err(why.into());
         }
-        masked && count > 0
+        let mut vectors = self.shared.vectors.lock().unwrap();
+        for (vector, message) in settings {
+            assert!(*vector < self.events.len(), "no vector {vector}");
+            vectors.insert(self.first + vector, *message);
+        }
+        Ok(())
+    }
+
+    fn is_pending(&self, vector: usize) -> bool {
+        let Some(event) = self.events.get(vector) else {
+            return false;
+        };
+        let message = self.shared.vectors.lock().unwrap()[&(self.first + vector)];
+        let count = event.read().unwrap_or(0);
+        if count > 0 {
+            event.write(count).unwrap();
+        }
+        message.is_none() && count > 0
     }
 }
 

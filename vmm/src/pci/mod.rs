@@ -50,7 +50,7 @@ pub use self::endpoint::{Capability, PciFunction};
 use self::express::PortType;
 use self::root_port::{RootPort, WINDOW_ALIGN};
 use self::tree::{Slot, Tree};
-pub use self::wiring::{DoorbellAt, Vector, Wiring, WiringError};
+pub use self::wiring::{DoorbellAt, Message, Vectors, Wiring, WiringError};
 use crate::bus::{self, Bus};
 use crate::devices::virtio::device::VirtioDevice;
 use crate::devices::virtio::transport_pci::VirtioPci;

@@ -3,6 +3,9 @@
 //! A vector is wired to the chip while MSI-X is enabled and neither the function nor the entry is
 //! masked. Otherwise its event stays pending in the eventfd, which is what the pending bit reads.
 //!
+//! What one write of the guest changes is one update of the chip's routes, however many vectors it concerns:
+//! an update costs a grace period of the host's kernel, and enabling MSI-X concerns them all.
+//!
 //! Threads: vCPU threads write the table; any thread may [`raise`](Msix::raise). One lock, a leaf: held
 //! for the ioctls that rewire, never while a device is called.
 
@@ -10,7 +13,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use vmm_sys_util::eventfd::EventFd;
 
-use super::wiring::{Vector, Wiring, WiringError};
+use super::wiring::{Message, Vectors, Wiring, WiringError};
 
 /// Bytes of a table entry: address, data, control.
 pub(crate) const ENTRY_SIZE: usize = 16;
@@ -23,7 +26,7 @@ pub(crate) const MAX_VECTORS: u16 = 2048;
 pub(crate) struct Msix {
     name: String,
     state: Mutex<State>,
-    vectors: Vec<Box<dyn Vector>>,
+    vectors: Box<dyn Vectors>,
 }
 
 struct State {
@@ -31,6 +34,20 @@ struct State {
     masked: bool,
     table: Vec<[u8; ENTRY_SIZE]>,
     warned: bool,
+}
+
+impl State {
+    /// Where a vector's events are to go; `None` if there is no such vector.
+    fn wanted(&self, vector: usize) -> Option<Message> {
+        let entry = self.table.get(vector)?;
+        let live = self.enabled && !self.masked && entry[12] & ENTRY_MASKED == 0;
+        let word = |at: usize| {
+            let bytes = entry[at..at + 4].try_into();
+            u32::from_le_bytes(bytes.expect("four bytes of sixteen"))
+        };
+        let address = u64::from(word(4)) << 32 | u64::from(word(0));
+        Some(live.then_some((address, word(8))))
+    }
 }
 
 /// A table as it is after a reset: every vector masked.
@@ -42,24 +59,22 @@ fn reset_table(vectors: usize) -> Vec<[u8; ENTRY_SIZE]> {
 
 impl Msix {
     pub(crate) fn new(name: &str, wiring: &dyn Wiring, vectors: u16) -> Result<Self, WiringError> {
-        let vectors = (0..vectors.min(MAX_VECTORS))
-            .map(|_| wiring.vector())
-            .collect::<Result<Vec<_>, _>>()?;
+        let count = vectors.min(MAX_VECTORS);
         Ok(Self {
             name: name.to_owned(),
             state: Mutex::new(State {
                 enabled: false,
                 masked: false,
-                table: reset_table(vectors.len()),
+                table: reset_table(count.into()),
                 warned: false,
             }),
-            vectors,
+            vectors: wiring.vectors(count)?,
         })
     }
 
     /// The event that raises a vector, if there is such a vector.
     pub(crate) fn event(&self, vector: u16) -> Option<&EventFd> {
-        Some(self.vectors.get(usize::from(vector))?.event())
+        self.vectors.event(vector.into())
     }
 
     /// Raises a vector; does nothing for NO_VECTOR and others that do not exist.
@@ -77,9 +92,7 @@ impl Msix {
         let mut state = self.state();
         if (state.enabled, state.masked) != (enabled, masked) {
             (state.enabled, state.masked) = (enabled, masked);
-            for index in 0..self.vectors.len() {
-                self.rewire(&mut state, index);
-            }
+            self.rewire_all(&mut state);
         }
     }
 
@@ -87,11 +100,11 @@ impl Msix {
     pub(crate) fn reset(&self) {
         let mut state = self.state();
         (state.enabled, state.masked) = (false, false);
-        state.table = reset_table(self.vectors.len());
-        for (index, vector) in self.vectors.iter().enumerate() {
-            self.rewire(&mut state, index);
+        state.table = reset_table(state.table.len());
+        self.rewire_all(&mut state);
+        for event in (0..state.table.len()).filter_map(|vector| self.vectors.event(vector)) {
             // What was pending belongs to the life before; nobody there is nothing to drain.
-            let _ = vector.event().read();
+            let _ = event.read();
         }
     }
 
@@ -108,16 +121,13 @@ impl Msix {
     /// Writes the table, any width; past its end nothing.
     pub(crate) fn write_table(&self, offset: u64, data: &[u8]) {
         let mut state = self.state();
-        let mut touched = None;
+        let mut touched = Vec::with_capacity(2);
         for (i, &value) in data.iter().enumerate() {
             let Some((entry, at)) = place(offset, i) else {
-                return;
+                break;
             };
-            if touched.is_some_and(|touched| touched != entry) {
-                self.rewire(&mut state, entry - 1);
-            }
             let Some(bytes) = state.table.get_mut(entry) else {
-                return;
+                break;
             };
             bytes[at] = match at {
                 0 => value & !3,
@@ -125,11 +135,11 @@ impl Msix {
                 13.. => 0,
                 _ => value,
             };
-            touched = Some(entry);
+            if touched.last() != Some(&entry) {
+                touched.push(entry);
+            }
         }
-        if let Some(entry) = touched {
-            self.rewire(&mut state, entry);
-        }
+        self.rewire(&mut state, touched);
     }
 
     /// Reads the pending bits, any width.
@@ -138,35 +148,31 @@ impl Msix {
             let first = usize::try_from(offset).map_or(usize::MAX, |o| o.saturating_add(i));
             *byte = (0..8).fold(0, |bits, bit| {
                 let index = first.saturating_mul(8).saturating_add(bit);
-                let pending = self.vectors.get(index).is_some_and(|v| v.is_pending());
+                let pending = self.vectors.is_pending(index);
                 bits | u8::from(pending) << bit
             });
         }
     }
 
-    fn rewire(&self, state: &mut State, index: usize) {
-        let (Some(vector), Some(entry)) = (self.vectors.get(index), state.table.get(index)) else {
+    fn rewire_all(&self, state: &mut State) {
+        self.rewire(state, 0..state.table.len());
+    }
+
+    /// Makes these vectors what the registers say. If the chip refuses, as it does for a message that no
+    /// local APIC could take, each is tried alone: the fault of one is not another's.
+    fn rewire(&self, state: &mut State, vectors: impl IntoIterator<Item = usize>) {
+        let wanted = |vector| Some((vector, state.wanted(vector)?));
+        let settings: Vec<_> = vectors.into_iter().filter_map(wanted).collect();
+        if settings.is_empty() || self.vectors.set(&settings).is_ok() {
             return;
-        };
-        let live = state.enabled && !state.masked && entry[12] & ENTRY_MASKED == 0;
-        let wired = if live {
-            let [address, rest] = [0, 8].map(|at| {
-                u64::from_le_bytes(
-                    entry[at..at + 8]
-                        .try_into()
-                        .expect("eight bytes of sixteen"),
-                )
-            });
-            vector
-                .set_message(address, rest as u32)
-                .and_then(|()| vector.unmask())
-        } else {
-            vector.mask()
-        };
-        if let Err(error) = wired
-            && !std::mem::replace(&mut state.warned, true)
-        {
-            tracing::warn!(device = %self.name, vector = index, %error, "cannot wire an interrupt");
+        }
+        for setting in settings {
+            if let Err(error) = self.vectors.set(&[setting])
+                && !std::mem::replace(&mut state.warned, true)
+            {
+                let vector = setting.0;
+                tracing::warn!(device = %self.name, vector, %error, "cannot wire an interrupt");
+            }
         }
     }
 
@@ -211,6 +217,49 @@ mod tests {
         assert_eq!(wiring.message(0), None, "its entry is masked from reset on");
         msix.write_table(28, &1_u32.to_le_bytes());
         assert_eq!(wiring.message(1), None);
+    }
+
+    #[test]
+    fn what_one_write_changes_is_one_update_of_the_chip() {
+        let wiring = FakeWiring::default();
+        let msix = Msix::new("test", &wiring, 64).unwrap();
+        for entry in 0..64_u8 {
+            let mut bytes = [0; ENTRY_SIZE];
+            bytes[..4].copy_from_slice(&0xfee0_0000_u32.to_le_bytes());
+            bytes[8] = 0x30 + entry;
+            msix.write_table(u64::from(entry) * 16, &bytes);
+        }
+        let mut updates = wiring.updates();
+        let mut cost = || wiring.updates() - std::mem::replace(&mut updates, wiring.updates());
+        msix.set_control(true, false);
+        assert_eq!(cost(), 1, "enabled");
+        assert_eq!(wiring.message(63), Some((0xfee0_0000, 0x6f)));
+        msix.set_control(true, true);
+        assert_eq!(cost(), 1, "function mask");
+        msix.set_control(true, false);
+        assert_eq!(cost(), 1, "no function mask");
+        msix.write_table(28, &[1, 0, 0, 0, 0, 0x10, 0xe0, 0xfe]);
+        assert_eq!(
+            cost(),
+            1,
+            "the end of one entry and the beginning of the next"
+        );
+        assert_eq!(wiring.message(1), None);
+        assert_eq!(wiring.message(2), Some((0xfee0_1000, 0x32)));
+        msix.reset();
+        assert_eq!(cost(), 1, "reset");
+    }
+
+    #[test]
+    fn a_message_that_the_chip_refuses_is_that_vectors_fault_alone() {
+        let wiring = FakeWiring::default();
+        let msix = msix(&wiring);
+        set_up(&msix);
+        msix.write_table(0, &[0xff; 8]);
+        msix.write_table(12, &0_u32.to_le_bytes());
+        msix.set_control(true, false);
+        assert_eq!(wiring.message(0), None);
+        assert_eq!(wiring.message(1), Some((0xfee0_1000, 0x41)));
     }
 
     #[test]

@@ -13,7 +13,7 @@ use super::config_space::{COMMAND, COMMAND_MASTER, COMMAND_MEMORY, ConfigSpace, 
 use super::endpoint::Endpoint;
 use super::express::{self, PortType};
 use super::slot::{Change, Slot};
-use super::wiring::{Vector, Wiring, WiringError};
+use super::wiring::{Message, Vectors, Wiring, WiringError};
 use crate::telemetry::LogLimit;
 
 const SECONDARY: usize = 0x19;
@@ -44,8 +44,8 @@ pub(super) struct RootPort {
     number: u8,
     /// Offset of the MSI capability, and the vector with the message that it has now.
     msi: usize,
-    vector: Box<dyn Vector>,
-    message: Option<(u64, u32)>,
+    vector: Box<dyn Vectors>,
+    message: Message,
 }
 
 /// What a write of the guest did to the device below.
@@ -94,7 +94,7 @@ impl RootPort {
             slot,
             number,
             msi,
-            vector: wiring.vector()?,
+            vector: wiring.vectors(1)?,
             message: None,
         })
     }
@@ -218,14 +218,7 @@ impl RootPort {
             return;
         }
         self.message = message;
-        let vector = &self.vector;
-        let wired = match message {
-            Some((address, data)) => vector
-                .set_message(address, data)
-                .and_then(|()| vector.unmask()),
-            None => vector.mask(),
-        };
-        if let Err(error) = wired
+        if let Err(error) = self.vector.set(&[(0, message)])
             && let Some(suppressed) = WIRING.pass()
         {
             let port = self.number;
@@ -234,8 +227,10 @@ impl RootPort {
     }
 
     fn interrupt(&self) {
-        // Full is as good as raised.
-        let _ = self.vector.event().write(1);
+        if let Some(event) = self.vector.event(0) {
+            // Full is as good as raised.
+            let _ = event.write(1);
+        }
     }
 
     fn memory_limit(&self) -> u64 {

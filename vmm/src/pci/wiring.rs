@@ -1,6 +1,6 @@
 //! What a function needs from the interrupt chip: vectors and doorbells.
 //!
-//! Two implementations: [`Chip`] over KVM, and a fake that tests look into. Both traits are called with
+//! Two implementations: [`Chip`] over KVM, and a fake that tests look into. All traits are called with
 //! the function's lock held, on vCPU threads; no call blocks longer than an ioctl.
 
 use std::sync::Arc;
@@ -10,24 +10,25 @@ use vmm_sys_util::eventfd::EventFd;
 
 /// Makes vectors and doorbells.
 pub trait Wiring: Send + Sync {
-    /// A vector that is masked and has no message.
-    fn vector(&self) -> Result<Box<dyn Vector>, WiringError>;
+    /// So many vectors, all masked.
+    fn vectors(&self, count: u16) -> Result<Box<dyn Vectors>, WiringError>;
     /// A doorbell that is nowhere.
     fn doorbell(&self) -> Result<Box<dyn DoorbellAt>, WiringError>;
 }
 
-/// One MSI-X vector (PCI 3.0, 6.8.2).
-pub trait Vector: Send + Sync {
-    /// Whoever writes it raises the interrupt.
-    fn event(&self) -> &EventFd;
-    /// Where an event goes from now on.
-    fn set_message(&self, address: u64, data: u32) -> Result<(), WiringError>;
-    /// Events stay pending from now on.
-    fn mask(&self) -> Result<(), WiringError>;
-    /// Events are delivered again, one that is pending at once.
-    fn unmask(&self) -> Result<(), WiringError>;
+/// Where a vector's events go: address and data. Without one they stay pending (PCI 3.0, 6.8.2).
+pub type Message = Option<(u64, u32)>;
+
+/// The MSI-X vectors of one function, by their number in its table.
+pub trait Vectors: Send + Sync {
+    /// Whoever writes it raises the interrupt; `None` past the last vector.
+    fn event(&self, vector: usize) -> Option<&EventFd>;
+    /// Where events of these vectors, each named once, go from now on; one that is pending goes at once.
+    /// All of it is at most one update of the chip's routes. If one cannot be, those of the others that are
+    /// to have a message may have none.
+    fn set(&self, settings: &[(usize, Message)]) -> Result<(), WiringError>;
     /// The pending bit.
-    fn is_pending(&self) -> bool;
+    fn is_pending(&self, vector: usize) -> bool;
 }
 
 /// One doorbell: a write of any width at its address signals the event and does nothing else.
@@ -52,10 +53,15 @@ impl From<berth_irqchip::Error> for WiringError {
 }
 
 impl Wiring for Arc<Chip> {
-    fn vector(&self) -> Result<Box<dyn Vector>, WiringError> {
-        let msi = self.msi()?;
-        msi.mask()?;
-        Ok(Box::new(msi))
+    fn vectors(&self, count: u16) -> Result<Box<dyn Vectors>, WiringError> {
+        let made: Result<Vec<_>, _> = (0..count).map(|_| self.msi()).collect();
+        let vectors = ChipVectors {
+            chip: Arc::clone(self),
+            msis: made?,
+        };
+        let msis = &vectors.msis;
+        self.batch(|batch| msis.iter().for_each(|msi| batch.mask(msi)))?;
+        Ok(Box::new(vectors))
     }
 
     fn doorbell(&self) -> Result<Box<dyn DoorbellAt>, WiringError> {
@@ -63,25 +69,36 @@ impl Wiring for Arc<Chip> {
     }
 }
 
-impl Vector for Msi {
-    fn event(&self) -> &EventFd {
-        self.event()
+struct ChipVectors {
+    chip: Arc<Chip>,
+    msis: Vec<Msi>,
+}
+
+impl Vectors for ChipVectors {
+    fn event(&self, vector: usize) -> Option<&EventFd> {
+        Some(self.msis.get(vector)?.event())
     }
 
-    fn set_message(&self, address: u64, data: u32) -> Result<(), WiringError> {
-        Ok(self.set_message(MsiMessage { address, data })?)
+    fn set(&self, settings: &[(usize, Message)]) -> Result<(), WiringError> {
+        let changed = self.chip.batch(|batch| {
+            for (vector, message) in settings {
+                let Some(msi) = self.msis.get(*vector) else {
+                    continue;
+                };
+                match *message {
+                    Some((address, data)) => {
+                        batch.set_message(msi, MsiMessage { address, data });
+                        batch.unmask(msi);
+                    }
+                    None => batch.mask(msi),
+                }
+            }
+        });
+        Ok(changed?)
     }
 
-    fn mask(&self) -> Result<(), WiringError> {
-        Ok(self.mask()?)
-    }
-
-    fn unmask(&self) -> Result<(), WiringError> {
-        Ok(self.unmask()?)
-    }
-
-    fn is_pending(&self) -> bool {
-        self.is_pending()
+    fn is_pending(&self, vector: usize) -> bool {
+        self.msis.get(vector).is_some_and(Msi::is_pending)
     }
 }
 
