@@ -181,6 +181,8 @@ fn a_device_that_the_guest_keeps_can_be_asked_for_again_and_goes_with_the_next_b
     }
     // Neither switches anything on nor off.
     let guest = running(&Code::new().print("boot\n").halt());
+    // A reboot before that would take its line away.
+    lines(&guest, 1);
     let socket = guest.path("disk");
     let _stock = listen(&socket);
     let body = disk(&socket, r#", "id": "data""#);
