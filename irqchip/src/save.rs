@@ -81,6 +81,10 @@ unsafe impl Plain<EVENTS_LEN> for kvm_vcpu_events {}
 
 impl Chip {
     /// What the chip, its vectors and the clock are now. To be called while no vCPU runs.
+    ///
+    /// A [`Line`](crate::Line) that was raised a moment before may not be in it with KVM's own IOAPIC: a
+    /// kernel thread of irqfd's carries the news there. A device raises again after the restore what it has
+    /// not seen answered.
     pub fn save(&self, msis: &[&Msi]) -> Result<ChipState, Error> {
         let controllers = match self.pins() {
             Some(pins) => Controllers::Split {

@@ -148,6 +148,7 @@ fn a_level_line_that_waits_to_be_unmasked_arrives_there(mode: Mode) {
     let devices = Devices::new(&machine.chip);
     machine.cpu(0).set_ioapic_edge(EDGE_PIN, 0x54);
     devices.masked.raise().unwrap();
+    machine.wait_asserted(MASKED_PIN);
 
     let (machine, devices) = moved(machine, devices);
     let cpu = machine.cpu(0);
@@ -225,6 +226,7 @@ fn everything_at_once(mode: Mode) {
     for vector in [0x42, 0x50, 0x70] {
         cpu.wait_requested(vector);
     }
+    machine.wait_asserted(MASKED_PIN);
 
     let (machine, devices) = moved(machine, devices);
     let cpu = machine.cpu(0);

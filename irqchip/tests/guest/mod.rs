@@ -12,7 +12,8 @@ use std::time::{Duration, Instant};
 
 use berth_irqchip::{Chip, ChipState, Mode, Msi, MsiMessage};
 use kvm_bindings::{
-    KVM_CAP_X2APIC_API, KVM_X2APIC_API_USE_32BIT_IDS, kvm_enable_cap, kvm_userspace_memory_region,
+    KVM_CAP_X2APIC_API, KVM_IRQCHIP_IOAPIC, KVM_X2APIC_API_USE_32BIT_IDS, kvm_enable_cap,
+    kvm_irqchip, kvm_userspace_memory_region,
 };
 use kvm_ioctls::{Kvm, VmFd};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
@@ -157,6 +158,29 @@ impl Machine {
     /// The VM, for what the chip does not offer.
     pub(crate) fn vm(&self) -> &VmFd {
         &self.host.vm
+    }
+
+    /// Waits until the IOAPIC, where it is KVM's, has seen that a masked pin was raised: irqfd hands wired
+    /// interrupts to a kernel thread.
+    #[allow(unsafe_code, reason = "one member of a union")]
+    pub(crate) fn wait_asserted(&self, pin: u32) {
+        if self.chip.mode() == Mode::Split {
+            return;
+        }
+        let deadline = Instant::now() + DEADLINE;
+        let mut chip = kvm_irqchip {
+            chip_id: KVM_IRQCHIP_IOAPIC,
+            ..Default::default()
+        };
+        loop {
+            self.vm().get_irqchip(&mut chip).unwrap();
+            // SAFETY: plain numbers, of which KVM has filled this member as the chip is its IOAPIC.
+            if unsafe { chip.chip.ioapic.irr } & 1 << pin != 0 {
+                return;
+            }
+            assert!(Instant::now() < deadline, "pin {pin} was not raised");
+            std::thread::yield_now();
+        }
     }
 
     /// Makes KVM take the high half of an MSI address as destination bits, and check it.
