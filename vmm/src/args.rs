@@ -82,10 +82,11 @@ struct Flags {
         default_value = "boot=1"
     )]
     cpus: String,
-    /// Guest memory, a multiple of 2 MiB
+    /// Guest memory, a multiple of 2 MiB. mergeable: whether KSM may merge it, where it is told to (on) or all
+    /// from the start (always)
     #[arg(
         long,
-        value_name = "size=SIZE,hugepages=on|off",
+        value_name = "size=SIZE,shared=on|off,mergeable=on|off|always,hugepages=on|off,hugepage_size=2M|1G,thp=on|off,prefault=on|off",
         default_value = "size=512M"
     )]
     memory: String,

@@ -80,11 +80,7 @@ impl Guest {
             vm.set_tss_address(layout::KVM_TSS as usize).unwrap();
         }
         vm.create_irq_chip().unwrap();
-        let ram = GuestRam::new(&MemoryConfig {
-            size_bytes: 4 << 20,
-            hugepages: false,
-        })
-        .unwrap();
+        let ram = GuestRam::new(&MemoryConfig::of(4 << 20)).unwrap();
         std::mem::forget(ram.register(&vm).unwrap());
         let kernel_path =
             std::env::temp_dir().join(format!("berth-first-{}-{name}", std::process::id()));

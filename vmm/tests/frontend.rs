@@ -64,11 +64,7 @@ fn bench() -> Bench {
 fn bench_with(size_bytes: u64) -> Bench {
     let dir = TempDir::new().unwrap();
     let path = dir.as_path().join("disk.sock");
-    let ram = GuestRam::new(&MemoryConfig {
-        size_bytes,
-        hugepages: false,
-    })
-    .unwrap();
+    let ram = GuestRam::new(&MemoryConfig::of(size_bytes)).unwrap();
     let mut frontends = Frontends::with_operation_limit(LIMIT).unwrap();
     let mut device = frontends.connect(disk(&path)).unwrap();
     device.attach(Arc::new(Notes {

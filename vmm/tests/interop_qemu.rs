@@ -95,11 +95,7 @@ fn bench() -> Bench {
         .unwrap()
         .set_len(SECTORS * 512)
         .unwrap();
-    let ram = GuestRam::new(&MemoryConfig {
-        size_bytes: 4 << 20,
-        hugepages: false,
-    })
-    .unwrap();
+    let ram = GuestRam::new(&MemoryConfig::of(4 << 20)).unwrap();
     let mut frontends = Frontends::with_operation_limit(LIMIT).unwrap();
     let disk = DiskConfig {
         id: "_disk0".to_owned(),

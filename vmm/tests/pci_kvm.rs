@@ -90,11 +90,7 @@ fn machine() -> Option<Machine> {
     };
     let vm = Arc::new(kvm.create_vm().unwrap());
     vm.set_tss_address(0xfffb_d000).unwrap();
-    let ram = GuestRam::new(&MemoryConfig {
-        size_bytes: 2 << 20,
-        hugepages: false,
-    })
-    .unwrap();
+    let ram = GuestRam::new(&MemoryConfig::of(2 << 20)).unwrap();
     let slots = ram.register(&vm).unwrap();
     ram.memory().write_slice(&RING, GuestAddress(CODE)).unwrap();
     let chip = Chip::new(Arc::clone(&vm), Mode::Kernel).unwrap();

@@ -5,11 +5,14 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use berth_irqchip::Mode;
+use berth_irqchip::Mode as Irqchip;
 use berth_vmm_api_types::v1 as wire;
 
 use crate::config::affinity::VcpuAffinity;
-use crate::config::{KernelEntry, PlatformConfig, SerialConfig, VmConfig, device_wire};
+use crate::config::{
+    HugePages, KernelEntry, Mergeable, PlatformConfig, SerialConfig, VmConfig, device_wire,
+};
+use crate::memory::Mode;
 use crate::vm::state::VmState;
 
 /// State on the wire.
@@ -33,12 +36,7 @@ pub(super) fn vm_config(config: &VmConfig, pty: Option<&Path>) -> wire::VmConfig
             feature_flags: config.cpus.features.names(),
             affinity: some(config.affinity.iter().map(affinity)),
         },
-        memory: wire::MemoryConfig {
-            size: config.memory.size_bytes,
-            shared: true,
-            hugepages: config.memory.hugepages,
-            zones: None,
-        },
+        memory: memory(config),
         payload: Some(payload(config)),
         disks: some(config.disks.iter().map(device_wire::disk_to_wire)),
         net: some(config.nets.iter().map(device_wire::net_to_wire)),
@@ -57,10 +55,37 @@ pub(super) fn vm_config(config: &VmConfig, pty: Option<&Path>) -> wire::VmConfig
     }
 }
 
+fn memory(config: &VmConfig) -> wire::MemoryConfig {
+    let memory = &config.memory;
+    // What came of it, where nothing was said and there is a yes or a no to it.
+    let shared = match Mode::of(config) {
+        Ok(Mode::Shared) => Some(true),
+        Ok(Mode::Private) => Some(false),
+        Ok(Mode::Window { .. }) | Err(_) => None,
+    };
+    wire::MemoryConfig {
+        size: memory.size_bytes,
+        shared: memory
+            .shared
+            .or(shared.filter(|_| memory.mergeable == Mergeable::Off)),
+        mergeable: match memory.mergeable {
+            Mergeable::Off => wire::Mergeable::Eligible(false),
+            Mergeable::Eligible => wire::Mergeable::Eligible(true),
+            Mergeable::Always => wire::Mergeable::Word(wire::MergeableWord::Always),
+        },
+        hugepages: memory.huge_pages.is_some(),
+        hugepage_size: memory.huge_pages.map(HugePages::bytes),
+        thp: Some(memory.thp),
+        prefault: memory.prefault,
+        window: memory.window_bytes,
+        zones: None,
+    }
+}
+
 fn platform(platform: &PlatformConfig) -> wire::PlatformConfig {
     let irqchip = match platform.irqchip {
-        Mode::Kernel => "kernel",
-        Mode::Split => "split",
+        Irqchip::Kernel => "kernel",
+        Irqchip::Split => "split",
     };
     wire::PlatformConfig {
         root_port_vendor: Some(platform.root_port_vendor),

@@ -13,8 +13,9 @@ use berth_vmm_api_types::v1::ConsoleMode;
 
 use crate::config::affinity::VcpuAffinity;
 use crate::config::{
-    ArgError, CpusConfig, DiskConfig, KernelEntry, MemoryConfig, NetConfig, PayloadConfig,
-    PlatformConfig, RngConfig, SerialConfig, VmConfig, device_wire, shared_fd::SharedFd,
+    ArgError, CpusConfig, DiskConfig, HugePages, KernelEntry, MemoryConfig, Mergeable, NetConfig,
+    PayloadConfig, PlatformConfig, RngConfig, SerialConfig, VmConfig, device_wire,
+    shared_fd::SharedFd,
 };
 use crate::cpu::features::Features;
 
@@ -100,7 +101,7 @@ pub(super) fn vm_config(config: wire::VmConfig) -> Result<VmConfig, Error> {
             .flatten()
             .map(affinity)
             .collect(),
-        memory: memory(&config.memory),
+        memory: memory(&config.memory)?,
         payload: payload(config.payload.ok_or(Error::Missing("payload"))?)?,
         disks: disks
             .map(|(index, disk)| disk_config(&disk, &format!("_disk{index}")))
@@ -152,16 +153,33 @@ fn check_others(config: &wire::VmConfig) -> Result<(), Error> {
     Ok(())
 }
 
-fn memory(memory: &wire::MemoryConfig) -> MemoryConfig {
+fn memory(memory: &wire::MemoryConfig) -> Result<MemoryConfig, Error> {
     let zones = memory.zones.iter().flatten();
     let size_bytes = match memory.size {
         0 => zones.fold(0, |sum, zone| zone.size.saturating_add(sum)),
         size => size,
     };
-    MemoryConfig {
+    let huge_pages = match (memory.hugepages, memory.hugepage_size) {
+        (false, _) => None,
+        (true, None) => Some(HugePages::Mib2),
+        (true, Some(bytes)) => Some(HugePages::of(bytes).ok_or_else(|| Error::Unsupported {
+            what: format!("memory.hugepage_size={bytes}"),
+            hint: ": 2 MiB or 1 GiB",
+        })?),
+    };
+    Ok(MemoryConfig {
         size_bytes,
-        hugepages: memory.hugepages,
-    }
+        shared: memory.shared,
+        mergeable: match memory.mergeable {
+            wire::Mergeable::Eligible(false) => Mergeable::Off,
+            wire::Mergeable::Eligible(true) => Mergeable::Eligible,
+            wire::Mergeable::Word(wire::MergeableWord::Always) => Mergeable::Always,
+        },
+        huge_pages,
+        thp: memory.thp.unwrap_or(true),
+        prefault: memory.prefault,
+        window_bytes: memory.window,
+    })
 }
 
 fn payload(payload: wire::PayloadConfig) -> Result<PayloadConfig, Error> {

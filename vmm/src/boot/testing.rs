@@ -18,11 +18,7 @@ pub(super) const FORMATS: [Compression; 4] = [
 
 /// Guest RAM of that size.
 pub(super) fn ram(size_bytes: u64) -> GuestRam {
-    GuestRam::new(&MemoryConfig {
-        size_bytes,
-        hugepages: false,
-    })
-    .unwrap()
+    GuestRam::new(&MemoryConfig::of(size_bytes)).unwrap()
 }
 
 /// Bytes in which the x86 branch filter finds calls to change: `e8` and a displacement.

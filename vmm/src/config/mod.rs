@@ -10,6 +10,7 @@ mod device;
 pub mod device_flags;
 pub mod device_wire;
 pub mod keys;
+mod memory;
 pub mod shared_fd;
 #[cfg(test)]
 pub(crate) mod testing;
@@ -25,6 +26,7 @@ pub use self::device::{
     Bucket, Daemon, DiskConfig, FsConfig, GenericConfig, Image, Link, NetConfig, RateLimit, Serves,
     Tap, TapSource, VhostUserConfig,
 };
+pub use self::memory::{HugePages, MemoryConfig, Mergeable};
 
 /// What was typed and cannot be read; the command line is at fault (exit code 2).
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
@@ -170,15 +172,6 @@ impl CpusConfig {
             features: Features::default(),
         }
     }
-}
-
-/// `--memory`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct MemoryConfig {
-    /// Guest RAM in bytes, a multiple of 2 MiB.
-    pub size_bytes: u64,
-    /// Whether RAM is made of 2 MiB huge pages of the host.
-    pub hugepages: bool,
 }
 
 /// What is started and how.

@@ -10,10 +10,7 @@ pub(crate) fn config() -> VmConfig {
     VmConfig {
         cpus: CpusConfig::of(1),
         affinity: Vec::new(),
-        memory: MemoryConfig {
-            size_bytes: 512 << 20,
-            hugepages: false,
-        },
+        memory: MemoryConfig::of(512 << 20),
         payload: PayloadConfig {
             kernel: "/k".into(),
             entry: KernelEntry::Auto,

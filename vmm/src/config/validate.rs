@@ -11,6 +11,7 @@ use std::path::{Path, PathBuf};
 use super::affinity::{self, HostCpus};
 use super::{Link, VhostUserConfig, VmConfig};
 use crate::memory::layout::{MMIO64_LEN, mmio64_start};
+use crate::memory::{Mode, ModeError};
 
 /// vCPUs of a guest, at most.
 pub const MAX_VCPUS: u8 = 64;
@@ -77,6 +78,15 @@ pub enum Error {
         /// What the host has.
         host_bytes: u64,
     },
+    /// Words about memory that do not go together.
+    #[error(transparent)]
+    MemoryMode(#[from] ModeError),
+    /// Not done yet.
+    #[error(
+        "--memory: mergeable=on with vhost-user devices needs a DMA window, which is not built yet; use \
+         mergeable=off"
+    )]
+    WindowNotYet,
     /// Command line too long.
     #[error("--cmdline: {len} bytes, a kernel takes at most {MAX_CMDLINE}")]
     CmdlineTooLong {
@@ -142,22 +152,28 @@ pub fn validate(config: &VmConfig, api_socket: Option<&Path>, host: Host) -> Res
         return Err(Error::Vcpus);
     }
     affinity::validate(&config.affinity, config.cpus.boot, &host.cpus)?;
-    memory(config.memory.size_bytes, host)?;
+    memory(config, host)?;
     cmdline(&config.payload.cmdline)?;
     devices(config)?;
     sockets(config, api_socket)
 }
 
-fn memory(size_bytes: u64, host: Host) -> Result<(), Error> {
+fn memory(config: &VmConfig, host: Host) -> Result<(), Error> {
+    let size_bytes = config.memory.size_bytes;
     if size_bytes < MIN_MEMORY {
         return Err(Error::MemoryTooSmall { size_bytes });
     }
     if !size_bytes.is_multiple_of(MEMORY_UNIT) {
         return Err(Error::MemoryOdd { size_bytes });
     }
+    let mode = Mode::of(config)?;
+    if let Mode::Window { .. } = mode {
+        return Err(Error::WindowNotYet);
+    }
+    let (_, high) = mode.split(size_bytes);
     // 2^52 is the most that the architecture has, which also keeps the sum below from wrapping.
     let address_space = 1u64 << host.physical_bits.min(52);
-    if size_bytes > address_space || mmio64_start(size_bytes) + MMIO64_LEN > address_space {
+    if size_bytes > address_space || mmio64_start(high) + MMIO64_LEN > address_space {
         return Err(Error::MemoryUnaddressable {
             size_bytes,
             physical_bits: host.physical_bits,

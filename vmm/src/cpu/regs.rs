@@ -337,11 +337,7 @@ mod tests {
     use crate::config::MemoryConfig;
 
     fn ram() -> GuestRam {
-        GuestRam::new(&MemoryConfig {
-            size_bytes: 2 << 20,
-            hugepages: false,
-        })
-        .unwrap()
+        GuestRam::new(&MemoryConfig::of(2 << 20)).unwrap()
     }
 
     #[test]

@@ -11,7 +11,6 @@ use std::sync::{Mutex, PoisonError};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use crate::bus::BusDevice;
-use crate::memory::layout::ram_split;
 
 /// First of the two ports: register index, data.
 pub const PORT: u64 = 0x70;
@@ -57,16 +56,16 @@ pub struct Rtc {
 }
 
 impl Rtc {
-    /// A clock of a guest with so much RAM.
-    pub fn new(ram_size_bytes: u64) -> Self {
-        Self::with_clock(ram_size_bytes, host_seconds)
+    /// A clock of a guest with so many bytes of RAM below the PCI hole and from 4 GiB on.
+    pub fn new(low: u64, high: u64) -> Self {
+        Self::with_clock((low, high), host_seconds)
     }
 
-    fn with_clock(ram_size_bytes: u64, now: fn() -> i64) -> Self {
+    fn with_clock(ram: (u64, u64), now: fn() -> i64) -> Self {
         let mut memory = [0; 128];
         memory[usize::from(REG_A)] = A_DEFAULT;
         memory[usize::from(REG_B)] = B_24H;
-        leave_memory_sizes(&mut memory, ram_size_bytes);
+        leave_memory_sizes(&mut memory, ram);
         Self {
             registers: Mutex::new(Registers {
                 index: 0,
@@ -173,8 +172,7 @@ fn decode(value: u8, reg_b: u8) -> u8 {
 }
 
 /// What a PC's firmware leaves: KiB below 1 MiB, KiB above it, 64 KiB units above 16 MiB and 4 GiB.
-fn leave_memory_sizes(memory: &mut [u8; 128], ram_size_bytes: u64) {
-    let (low, high) = ram_split(ram_size_bytes);
+fn leave_memory_sizes(memory: &mut [u8; 128], (low, high): (u64, u64)) {
     let mut put = |at: usize, value: u64| {
         let value = u16::try_from(value).unwrap_or(u16::MAX).to_le_bytes();
         memory[at..at + 2].copy_from_slice(&value);
@@ -299,7 +297,7 @@ mod tests {
 
     #[test]
     fn tells_the_time_in_bcd() {
-        let rtc = Rtc::with_clock(512 << 20, || NOW);
+        let rtc = Rtc::with_clock((512 << 20, 0), || NOW);
         let read = [CENTURY, YEAR, MONTH, DAY, HOURS, MINUTES, SECONDS, WEEKDAY]
             .map(|index| get(&rtc, index));
         assert_eq!(read, [0x20, 0x26, 0x11, 0x24, 0x05, 0x39, 0x38, 3]);
@@ -309,7 +307,7 @@ mod tests {
 
     #[test]
     fn the_guest_may_set_its_clock() {
-        let rtc = Rtc::with_clock(512 << 20, || NOW);
+        let rtc = Rtc::with_clock((512 << 20, 0), || NOW);
         set(&rtc, HOURS, 0x11);
         assert_eq!(get(&rtc, HOURS), 0x05, "no write without SET");
         set(&rtc, REG_B, B_SET | B_24H);
@@ -334,7 +332,7 @@ mod tests {
 
     #[test]
     fn nonsense_in_the_registers_is_no_panic() {
-        let rtc = Rtc::with_clock(512 << 20, || NOW);
+        let rtc = Rtc::with_clock((512 << 20, 0), || NOW);
         set(&rtc, REG_B, B_SET);
         for index in 0..128 {
             if index != REG_B {
@@ -350,7 +348,7 @@ mod tests {
 
     #[test]
     fn memory_sizes_are_left_where_firmware_leaves_them() {
-        let rtc = Rtc::with_clock(5 << 30, || NOW);
+        let rtc = Rtc::with_clock((3 << 30, 2 << 30), || NOW);
         assert_eq!([get(&rtc, 0x34), get(&rtc, 0x35)], 0xbf00u16.to_le_bytes());
         assert_eq!(get(&rtc, 0x5c), 0x80);
     }

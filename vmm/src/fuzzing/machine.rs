@@ -124,7 +124,7 @@ impl Machine {
             1,
             Arc::new(KeyboardController::new(events)),
         );
-        insert(rtc::PORT, 2, Arc::new(Rtc::new(64 << 20)));
+        insert(rtc::PORT, 2, Arc::new(Rtc::new(64 << 20, 0)));
         insert(PORT, PORT_LEN, Arc::new(serial));
         let mut host = PciHost::new(PciContext {
             wiring: Arc::new(NoWiring),

@@ -77,7 +77,8 @@ pub const SCI_PIN: u32 = 9;
 /// SLP_TYP of S5 in `\_S5`.
 pub const S5_SLEEP_TYPE: u8 = 5;
 
-/// Sizes of the RAM pieces below and above the hole, in bytes; the second may be 0.
+/// Sizes of the RAM pieces below and above the hole, in bytes; the second may be 0. Not of a guest with a DMA window, which
+/// is all of its RAM below ([`super::Mode::split`]).
 pub const fn ram_split(size_bytes: u64) -> (u64, u64) {
     if size_bytes <= LOW_RAM_END {
         (size_bytes, 0)
@@ -86,9 +87,8 @@ pub const fn ram_split(size_bytes: u64) -> (u64, u64) {
     }
 }
 
-/// Start of the 64-bit MMIO window of a guest with so much RAM.
-pub const fn mmio64_start(ram_size_bytes: u64) -> u64 {
-    let (_, high) = ram_split(ram_size_bytes);
+/// Start of the 64-bit MMIO window of a guest with so much RAM from 4 GiB on.
+pub const fn mmio64_start(high: u64) -> u64 {
     let end = (HIGH_RAM_START + high).next_multiple_of(1 << 30);
     if end > MMIO64_MIN_START {
         end

@@ -1,13 +1,20 @@
-//! Guest RAM: one sealed memfd, mapped shared, on both sides of the PCI hole.
+//! Guest RAM: how it is made ([`Mode`]), its pieces ([`GuestRam`]) and KVM's slots on them.
 //!
-//! A vhost-user backend gets the memfd and maps it too, so the mapping must be shared and the file must
-//! never shrink under anybody: it is sealed against both before anyone else sees it.
+//! A vhost-user backend gets the memfd of what is shared and maps it too, so the file must never shrink under anybody:
+//! it is sealed before anyone else sees it. What is private is anonymous memory, which KSM can merge.
 //!
-//! Threads: [`GuestRam`] is made by the main thread and is read-only from then on; vCPUs, devices and
-//! backends reach the bytes through it at any time. Guest memory is never a Rust reference: access goes
-//! through `vm-memory`, which copies or reads volatile.
+//! Threads: [`GuestRam`] is made by the thread `boot`; vCPUs, devices and backends reach the bytes through it at any
+//! time. Guest memory is never a Rust reference: access goes through `vm-memory`, which copies or reads volatile.
 
+mod error;
 pub mod layout;
 mod mapping;
+mod mode;
+mod ram;
+mod slots;
 
-pub use mapping::{Error, GuestRam, RamSlots};
+pub use error::Error;
+pub use mapping::Advice;
+pub use mode::{Mode, ModeError};
+pub use ram::{GuestRam, HostRange, Kind};
+pub use slots::RamSlots;

@@ -75,10 +75,7 @@ fn bench_after(limit: Duration, before: impl FnOnce(&Path)) -> Bench {
         },
         readonly: false,
     });
-    let memory = MemoryConfig {
-        size_bytes: 2 << 20,
-        hugepages: false,
-    };
+    let memory = MemoryConfig::of(2 << 20);
     let notes = Arc::new(Notes {
         config: eventfd(),
         reset: eventfd(),

@@ -66,6 +66,9 @@ pub enum Error {
     /// Guest RAM.
     #[error(transparent)]
     Memory(#[from] memory::Error),
+    /// How guest RAM is to be made.
+    #[error(transparent)]
+    MemoryMode(#[from] memory::ModeError),
     /// Interrupts.
     #[error(transparent)]
     Irqchip(#[from] berth_irqchip::Error),
@@ -162,7 +165,8 @@ pub fn build(parts: &Parts) -> Result<Machine, Error> {
     sandbox::confine_boot(config)?;
     mark("boot thread, its files confined");
     let vm = &parts.new_vm.vm;
-    let ram = GuestRam::new(&config.memory)?;
+    let mode = memory::Mode::of(config)?;
+    let ram = GuestRam::with_mode(&config.memory, mode)?;
     let slots = ram.register(vm)?;
     mark("guest memory");
     let chip = Chip::new(Arc::clone(vm), config.platform.irqchip)?;
@@ -172,7 +176,7 @@ pub fn build(parts: &Parts) -> Result<Machine, Error> {
     add_ioapic(&mut buses, &chip)?;
     let sci = Arc::new(chip.line(SCI_PIN, Trigger::Level)?);
     let power = add_power(&buses, &sci, &parts.events)?;
-    add_clock(&buses, config)?;
+    add_clock(&buses, &ram)?;
     let serial = add_serial(&buses, &chip, parts)?;
     if config.platform.test_device {
         add_test_device(&buses, &chip, &ram, &parts.events)?;
@@ -207,6 +211,7 @@ pub fn build(parts: &Parts) -> Result<Machine, Error> {
         sci,
         pci,
         chip,
+        memory_mode: mode,
         _slots: slots,
     })
 }
@@ -287,8 +292,8 @@ fn add_power(
     Ok(block)
 }
 
-fn add_clock(buses: &Buses, config: &VmConfig) -> Result<(), Error> {
-    let rtc = Arc::new(Rtc::new(config.memory.size_bytes));
+fn add_clock(buses: &Buses, ram: &GuestRam) -> Result<(), Error> {
+    let rtc = Arc::new(Rtc::new(ram.low_len(), ram.high_len()));
     Ok(buses.pio.insert(rtc::PORT, 2, rtc)?)
 }
 
@@ -334,7 +339,7 @@ fn pci_host(buses: &Buses, chip: &Arc<Chip>, ram: &GuestRam, events: &GuestEvent
         memory: ram.memory().clone(),
         mmio: Arc::clone(&buses.mmio),
         ports: Arc::clone(&buses.pio),
-        mmio64_start: mmio64_start(ram.size_bytes()),
+        mmio64_start: mmio64_start(ram.high_len()),
     });
     let events = events.clone();
     host.on_ejection(move |name| events.send(GuestEvent::Ejected(name.to_owned())));

@@ -11,7 +11,7 @@ use super::requests::CounterGroups;
 use crate::cpu::{self, Buses, Vcpus};
 use crate::devices::power::PowerBlock;
 use crate::devices::serial::port::SerialPort;
-use crate::memory::RamSlots;
+use crate::memory::{Mode, RamSlots};
 use crate::pci::{DeviceInfo, Pci};
 use crate::vhost_user::{Frontends, SessionState};
 
@@ -26,6 +26,7 @@ pub struct Machine {
     pub(super) sci: Arc<Line>,
     pub(super) pci: Pci,
     pub(super) chip: Arc<Chip>,
+    pub(super) memory_mode: Mode,
     pub(super) _slots: RamSlots,
 }
 

@@ -86,12 +86,27 @@ impl Default for CpusConfig {
 pub struct MemoryConfig {
     /// Bytes.
     pub size: u64,
-    /// Whether other processes can map it.
-    #[serde(default)]
-    pub shared: bool,
+    /// Whether other processes can map it; absent, as fits the devices.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub shared: Option<bool>,
+    /// Whether KSM may merge its pages.
+    #[serde(default, skip_serializing_if = "Mergeable::is_off")]
+    pub mergeable: Mergeable,
     /// Whether it is made of huge pages.
     #[serde(default)]
     pub hugepages: bool,
+    /// Bytes of a huge page.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub hugepage_size: Option<u64>,
+    /// Whether it may be made of transparent huge pages; absent, it may.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub thp: Option<bool>,
+    /// Whether all of it is there before the guest starts.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub prefault: bool,
+    /// How much of it other processes can map where the rest is mergeable, in bytes. Ours alone.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub window: Option<u64>,
     /// Parts of it; read where `size` is 0, and never written.
     #[serde(default, skip_serializing)]
     pub zones: Option<Vec<MemoryZone>>,
@@ -108,10 +123,50 @@ impl Default for MemoryConfig {
     fn default() -> Self {
         Self {
             size: 512 << 20,
-            shared: true,
+            shared: None,
+            mergeable: Mergeable::default(),
             hugepages: false,
+            hugepage_size: None,
+            thp: None,
+            prefault: false,
+            window: None,
             zones: None,
         }
+    }
+}
+
+fn is_false(value: &bool) -> bool {
+    !value
+}
+
+/// Whether KSM may merge pages: `true` or `false` as elsewhere, or the word `always`, which is ours.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(untagged)]
+pub enum Mergeable {
+    /// Where somebody who may says so; or not at all.
+    Eligible(bool),
+    /// All that can be.
+    Word(MergeableWord),
+}
+
+/// A word that stands for more than `true`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum MergeableWord {
+    /// From the start.
+    Always,
+}
+
+impl Default for Mergeable {
+    fn default() -> Self {
+        Self::Eligible(false)
+    }
+}
+
+impl Mergeable {
+    /// Whether no page may be merged.
+    pub fn is_off(&self) -> bool {
+        *self == Self::default()
     }
 }
 

@@ -17,8 +17,8 @@ mod devices;
 mod vm;
 
 pub use config::{
-    ConsoleConfig, ConsoleMode, CpuAffinity, CpusConfig, MemoryConfig, MemoryZone, PayloadConfig,
-    PlatformConfig, RngConfig, VmConfig,
+    ConsoleConfig, ConsoleMode, CpuAffinity, CpusConfig, MemoryConfig, MemoryZone, Mergeable,
+    MergeableWord, PayloadConfig, PlatformConfig, RngConfig, VmConfig,
 };
 pub use devices::{
     DiskConfig, FsConfig, GenericVhostUserConfig, NetConfig, RateLimiterConfig, TokenBucketConfig,

@@ -71,7 +71,7 @@ pub enum Error {
 
 /// Writes the tables; returns the RSDP's address.
 pub fn build(ram: &GuestRam, input: &AcpiInput) -> Result<GuestAddress, Error> {
-    let mmio64_start = layout::mmio64_start(ram.size_bytes());
+    let mmio64_start = layout::mmio64_start(ram.high_len());
     let topology = Topology::new(&CpusConfig::of(input.vcpus));
     // The RSDP comes first but is made last, when the XSDT's address is known.
     let mut area = Area::new(layout::ACPI_START + Rsdp::len() as u64);
