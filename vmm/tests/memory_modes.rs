@@ -1,0 +1,178 @@
+//! What each mode of guest memory looks like from outside: `/proc/PID/smaps` of the process that runs the guest.
+#![expect(
+    clippy::unwrap_used,
+    reason = "a test that cannot look at its process has failed"
+)]
+
+mod support;
+
+use std::fs;
+
+use support::{Code, Guest, eventually, has_kvm, run};
+
+const SIZE_KIB: u64 = 64 << 10;
+
+/// One mapping of smaps.
+#[derive(Debug)]
+struct Mapping {
+    name: String,
+    kib: u64,
+    page_kib: u64,
+    present_kib: u64,
+    /// As VmFlags has it: `sh` shared, `mg` mergeable, `hg` and `nh` huge pages advised or not, `dd` not dumped.
+    flags: Vec<String>,
+}
+
+impl Mapping {
+    fn has(&self, flag: &str) -> bool {
+        self.flags.iter().any(|has| has == flag)
+    }
+}
+
+/// The one mapping of guest memory: of 64 MiB and not dumped, which nothing else in the process is.
+fn guest_memory(pid: i32) -> Mapping {
+    let smaps = fs::read_to_string(format!("/proc/{pid}/smaps")).unwrap();
+    let mut found = Vec::new();
+    for line in smaps.lines() {
+        let mut words = line.split_whitespace();
+        let first = words.next().unwrap();
+        let number = |word: Option<&str>| word.unwrap().parse().unwrap();
+        let Some(key) = first.strip_suffix(':') else {
+            found.push(Mapping {
+                name: words.nth(4).unwrap_or_default().to_owned(),
+                kib: 0,
+                page_kib: 0,
+                present_kib: 0,
+                flags: Vec::new(),
+            });
+            continue;
+        };
+        let mapping = found.last_mut().unwrap();
+        match key {
+            "Size" => mapping.kib = number(words.next()),
+            "KernelPageSize" => mapping.page_kib = number(words.next()),
+            "Rss" => mapping.present_kib = number(words.next()),
+            "VmFlags" => mapping.flags = words.map(str::to_owned).collect(),
+            _ => {}
+        }
+    }
+    found.retain(|mapping| mapping.kib == SIZE_KIB && mapping.has("dd"));
+    assert_eq!(found.len(), 1, "{found:?}");
+    found.remove(0)
+}
+
+/// A guest that runs with this memory, and its mapping.
+fn started(memory: &str) -> (Guest, Mapping) {
+    let code = Code::new().print("here\n").halt();
+    let guest = Guest::start_with(&code, &[&format!("--memory=size=64M{memory}")]);
+    eventually("the guest runs", || {
+        (guest.lines() == ["here"]).then_some(())
+    });
+    let mapping = guest_memory(guest.pid());
+    (guest, mapping)
+}
+
+#[test]
+fn shared_memory_is_a_file_that_nobody_merges() {
+    if !has_kvm() {
+        return;
+    }
+    for memory in ["", ",shared=on", ",mergeable=off"] {
+        let (_guest, mapping) = started(memory);
+        assert!(mapping.name.contains("berth-guest-ram"), "{mapping:?}");
+        assert!(mapping.has("sh") && !mapping.has("mg"), "{mapping:?}");
+        assert!(mapping.present_kib < SIZE_KIB / 2, "{mapping:?}");
+    }
+}
+
+#[test]
+fn private_memory_is_merged_only_on_demand() {
+    if !has_kvm() {
+        return;
+    }
+    for (memory, mergeable) in [
+        (",shared=off", false),
+        (",mergeable=on", false),
+        (",mergeable=always", true),
+    ] {
+        let (_guest, mapping) = started(memory);
+        assert_eq!(mapping.name, "", "{memory}");
+        assert!(!mapping.has("sh"), "{memory} {mapping:?}");
+        let ksm = fs::exists("/sys/kernel/mm/ksm").unwrap();
+        assert_eq!(mapping.has("mg"), mergeable && ksm, "{memory} {mapping:?}");
+    }
+}
+
+#[test]
+fn huge_pages_are_transparent_or_not_as_asked() {
+    if !has_kvm() || !fs::exists("/sys/kernel/mm/transparent_hugepage").unwrap() {
+        return;
+    }
+    for (thp, yes, no) in [("on", "hg", "nh"), ("off", "nh", "hg")] {
+        let (_guest, mapping) = started(&format!(",shared=off,thp={thp}"));
+        assert!(mapping.has(yes) && !mapping.has(no), "{thp} {mapping:?}");
+    }
+}
+
+#[test]
+fn prefaulted_memory_is_all_there() {
+    if !has_kvm() {
+        return;
+    }
+    for memory in [",prefault=on", ",prefault=on,shared=off"] {
+        let (_guest, mapping) = started(memory);
+        assert_eq!(mapping.present_kib, SIZE_KIB, "{memory} {mapping:?}");
+    }
+}
+
+/// Where the host has reserved enough, the pages are huge; where not, the line says how to reserve them.
+#[test]
+fn reserved_huge_pages_are_used_or_asked_for() {
+    if !has_kvm() {
+        return;
+    }
+    let free = "/sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages";
+    let free: u64 = fs::read_to_string(free).map_or(0, |text| text.trim().parse().unwrap());
+    for memory in [",hugepages=on", ",hugepages=on,shared=off"] {
+        if free >= 64 {
+            let (_guest, mapping) = started(memory);
+            assert_eq!(mapping.page_kib, 2048, "{mapping:?}");
+            continue;
+        }
+        let guest = Guest::none(&Code::new().halt());
+        let kernel = guest.path("kernel");
+        let output = run(&[
+            "--kernel",
+            kernel.to_str().unwrap(),
+            "--serial=null",
+            &format!("--memory=size=64M{memory}"),
+        ]);
+        let line = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(1), "{line}");
+        assert!(line.contains("vm.nr_hugepages=32"), "{line}");
+    }
+}
+
+#[test]
+fn words_that_exclude_each_other_are_refused_in_one_line() {
+    let disk = "--disk=socket=/nowhere";
+    for (memory, with_disk, expected) in [
+        ("shared=on,mergeable=on", false, "mergeable=off"),
+        ("hugepages=on,mergeable=on", false, "hugepages=off"),
+        (
+            "shared=off",
+            true,
+            "shadow virtqueues, which are not built yet",
+        ),
+        ("window=256M", false, "window= is for mergeable=on"),
+    ] {
+        let memory = format!("--memory=size=64M,{memory}");
+        let mut words = vec!["--kernel=/dev/null", "--serial=null", memory.as_str()];
+        words.extend(with_disk.then_some(disk));
+        let output = run(&words);
+        let line = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(1), "{memory}: {line}");
+        assert!(line.contains(expected), "{line}");
+        assert_eq!(line.lines().count(), 1, "{line}");
+    }
+}
