@@ -1,4 +1,7 @@
 //! Lists of allowed system calls as seccomp programs.
+//!
+//! Much like `backends/queue-worker/src/sandbox/filter.rs`, on purpose apart from it (docs/adr/0004-two-sandboxes.md):
+//! what is mended here is to be looked for there.
 #![forbid(unsafe_code)]
 
 use std::collections::BTreeMap;

@@ -5,6 +5,8 @@
 //! see that. Only async-signal-safe calls, no allocation.
 //!
 //! An attacker who replaces the handler wins nothing: the call is still not made.
+//!
+//! Much like `backends/queue-worker/src/sandbox/violation.rs`, on purpose apart from it (docs/adr/0004-two-sandboxes.md).
 #![expect(unsafe_code, reason = "a signal handler")]
 
 use std::io;

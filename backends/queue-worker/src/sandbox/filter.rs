@@ -1,4 +1,7 @@
 //! A list of allowed system calls as a seccomp program.
+//!
+//! Much like `vmm/src/sandbox/filter.rs`, on purpose apart from it (docs/adr/0004-two-sandboxes.md):
+//! what is mended here is to be looked for there.
 #![forbid(unsafe_code)]
 
 use std::collections::BTreeMap;
