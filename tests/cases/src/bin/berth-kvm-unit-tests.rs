@@ -7,7 +7,7 @@ use std::process::ExitCode;
 
 use anyhow::{Context as _, Result, ensure};
 use berth_tests_cases::kvm_unit_tests::run::{self, Machine, Places};
-use berth_tests_cases::kvm_unit_tests::suite;
+use berth_tests_cases::kvm_unit_tests::suite::{self, Test};
 use berth_tests_cases::kvm_unit_tests::table::{self, Row};
 use berth_tests_framework::{story, wait};
 use clap::{Parser, ValueEnum};
@@ -30,6 +30,7 @@ enum MachineName {
     after_help = "\
 Examples:
   berth-kvm-unit-tests --suite ~/kvm-unit-tests --vmm target/release/berth-vmm
+  berth-kvm-unit-tests --suite ~/kvm-unit-tests --all --list
   berth-kvm-unit-tests --suite ~/kvm-unit-tests --tests x2apic,ioapic --machines kernel,qemu --json
 Exit code: 0 nothing of ours fails that QEMU does not, 1 something does, 2 it could not be run.
 The suite is built with: ./configure && make (its folder holds x86/unittests.cfg and x86/*.flat)."
@@ -62,8 +63,11 @@ struct Args {
     #[arg(long)]
     all: bool,
     /// Factor on every time limit
-    #[arg(long, value_name = "FACTOR", default_value_t = 1)]
+    #[arg(long, value_name = "FACTOR", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=1000))]
     patience: u32,
+    /// Runs nothing: prints the tests that would run, a line each, and why one would not
+    #[arg(long)]
+    list: bool,
     /// JSON in place of the table
     #[arg(long)]
     json: bool,
@@ -88,6 +92,38 @@ fn run(args: &Args) -> Result<bool> {
         );
         return Ok(true);
     }
+    let tests = chosen(args)?;
+    if args.list {
+        for test in &tests {
+            let reason = test.skip.as_ref().map(|reason| format!(": skip, {reason}"));
+            println!("{}{}", test.name, reason.unwrap_or_default());
+        }
+        return Ok(true);
+    }
+    let rows = run_all(args, &tests)?;
+    if args.json {
+        println!("{:#}", table::to_json(&rows));
+    } else {
+        print!("{}", table::text(&rows));
+    }
+    Ok(rows.iter().all(|row| row.regressions().is_empty()))
+}
+
+/// The tests that the arguments name, in the suite's order.
+fn chosen(args: &Args) -> Result<Vec<Test>> {
+    let mut tests = suite::read(&args.suite, args.all || !args.tests.is_empty())?;
+    for name in &args.tests {
+        let known = tests.iter().any(|test| test.name == *name);
+        ensure!(
+            known,
+            "the suite has no test '{name}' (--all --list prints them)"
+        );
+    }
+    tests.retain(|test| args.tests.is_empty() || args.tests.contains(&test.name));
+    Ok(tests)
+}
+
+fn run_all(args: &Args, tests: &[Test]) -> Result<Vec<Row>> {
     wait::set_patience(args.patience);
     story::clean_up_on_signals()?;
     std::fs::create_dir_all(&args.out).with_context(|| args.out.display().to_string())?;
@@ -101,14 +137,8 @@ fn run(args: &Args) -> Result<bool> {
         qemu: args.qemu.clone(),
         out: absolute(&args.out)?,
     };
-    let mut tests = suite::read(&places.suite, args.all || !args.tests.is_empty())?;
-    for name in &args.tests {
-        let known = tests.iter().any(|test| test.name == *name);
-        ensure!(known, "the suite has no test '{name}'");
-    }
-    tests.retain(|test| args.tests.is_empty() || args.tests.contains(&test.name));
     let mut rows = Vec::new();
-    for test in &tests {
+    for test in tests {
         let mut outcomes = Vec::new();
         for machine in args.machines.iter().map(machine) {
             let outcome = run::run(&places, test, machine)?;
@@ -124,12 +154,7 @@ fn run(args: &Args) -> Result<bool> {
             outcomes,
         });
     }
-    if args.json {
-        println!("{:#}", table::to_json(&rows));
-    } else {
-        print!("{}", table::text(&rows));
-    }
-    Ok(rows.iter().all(|row| row.regressions().is_empty()))
+    Ok(rows)
 }
 
 fn machine(name: &MachineName) -> Machine {

@@ -1,14 +1,15 @@
 //! The x86 programs of kvm-unit-tests under berth-vmm, beside QEMU on the same KVM.
 //!
 //! ```text
-//!   suite: unittests.cfg ─▶ Test ─┬─▶ run: berth-vmm irqchip=kernel ─┐
-//!                                 ├─▶ run: berth-vmm irqchip=split  ─┼─▶ Outcome ─▶ table
-//!                                 └─▶ run: QEMU                     ─┘
+//!   unittests.cfg ─▶ list ─▶ suite: Test ─┬─▶ run: berth-vmm irqchip=kernel ─┐
+//!                                         ├─▶ run: berth-vmm irqchip=split  ─┼─▶ Outcome ─▶ table
+//!                                         └─▶ run: QEMU                     ─┘
 //! ```
 //!
 //! The suite is not ours to ship: its built folder is given. What KVM itself does not do right fails in every
 //! column; what differs from QEMU's column is ours to mend, or is in [`EXPLAINED`].
 
+pub mod list;
 pub mod run;
 pub mod suite;
 pub mod table;

@@ -5,6 +5,7 @@
 //! mistakes are 1 too, a success needs a line from the program.
 
 use std::fmt;
+use std::os::unix::process::ExitStatusExt as _;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
@@ -18,6 +19,8 @@ use super::suite::Test;
 /// The suite's exit code for a program that could check nothing.
 const SKIPPED: i32 = 77;
 const PASSED: i32 = 1;
+/// The suite's exit code for a program that gave up.
+const ABORTED: i32 = 127;
 
 /// Who runs the program.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -109,6 +112,14 @@ pub struct Places {
     pub out: PathBuf,
 }
 
+impl Places {
+    /// A file about a test.
+    fn file(&self, test: &Test, ending: &str) -> PathBuf {
+        let name = test.name.replace('/', "_");
+        self.out.join(format!("{name}.{ending}"))
+    }
+}
+
 /// Runs a test on a machine.
 ///
 /// # Errors
@@ -121,7 +132,7 @@ pub fn run(places: &Places, test: &Test, machine: Machine) -> Result<Outcome> {
     if !kernel.exists() {
         return Ok(Outcome::left_out(format!("{} is not built", test.file)));
     }
-    let environment = places.out.join(format!("{}.environment", test.name));
+    let environment = places.file(test, "environment");
     std::fs::write(&environment, environment_of(test))
         .with_context(|| environment.display().to_string())?;
     let mut features = test.features();
@@ -160,9 +171,8 @@ pub fn run(places: &Places, test: &Test, machine: Machine) -> Result<Outcome> {
 /// What the suite's programs read from their module: the answers that firmware would have.
 fn environment_of(test: &Test) -> String {
     format!(
-        "NR_CPUS={}\nMEMSIZE={}\nTEST_DEVICE=1\nBOOTLOADER=1\n",
-        test.smp,
-        test.memory_mib()
+        "NR_CPUS={}\nMEMSIZE={}\nTEST_DEVICE=1\n",
+        test.smp, test.memory_mib
     )
 }
 
@@ -186,7 +196,7 @@ fn vmm(
         .arg(environment)
         .args(["--cmdline", &test.args])
         .args(["--cpus", &format!("boot={}{list}", test.smp)])
-        .args(["--memory", &format!("size={}M", test.memory_mib())])
+        .args(["--memory", &format!("size={}M", test.memory_mib)])
         .arg("--platform")
         .arg(format!("test-device=on,irqchip={}", machine.name()));
     command
@@ -214,28 +224,38 @@ fn qemu(places: &Places, test: &Test, kernel: &Path, environment: &Path) -> Comm
 }
 
 fn once(places: &Places, test: &Test, machine: Machine, command: Command) -> Result<Outcome> {
-    let log = places
-        .out
-        .join(format!("{}.{}.log", test.name, machine.name()));
+    let log = places.file(test, &format!("{}.log", machine.name()));
     // The log is added to.
     let _ = std::fs::remove_file(&log);
     std::fs::write(&log, format!("{command:?}\n")).with_context(|| log.display().to_string())?;
     let start = Instant::now();
     let mut process = Process::spawn(machine.name(), command, &log)?;
-    let code = match process.wait(Duration::from_secs(test.timeout_s)) {
-        Ok(status) => status.code(),
-        Err(error) if is_broken(&error) => None,
+    let end = match process.wait(Duration::from_secs(test.timeout_s)) {
+        Ok(status) => match (status.code(), status.signal()) {
+            (Some(code), _) => End::Code(code),
+            (None, signal) => End::Signal(signal.unwrap_or_default()),
+        },
+        Err(error) if is_broken(&error) => End::Never,
         Err(error) => return Err(error),
     };
     process.kill();
     let took = start.elapsed();
-    let mut outcome = judge(code, &process.output()?);
+    let mut outcome = judge(end, &process.output()?);
     outcome.took = took;
     Ok(outcome)
 }
 
-/// What an exit code (none: it did not end in time) and what was printed mean.
-fn judge(code: Option<i32>, output: &str) -> Outcome {
+/// How a machine's process ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum End {
+    Code(i32),
+    Signal(i32),
+    /// Not in time.
+    Never,
+}
+
+/// What an end and what was printed mean.
+fn judge(end: End, output: &str) -> Outcome {
     let named = |mark: &str| -> Vec<String> {
         let lines = output.lines().map(str::trim);
         let found = lines.filter_map(|line| line.strip_prefix(mark));
@@ -249,25 +269,38 @@ fn judge(code: Option<i32>, output: &str) -> Outcome {
         line.map(|line| line.chars().take(200).collect::<String>())
     };
     // The first line is the command itself; berth-vmm logs with a level, QEMU with its name.
-    let mut lines = output.lines().skip(1);
-    let spoke = lines.any(|line| {
+    let said = output.lines().skip(1).map(str::trim).filter(|line| {
         let foreign = [" INFO ", " WARN ", "qemu-system-x86_64: ", "berth-vmm: "];
-        !line.is_empty() && !foreign.iter().any(|mark| line.starts_with(mark))
+        !line.is_empty()
+            && !foreign
+                .iter()
+                .any(|mark| line.starts_with(mark.trim_start()))
     });
-    let (verdict, note) = match code {
-        None => (Verdict::Fail, "did not end".to_owned()),
-        Some(PASSED) if spoke && complaint().is_none_or(|line| line.contains("warning")) => {
+    let last = said.last();
+    let fail = |note: String| (Verdict::Fail, note);
+    let (verdict, note) = match end {
+        End::Never => fail(match last {
+            Some(last) => format!("did not end; its last line: {last}"),
+            None => "did not end, and printed nothing".to_owned(),
+        }),
+        End::Signal(signal) => fail(format!("ended by signal {signal}")),
+        End::Code(PASSED)
+            if last.is_some() && complaint().is_none_or(|line| line.contains("warning")) =>
+        {
             (Verdict::Pass, String::new())
         }
-        Some(SKIPPED) => (
+        End::Code(SKIPPED) => (
             Verdict::Skip,
             "nothing to check on this processor".to_owned(),
         ),
-        Some(code) if failed.is_empty() => {
-            let why = complaint().unwrap_or_else(|| format!("exit code {code}"));
-            (Verdict::Fail, why)
+        // QEMU's answer to a guest that resets itself or dies.
+        End::Code(0) => fail("ended without the test device".to_owned()),
+        End::Code(ABORTED) => fail(format!("aborted: {}", last.unwrap_or_default())),
+        End::Code(code) => {
+            let complaint = complaint().filter(|line| !line.contains("warning"));
+            let unsaid = failed.is_empty().then(|| format!("exit code {code}"));
+            fail(complaint.or(unsaid).unwrap_or_default())
         }
-        Some(_) => (Verdict::Fail, String::new()),
     };
     Outcome {
         verdict,
@@ -286,19 +319,46 @@ mod tests {
     #[test]
     fn exit_codes_mean_what_the_suite_says() {
         let output = "command\nPASS: one\r\nSKIP: two\r\nPASS: three\r\n INFO ended\n";
-        let outcome = judge(Some(1), output);
+        let outcome = judge(End::Code(1), output);
         assert_eq!(outcome.verdict, Verdict::Pass);
         assert_eq!((outcome.passed, outcome.skipped), (2, 1));
-        assert_eq!(judge(Some(77), output).verdict, Verdict::Skip);
-        let outcome = judge(Some(3), "command\nPASS: one\nFAIL: two\n");
+        assert_eq!(judge(End::Code(77), output).verdict, Verdict::Skip);
+        let outcome = judge(End::Code(3), "command\nPASS: one\nFAIL: two\n");
         assert_eq!(
             (outcome.verdict, outcome.failed),
             (Verdict::Fail, vec!["two".to_owned()])
         );
-        let outcome = judge(None, output);
+        assert_eq!(outcome.note, "");
+    }
+
+    #[test]
+    fn a_program_that_did_not_come_to_its_end_says_how() {
+        let note = |end, output: &str| {
+            let outcome = judge(end, output);
+            assert_eq!(outcome.verdict, Verdict::Fail, "{end:?}");
+            outcome.note
+        };
+        let output = "command\nPASS: one\nstarting broadcast\n INFO waits\n";
         assert_eq!(
-            (outcome.verdict, outcome.note.as_str()),
-            (Verdict::Fail, "did not end")
+            note(End::Never, output),
+            "did not end; its last line: starting broadcast"
+        );
+        assert_eq!(
+            note(End::Never, "command\n"),
+            "did not end, and printed nothing"
+        );
+        assert_eq!(note(End::Signal(11), output), "ended by signal 11");
+        assert_eq!(note(End::Code(127), output), "aborted: starting broadcast");
+        assert_eq!(note(End::Code(9), output), "exit code 9");
+        // A guest that dies after a failure: both are said.
+        let output = "command\nFAIL: one\nberth-vmm: the guest died: triple fault\nrax=0\n";
+        assert_eq!(
+            note(End::Code(1), output),
+            "berth-vmm: the guest died: triple fault"
+        );
+        assert_eq!(
+            note(End::Code(0), "command\nFAIL: one\n"),
+            "ended without the test device"
         );
     }
 
@@ -310,9 +370,13 @@ mod tests {
             "command\n INFO the guest runs\n",
             "command\n",
         ] {
-            assert_eq!(judge(Some(1), output).verdict, Verdict::Fail, "{output}");
+            assert_eq!(
+                judge(End::Code(1), output).verdict,
+                Verdict::Fail,
+                "{output}"
+            );
         }
         let warned = "command\nqemu-system-x86_64: warning: no pcid\nenabling apic\n";
-        assert_eq!(judge(Some(1), warned).verdict, Verdict::Pass);
+        assert_eq!(judge(End::Code(1), warned).verdict, Verdict::Pass);
     }
 }
