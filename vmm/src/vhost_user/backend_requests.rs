@@ -4,11 +4,15 @@
 //! wanted. `vhost`'s own handler waits for the rest of a message that has begun; this one takes what is
 //! there and never waits, so a backend that stops in the middle holds nothing up.
 //!
+//! A backend may send as fast as it can: what is read of the channel has a [`Budget`], and once that is spent
+//! the session turns to it again later. What comes meanwhile fills the socket, and then the backend waits.
+//!
 //! Descriptors that come along are dropped by the kernel: they are not asked for.
 
 use std::io::{self, ErrorKind, Read, Write};
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::net::UnixStream;
+use std::time::{Duration, Instant};
 
 /// Bytes of a header: request, flags, size of the payload.
 const HEADER: usize = 12;
@@ -22,11 +26,35 @@ const VERSION_MASK: u32 = 3;
 const REPLY: u32 = 1 << 2;
 const NEED_REPLY: u32 = 1 << 3;
 
+/// How often the channel is read in how long, each time with at most one look at configuration space.
+const READS: u32 = 16;
+pub(super) const WINDOW: Duration = Duration::from_millis(100);
+
 /// Our end of the channel.
 pub(super) struct BackendRequests {
     stream: UnixStream,
     /// Bytes of a message that is not whole yet.
     buffer: Vec<u8>,
+    budget: Budget,
+}
+
+/// What a backend may take of the session's time.
+#[derive(Default)]
+struct Budget {
+    /// When the window began, and what was spent in it.
+    window: Option<(Instant, u32)>,
+}
+
+impl Budget {
+    /// Spends one; returns when there is more, if that was the last.
+    fn spend(&mut self, now: Instant) -> Option<Instant> {
+        let (since, spent) = self
+            .window
+            .filter(|(since, _)| now < *since + WINDOW)
+            .unwrap_or((now, 0));
+        self.window = Some((since, spent + 1));
+        (spent + 1 >= READS).then_some(since + WINDOW)
+    }
 }
 
 impl BackendRequests {
@@ -37,6 +65,7 @@ impl BackendRequests {
         let channel = Self {
             stream: ours,
             buffer: Vec::new(),
+            budget: Budget::default(),
         };
         Ok((channel, theirs))
     }
@@ -62,6 +91,11 @@ impl BackendRequests {
             changed |= self.serve(message)?;
         }
         Ok(changed)
+    }
+
+    /// Takes note of a [`Self::receive`]; returns until when there is to be no other, if that was too many.
+    pub(super) fn spend(&mut self, now: Instant) -> Option<Instant> {
+        self.budget.spend(now)
     }
 
     /// The next whole message's request, flags and size; its payload is skipped.
@@ -156,6 +190,25 @@ mod tests {
             reply(&mut theirs),
             ([2, 0, 0, 0, 5, 0, 0, 0, 8, 0, 0, 0], 0)
         );
+    }
+
+    #[test]
+    fn a_window_has_so_many_reads_and_the_next_as_many() {
+        let mut budget = Budget::default();
+        let start = Instant::now();
+        for window in 0..3 {
+            let begin = start + 2 * WINDOW * window;
+            for _ in 1..READS {
+                assert_eq!(budget.spend(begin + WINDOW / 2 * (window % 2)), None);
+            }
+            let last = budget.spend(begin + WINDOW / 2).unwrap();
+            assert!(last > begin + WINDOW / 2 && last <= begin + 2 * WINDOW);
+        }
+        // One that sends now and then never rests.
+        for read in 0..10 * READS {
+            let now = start + 10 * WINDOW + WINDOW / (READS - 2) * read;
+            assert_eq!(budget.spend(now), None, "read {read}");
+        }
     }
 
     #[test]

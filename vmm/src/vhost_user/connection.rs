@@ -2,7 +2,7 @@
 
 use std::convert::Infallible;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use super::kind::{Found, Offer};
 use super::peer::{Error, Peer};
@@ -15,6 +15,8 @@ use crate::telemetry::LogLimit;
 /// A guest can break its rings, and write what is refused, as often as it likes.
 static RING_ERRORS: LogLimit = LogLimit::new(Duration::from_secs(10));
 static REFUSED_WRITES: LogLimit = LogLimit::new(Duration::from_secs(10));
+/// And a backend can send requests.
+static FLOODS: LogLimit = LogLimit::new(Duration::from_secs(10));
 
 pub(super) struct Connection {
     pub(super) peer: Peer,
@@ -22,6 +24,8 @@ pub(super) struct Connection {
     pub(super) offer: Offer,
     pub(super) waiter: Waiter,
     pub(super) running: Option<(Arc<Rings>, Running)>,
+    /// Until when the backend's requests are not looked at, as there were too many.
+    pub(super) deaf_until: Option<Instant>,
 }
 
 /// What is to be done, taken from the wish all at once.
@@ -39,9 +43,10 @@ impl Connection {
         session.live(self.offer.queues);
         loop {
             while self.reconcile(session)? {}
-            for ready in self.waiter.wait(None).map_err(waiting)? {
+            for ready in self.waiter.wait(self.deaf_until).map_err(waiting)? {
                 self.handle(&ready, session)?;
             }
+            self.listen_again()?;
         }
     }
 
@@ -69,7 +74,18 @@ impl Connection {
         let Some(requests) = &mut self.peer.requests else {
             return Ok(());
         };
-        match requests.receive() {
+        let received = requests.receive();
+        if received.is_ok() {
+            self.deaf_until = requests.spend(Instant::now());
+        }
+        if self.deaf_until.is_some() {
+            self.waiter.forget(requests);
+            if let Some(suppressed) = FLOODS.pass() {
+                let device = session.shared.id();
+                tracing::warn!(device, suppressed, "the backend floods its request channel");
+            }
+        }
+        match received {
             Ok(false) => Ok(()),
             Ok(true) => self.refresh(session),
             Err(error) => {
@@ -81,6 +97,17 @@ impl Connection {
                 Ok(())
             }
         }
+    }
+
+    /// Turns to the backend's requests again when it is time.
+    fn listen_again(&mut self) -> Result<(), Error> {
+        let now = Instant::now();
+        if self.deaf_until.take_if(|until| *until <= now).is_some()
+            && let Some(requests) = &self.peer.requests
+        {
+            self.waiter.watch(requests, REQUESTS).map_err(waiting)?;
+        }
+        Ok(())
     }
 
     /// Reads configuration space again and shows it to the guest.

@@ -291,6 +291,7 @@ impl Session {
             offer,
             waiter,
             running: None,
+            deaf_until: None,
         })
     }
 

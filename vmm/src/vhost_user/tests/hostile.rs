@@ -1,5 +1,11 @@
 //! Backends that lie, send junk and shrink their files: what they cannot do to the rest.
 
+use std::io::ErrorKind;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+
+use super::super::backend_requests::WINDOW;
 use super::*;
 
 /// What a backend says that it should not: before a reply, or of its own accord.
@@ -106,6 +112,63 @@ fn a_region_that_shrinks_or_has_wild_sizes_raises_nothing_here() {
         wait(&kick, "kick with the next backend");
         wait_started(&second);
         bench.reset();
+    }
+}
+
+/// Writes a message again and again, never waiting, until told to stop or the other end is gone; counts how
+/// often there was no room.
+fn flood(mut channel: UnixStream, message: &[u8], full: &AtomicUsize, stop: &AtomicBool) {
+    channel.set_nonblocking(true).unwrap();
+    let bytes = message.repeat(100);
+    let mut at = 0;
+    while !stop.load(Ordering::SeqCst) {
+        match channel.write(&bytes[at..]) {
+            Ok(count) => at = (at + count) % bytes.len(),
+            Err(error) if error.kind() == ErrorKind::WouldBlock => {
+                full.fetch_add(1, Ordering::SeqCst);
+                thread::yield_now();
+            }
+            Err(_) => return,
+        }
+    }
+}
+
+#[test]
+fn a_flood_of_requests_is_taken_in_small_doses_and_the_device_works() {
+    let change = message(2, 1, &[]);
+    let unknown = message(77, 1, &[0x33; 300]);
+    for noise in [change, unknown] {
+        let mut bench = patient_bench(PATIENCE);
+        let backend = Backend::listen(&bench.path, &[GOOD]);
+        bench.live();
+        let channel = UnixStream::from(OwnedFd::from(backend.seen.file(SET_BACKEND_REQ_FD)));
+        let (full, stop) = (AtomicUsize::new(0), AtomicBool::new(false));
+        let begin = Instant::now();
+        thread::scope(|scope| {
+            scope.spawn(|| flood(channel, &noise, &full, &stop));
+            until("the channel is full", || full.load(Ordering::SeqCst) > 0);
+            let mut round = 0;
+            while begin.elapsed() < 5 * WINDOW {
+                round += 1;
+                bench.activate();
+                until("the ring runs", || {
+                    order(&backend.seen, &[SET_VRING_KICK]).len() == round
+                });
+                bench.reset();
+                // And there is room again and again.
+                let seen = full.load(Ordering::SeqCst);
+                until("more of it", || full.load(Ordering::SeqCst) > seen);
+            }
+            stop.store(true, Ordering::SeqCst);
+        });
+        let looks = order(&backend.seen, &[GET_CONFIG]).len();
+        let windows = begin.elapsed().as_millis() / WINDOW.as_millis() + 2;
+        assert!(looks as u128 <= 16 * windows, "{looks} in {windows}");
+        assert_eq!(
+            order(&backend.seen, &[SET_OWNER]).len(),
+            1,
+            "one connection"
+        );
     }
 }
 
