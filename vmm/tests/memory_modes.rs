@@ -63,8 +63,14 @@ fn guest_memory(pid: i32) -> Mapping {
 
 /// A guest that runs with this memory, and its mapping.
 fn started(memory: &str) -> (Guest, Mapping) {
+    started_with(memory, &[])
+}
+
+/// The same with more arguments.
+fn started_with(memory: &str, args: &[&str]) -> (Guest, Mapping) {
     let code = Code::new().print("here\n").halt();
-    let guest = Guest::start_with(&code, &[&format!("--memory=size=64M{memory}")]);
+    let memory = format!("--memory=size=64M{memory}");
+    let guest = Guest::start_with(&code, &[&[memory.as_str()], args].concat());
     eventually("the guest runs", || {
         (guest.lines() == ["here"]).then_some(())
     });
@@ -111,6 +117,18 @@ fn huge_pages_are_transparent_or_not_as_asked() {
     for (thp, yes, no) in [("on", "hg", "nh"), ("off", "nh", "hg")] {
         let (_guest, mapping) = started(&format!(",shared=off,thp={thp}"));
         assert!(mapping.has(yes) && !mapping.has(no), "{thp} {mapping:?}");
+    }
+}
+
+/// The device flushes single pages: one that were in a huge page would be back with its neighbours.
+#[test]
+fn with_the_test_device_no_page_is_in_a_huge_page() {
+    if !has_kvm() || !fs::exists("/sys/kernel/mm/transparent_hugepage").unwrap() {
+        return;
+    }
+    for memory in ["", ",thp=on", ",shared=off"] {
+        let (_guest, mapping) = started_with(memory, &["--platform=test-device=on"]);
+        assert!(mapping.has("nh"), "{memory} {mapping:?}");
     }
 }
 

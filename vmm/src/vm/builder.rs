@@ -22,7 +22,7 @@ use super::machine::{Backends, ClearedBuses};
 use crate::boot::acpi::{self, AcpiInput};
 use crate::boot::{self, Entry};
 use crate::config::validate::MAX_EXTERNAL_DEVICES;
-use crate::config::{PlatformConfig, SerialConfig, VmConfig};
+use crate::config::{MemoryConfig, PlatformConfig, SerialConfig, VmConfig};
 use crate::cpu::{self, Buses, Vcpus, cpuid, hypervisor, msr, regs};
 use crate::devices::ioapic::IoapicPage;
 use crate::devices::pm_timer::{PM_TIMER_LEN, PmTimer};
@@ -166,7 +166,7 @@ pub fn build(parts: &Parts) -> Result<Machine, Error> {
     mark("boot thread, its files confined");
     let vm = &parts.new_vm.vm;
     let mode = memory::Mode::of(config)?;
-    let ram = GuestRam::with_mode(&config.memory, mode)?;
+    let ram = GuestRam::with_mode(&memory_of(config), mode)?;
     let slots = ram.register(vm)?;
     mark("guest memory");
     let chip = Chip::new(Arc::clone(vm), config.platform.irqchip)?;
@@ -311,6 +311,15 @@ fn add_serial(
     let port = Arc::new(port);
     buses.pio.insert(PORT, PORT_LEN, Arc::clone(&port) as _)?;
     Ok(Some(port))
+}
+
+/// What guest memory is made as. A page that the test device takes from KVM is one of its own: in a huge page it would
+/// be back with the next access to any of its neighbours.
+fn memory_of(config: &VmConfig) -> MemoryConfig {
+    MemoryConfig {
+        thp: config.memory.thp && !config.platform.test_device,
+        ..config.memory
+    }
 }
 
 fn add_test_device(
