@@ -7,7 +7,7 @@ use std::process::Command;
 use serde_json::Value;
 
 /// Every crate of the workspace with all of our crates that it may depend on.
-const ARROWS: [(&str, &[&str]); 9] = [
+const ARROWS: [(&str, &[&str]); 10] = [
     ("berth-bench", &[]),
     ("berth-blk", &["berth-queue-worker"]),
     ("berth-irqchip", &[]),
@@ -18,6 +18,7 @@ const ARROWS: [(&str, &[&str]); 9] = [
         &["berth-tests-framework", "berth-vmm-api-types"],
     ),
     ("berth-tests-framework", &["berth-vmm-api-types"]),
+    ("berth-tuner", &["berth-vmm-api-types"]),
     ("berth-vmm", &["berth-irqchip", "berth-vmm-api-types"]),
     ("berth-vmm-api-types", &[]),
 ];

@@ -1,0 +1,141 @@
+//! Which memory is offered for merging: of the named domain only, where pages have equals, for as long as it pays.
+
+use super::{Action, Decision, History, VmHistory, mib};
+use crate::config::Config;
+use crate::sample::{PAGE, Sample, Vm};
+
+/// Passes of the scanner after which a VM must have brought something.
+const TRIAL_PASSES: u64 = 3;
+/// First wait between two comparisons of a VM's pages.
+const COMPARE_MS: u64 = 20_000;
+
+pub(super) fn advise(
+    config: &Config,
+    next: &mut History,
+    sample: &Sample,
+    decision: &mut Decision,
+) {
+    let room = next.windows.room_for_storm(sample);
+    for (name, vm) in &sample.vms {
+        let (Some(domain), Some(known)) = (&vm.domain, next.vms.get_mut(name)) else {
+            continue;
+        };
+        if config.merge.domain.as_ref() != Some(domain) {
+            withdraw_foreign(config, name, vm, domain, decision);
+            continue;
+        }
+        if vm.mergeable_bytes == 0 {
+            continue;
+        }
+        if vm.advised_bytes > 0 {
+            let scan = known.offered_at_scan.get_or_insert(sample.ksm.full_scans);
+            let passes = sample.ksm.full_scans.saturating_sub(*scan);
+            if let Some(why) = loss(vm, passes, sample, room) {
+                known.dropped_until_ms = sample.at_ms + 1000 * config.merge.retry_s;
+                known.offered_at_scan = None;
+                known.burst_bytes = 0;
+                decision.add(all(name, domain, false), why);
+                continue;
+            }
+        }
+        if sample.at_ms >= known.dropped_until_ms && vm.running {
+            offer(config, name, vm, domain, (known, sample.at_ms), decision);
+        }
+    }
+}
+
+fn all(name: &str, domain: &str, merge: bool) -> Action {
+    Action::Advise {
+        vm: name.to_owned(),
+        domain: domain.to_owned(),
+        merge,
+        ranges: Vec::new(),
+    }
+}
+
+/// One domain a host: what another one still offers is withdrawn.
+fn withdraw_foreign(config: &Config, name: &str, vm: &Vm, domain: &str, decision: &mut Decision) {
+    if vm.advised_bytes > 0 {
+        let ours = config.merge.domain.as_deref().unwrap_or("none");
+        let why = format!(
+            "{} MiB of domain {domain} are open to merging, and this host merges domain {ours}",
+            mib(vm.advised_bytes)
+        );
+        decision.add(all(name, domain, false), why);
+    }
+}
+
+/// Why a VM is no longer worth the book that is kept on its pages. It stays where there is no room to take it apart.
+fn loss(vm: &Vm, passes: u64, sample: &Sample, room: u64) -> Option<String> {
+    let ksm = vm.ksm?;
+    let needed = ksm.merging_pages * PAGE + room;
+    let is_loss = ksm.rmap_items > 0 && ksm.profit_bytes < 0 && passes >= TRIAL_PASSES;
+    (is_loss && sample.host.available_bytes > needed).then(|| {
+        format!(
+            "after {passes} passes {} of {} pages are merged: {} KiB lost",
+            ksm.merging_pages,
+            ksm.rmap_items,
+            -(ksm.profit_bytes >> 10)
+        )
+    })
+}
+
+fn offer(
+    config: &Config,
+    name: &str,
+    vm: &Vm,
+    domain: &str,
+    (known, at_ms): (&mut VmHistory, u64),
+    decision: &mut Decision,
+) {
+    if vm.advised_bytes >= vm.mergeable_bytes {
+        return;
+    }
+    if !config.merge.compare {
+        let why = format!(
+            "VM {name} is of domain {domain}: all its {} MiB are offered",
+            mib(vm.mergeable_bytes)
+        );
+        decision.add(all(name, domain, true), why);
+        return;
+    }
+    if let Some(runs) = &vm.compared {
+        let chosen = runs.iter().filter(|run| {
+            run.sampled > 0
+                && f64::from(run.equal) >= config.merge.min_equal * f64::from(run.sampled)
+        });
+        let ranges: Vec<(u64, u64)> = chosen.map(|run| (run.start, run.len)).collect();
+        if !ranges.is_empty() {
+            let bytes = ranges.iter().map(|range| range.1).sum();
+            let equal: u32 = runs.iter().map(|run| run.equal).sum();
+            let sampled: u32 = runs.iter().map(|run| run.sampled).sum();
+            let why = format!(
+                "of {sampled} pages that were compared {equal} have equals; {} MiB where they do are offered",
+                mib(bytes)
+            );
+            decision.add(
+                Action::Advise {
+                    vm: name.to_owned(),
+                    domain: domain.to_owned(),
+                    merge: true,
+                    ranges,
+                },
+                why,
+            );
+        }
+        return;
+    }
+    if at_ms >= known.compare_at_ms {
+        let most = 1000 * config.merge.probe_last_s;
+        known.compare_wait_ms = (2 * known.compare_wait_ms).clamp(COMPARE_MS.min(most), most);
+        known.compare_at_ms = at_ms + known.compare_wait_ms;
+        let left = vm.mergeable_bytes - vm.advised_bytes;
+        let action = Action::Compare {
+            vm: name.to_owned(),
+        };
+        decision.add(
+            action,
+            format!("{} MiB are not offered for merging", mib(left)),
+        );
+    }
+}
