@@ -37,6 +37,11 @@ Examples:
       --fs tag=srv,socket=/run/fs.sock \\
       --generic-vhost-user device_type=rng,socket=/run/rng.sock,queue_sizes=[64]
 
+  Free memory of the guest goes back to the host, and 256 MiB more, unless the guest needs them (docs/balloon.md):
+    berth-vmm --kernel vmlinuz --memory size=1G --api-socket path=/run/vm.sock \\
+      --balloon size=256M,deflate_on_oom=on,free_page_reporting=on
+    curl --unix-socket /run/vm.sock -X PUT http://localhost/api/v1/vm.resize -d '{\"desired_balloon\": 0}'
+
   No guest yet: it is created and booted through the API (docs/api.md):
     berth-vmm --api-socket path=/run/vm.sock
 
@@ -121,6 +126,13 @@ struct Flags {
     /// Source of the guest's entropy
     #[arg(long, value_name = "src=PATH", default_value = "src=/dev/urandom")]
     rng: String,
+    /// A memory balloon: what it takes from the guest at boot (vm.resize changes it), whether the guest takes it back
+    /// when it is out of memory, whether the guest's free pages go back to the host (docs/balloon.md)
+    #[arg(
+        long,
+        value_name = "size=SIZE,deflate_on_oom=on|off,free_page_reporting=on|off"
+    )]
+    balloon: Option<String>,
     /// The board: vendor of root ports, and how many of them wait for devices that are added later; who has the
     /// interrupt controllers (kernel: all in KVM; split: the IOAPIC here, no PIC and no PIT); how many ns KVM
     /// polls for a halted vCPU before it sleeps, at most
@@ -261,6 +273,7 @@ fn guest(flags: Flags) -> Result<Option<VmConfig>, Stop> {
         serial: convert::serial(&flags.serial)?,
         serial_is_console: false,
         rng: convert::rng(&flags.rng)?,
+        balloon: flags.balloon.as_deref().map(convert::balloon).transpose()?,
         platform: convert::platform(&flags.platform)?,
     };
     Ok(flags.kernel.map(|_| config))

@@ -11,6 +11,7 @@
 //!   plug        ── waits for the backend of a device that is added
 //!   api         ── HTTP on a unix socket; turns requests into messages for the driver
 //!   vcpuN       ── KVM_RUN; exits are dispatched over bus::Bus
+//!   balloon     ── gives back to the host what the guest lends it; rng ── fills its buffers of entropy
 //!   serial-out  ── writes what the guest prints, so that a slow reader holds up no vCPU
 //!   vu-diskN, vu-netN ── one vhost-user session each, off the main loop, with deadlines
 //! ```

@@ -44,6 +44,7 @@ fn wrong_usage_is_exit_2_and_names_the_nearest() {
     usage(&["--net", "socket=/a,mac=nonsense"], &["mac=nonsense"]);
     usage(&["--memory", "size=lots"], &["size=lots", "512M"]);
     usage(&["--cpus", "boot=many"], &["boot=many"]);
+    usage(&["--balloon", "siez=1G"], &["'siez'", "nearest: 'size'"]);
     usage(&["--serial", "ttyS0"], &["'ttyS0'", "nearest: 'tty'"]);
     refused(&["--kernel", "/k,entry=uefi"], 2, &["entry=uefi", "pvh"]);
     usage(
@@ -67,6 +68,10 @@ fn what_cannot_be_done_is_exit_1() {
     cannot(
         &["--memory", "size=536870913"],
         &["not a multiple of 2 MiB"],
+    );
+    cannot(
+        &["--balloon", "size=1G"],
+        &["1024 MiB", "the guest's memory of 512 MiB"],
     );
     cannot(&["--memory", "size=4096T"], &["physical addresses"]);
     cannot(&["--memory", "size=99999T"], &["physical addresses"]);

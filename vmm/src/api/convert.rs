@@ -10,8 +10,10 @@ use berth_vmm_api_types::v1 as wire;
 
 use crate::config::affinity::VcpuAffinity;
 use crate::config::{
-    HugePages, KernelEntry, Mergeable, PlatformConfig, SerialConfig, VmConfig, device_wire,
+    BalloonConfig, HugePages, KernelEntry, Mergeable, PlatformConfig, SerialConfig, VmConfig,
+    device_wire,
 };
+use crate::devices::virtio::balloon;
 use crate::memory::Mode;
 use crate::vm::state::VmState;
 
@@ -45,6 +47,7 @@ pub(super) fn vm_config(config: &VmConfig, pty: Option<&Path>) -> wire::VmConfig
         rng: wire::RngConfig {
             src: config.rng.src.clone(),
         },
+        balloon: config.balloon.as_ref().map(balloon),
         console: Some(match config.serial_is_console {
             true => serial(&config.serial, pty),
             false => wire::ConsoleConfig::default(),
@@ -93,6 +96,31 @@ fn platform(platform: &PlatformConfig) -> wire::PlatformConfig {
         test_device: platform.test_device,
         irqchip: Some(irqchip.to_owned()),
         halt_poll_ns: platform.halt_poll_ns,
+    }
+}
+
+fn balloon(balloon: &BalloonConfig) -> wire::BalloonConfig {
+    wire::BalloonConfig {
+        size: balloon.size_bytes,
+        deflate_on_oom: balloon.deflate_on_oom,
+        free_page_reporting: balloon.free_page_reporting,
+    }
+}
+
+/// What a balloon has come to, on the wire.
+pub(super) fn balloon_info(info: &balloon::Info) -> wire::BalloonInfo {
+    let stats = info.stats.as_ref();
+    let named = |stats: &balloon::Stats| {
+        let named = stats.named();
+        named
+            .map(|(name, value)| (name.to_owned(), value))
+            .collect()
+    };
+    wire::BalloonInfo {
+        target: info.target_bytes,
+        actual: info.actual_bytes,
+        stats: stats.map(|(stats, _)| named(stats)),
+        stats_age_ms: stats.map(|(_, age)| u64::try_from(age.as_millis()).unwrap_or(u64::MAX)),
     }
 }
 

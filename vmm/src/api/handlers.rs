@@ -11,7 +11,7 @@ use super::request;
 use crate::config::device_wire;
 use crate::config::shared_fd::SharedFd;
 use crate::vhost_user::Kind;
-use crate::vm::requests::{Command, Failure, Info, Reply};
+use crate::vm::requests::{Command, Failure, Info, Reply, Resize};
 use crate::vm::state::{Action, Refusal};
 
 const ROOT: &str = "/api/v1/";
@@ -26,8 +26,7 @@ pub(super) enum Route {
 }
 
 /// Requests that clients know and this VMM does not serve.
-const NOT_SERVED: [&str; 14] = [
-    "vm.resize",
+const NOT_SERVED: [&str; 13] = [
     "vm.resize-disk",
     "vm.resize-zone",
     "vm.add-device",
@@ -72,6 +71,7 @@ pub(super) fn route(request: &mut Request) -> Route {
         "vm.add-net" => add_net(&request.body, std::mem::take(&mut request.fds)),
         "vm.add-fs" => add_fs(&request.body),
         "vm.add-generic-vhost-user" => add_generic(&request.body),
+        "vm.resize" => resize(&request.body),
         "vm.remove-device" => remove(&request.body),
         _ if NOT_SERVED.contains(&name) => {
             let message = format!("{name} is not supported");
@@ -127,6 +127,15 @@ fn remove(body: &[u8]) -> Result<Command, request::Error> {
     Ok(Command::Remove(removed.id))
 }
 
+fn resize(body: &[u8]) -> Result<Command, request::Error> {
+    let resize: wire::VmResize = request::json("VmResize", body)?;
+    Ok(Command::Resize(Resize {
+        vcpus: resize.desired_vcpus,
+        ram_bytes: resize.desired_ram,
+        balloon_bytes: resize.desired_balloon,
+    }))
+}
+
 /// The answer for what the driver said.
 pub(super) fn answer(reply: Result<Reply, Failure>) -> Response {
     match reply {
@@ -145,6 +154,7 @@ pub(super) fn answer(reply: Result<Reply, Failure>) -> Response {
                 Failure::Refused(Refusal::NotCreated) | Failure::NotFound(_) => Status::NotFound,
                 Failure::Invalid(_) => Status::BadRequest,
                 Failure::Conflict(_) => Status::Conflict,
+                Failure::Unsupported(_) => Status::NotImplemented,
                 Failure::Refused(Refusal::WrongState { .. }) | Failure::Failed(_) => {
                     Status::InternalServerError
                 }
@@ -185,7 +195,14 @@ fn vm_info(info: &Info) -> wire::VmInfo {
     wire::VmInfo {
         config: super::convert::vm_config(&info.config, info.pty.as_deref()),
         state: super::convert::vm_state(info.state),
-        memory_actual_size: info.config.memory.size_bytes,
+        memory_actual_size: {
+            let ballooned = info
+                .balloon
+                .as_ref()
+                .map_or(0, |balloon| balloon.actual_bytes);
+            info.config.memory.size_bytes.saturating_sub(ballooned)
+        },
+        balloon: info.balloon.as_ref().map(super::convert::balloon_info),
         device_tree: (!info.devices.is_empty()).then(|| nodes.collect()),
     }
 }

@@ -13,16 +13,16 @@ use berth_vmm_api_types::v1::ConsoleMode;
 
 use crate::config::affinity::VcpuAffinity;
 use crate::config::{
-    ArgError, CpusConfig, DiskConfig, HugePages, KernelEntry, MemoryConfig, Mergeable, NetConfig,
-    PayloadConfig, PlatformConfig, RngConfig, SerialConfig, VmConfig, device_wire,
-    shared_fd::SharedFd,
+    ArgError, BalloonConfig, CpusConfig, DiskConfig, HugePages, KernelEntry, MemoryConfig,
+    Mergeable, NetConfig, PayloadConfig, PlatformConfig, RngConfig, SerialConfig, VmConfig,
+    device_wire, shared_fd::SharedFd,
 };
 use crate::cpu::features::Features;
 
 /// Devices that a guest would miss.
 const REFUSED: [&str; 5] = ["devices", "user_devices", "vdpa", "pmem", "tpm"];
 /// Devices that known clients always ask for, and that a guest can do without.
-const IGNORED: [&str; 4] = ["vsock", "balloon", "watchdog", "pvpanic"];
+const IGNORED: [&str; 3] = ["vsock", "watchdog", "pvpanic"];
 
 /// Why a body cannot be served.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
@@ -123,6 +123,7 @@ pub(super) fn vm_config(config: wire::VmConfig) -> Result<VmConfig, Error> {
         rng: RngConfig {
             src: config.rng.src,
         },
+        balloon: config.balloon.map(balloon),
         platform: platform(config.platform.unwrap_or_default())?,
     })
 }
@@ -180,6 +181,14 @@ fn memory(memory: &wire::MemoryConfig) -> Result<MemoryConfig, Error> {
         prefault: memory.prefault,
         window_bytes: memory.window,
     })
+}
+
+fn balloon(balloon: wire::BalloonConfig) -> BalloonConfig {
+    BalloonConfig {
+        size_bytes: balloon.size,
+        deflate_on_oom: balloon.deflate_on_oom,
+        free_page_reporting: balloon.free_page_reporting,
+    }
 }
 
 fn payload(payload: wire::PayloadConfig) -> Result<PayloadConfig, Error> {

@@ -64,6 +64,7 @@ fn drive(requests: &Requests) {
                 Command::Create(_)
                 | Command::Add(_)
                 | Command::Remove(_)
+                | Command::Resize(_)
                 | Command::VmmShutdown => Ok(Reply::Done),
             };
             reply.send(answer);

@@ -11,7 +11,9 @@ use berth_irqchip::Mode;
 use super::affinity::{self, VcpuAffinity};
 use super::keys::{Keys, hint};
 pub use super::memory::parse as memory;
-use super::{ArgError, CpusConfig, KernelEntry, PlatformConfig, RngConfig, SerialConfig};
+use super::{
+    ArgError, BalloonConfig, CpusConfig, KernelEntry, PlatformConfig, RngConfig, SerialConfig,
+};
 use crate::cpu::features::Features;
 use crate::socket::ApiSocket;
 use crate::telemetry::events::EventMonitor;
@@ -100,6 +102,18 @@ pub fn serial(text: &str) -> Result<SerialConfig, ArgError> {
 pub fn rng(text: &str) -> Result<RngConfig, ArgError> {
     Ok(RngConfig {
         src: path("--rng", "src", text)?,
+    })
+}
+
+/// `--balloon size=SIZE,deflate_on_oom=on|off,free_page_reporting=on|off`.
+pub fn balloon(text: &str) -> Result<BalloonConfig, ArgError> {
+    let known = ["size", "deflate_on_oom", "free_page_reporting"];
+    let keys = Keys::parse("--balloon", text, &known)?;
+    keys.no_bare()?;
+    Ok(BalloonConfig {
+        size_bytes: keys.size("size")?.unwrap_or(0),
+        deflate_on_oom: keys.on_off("deflate_on_oom")?.unwrap_or(false),
+        free_page_reporting: keys.on_off("free_page_reporting")?.unwrap_or(false),
     })
 }
 
@@ -250,6 +264,27 @@ mod tests {
         assert_eq!(event_monitor("fd=9").unwrap(), EventMonitor::Fd(9));
         for text in ["fd=1", "fd=3,path=/a", ""] {
             assert!(event_monitor(text).is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn a_balloon_begins_empty_and_does_nothing_by_itself() {
+        let plain = BalloonConfig {
+            size_bytes: 0,
+            deflate_on_oom: false,
+            free_page_reporting: false,
+        };
+        assert_eq!(balloon("size=0").unwrap(), plain);
+        let all = balloon("free_page_reporting=on,size=64M,deflate_on_oom=on").unwrap();
+        assert_eq!(all.size_bytes, 64 << 20);
+        assert!(all.deflate_on_oom && all.free_page_reporting);
+        let error = balloon("siez=1G").unwrap_err().to_string();
+        assert!(
+            error.contains("'siez'") && error.contains("'size'"),
+            "{error}"
+        );
+        for text in ["64M", "size=", "size=-1", "deflate_on_oom=yes"] {
+            assert!(balloon(text).is_err(), "{text}");
         }
     }
 

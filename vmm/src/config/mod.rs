@@ -151,6 +151,8 @@ pub struct VmConfig {
     pub serial_is_console: bool,
     /// Source of the guest's entropy device.
     pub rng: RngConfig,
+    /// Memory that the guest lends to the host, if it has a device for that.
+    pub balloon: Option<BalloonConfig>,
     /// What the board says it is.
     pub platform: PlatformConfig,
 }
@@ -226,6 +228,17 @@ pub enum SerialConfig {
 pub struct RngConfig {
     /// Where the bytes come from.
     pub src: PathBuf,
+}
+
+/// `--balloon`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct BalloonConfig {
+    /// Bytes that the guest is asked for when it boots.
+    pub size_bytes: u64,
+    /// Whether the guest takes pages back rather than kill a process for want of memory.
+    pub deflate_on_oom: bool,
+    /// Whether the guest's free pages go back to the host without being asked for.
+    pub free_page_reporting: bool,
 }
 
 /// `--platform`.

@@ -26,6 +26,7 @@ pub(crate) fn config() -> VmConfig {
         rng: RngConfig {
             src: "/dev/urandom".into(),
         },
+        balloon: None,
         platform: convert::platform("root_port_vendor=1").unwrap(),
     }
 }

@@ -87,6 +87,17 @@ pub enum Error {
          mergeable=off"
     )]
     WindowNotYet,
+    /// A balloon that would leave nothing of the guest's memory, and more.
+    #[error(
+        "--balloon: size of {} MiB is more than the guest's memory of {} MiB",
+        size_bytes >> 20, memory_bytes >> 20
+    )]
+    BalloonTooBig {
+        /// Size asked for.
+        size_bytes: u64,
+        /// What the guest has.
+        memory_bytes: u64,
+    },
     /// Command line too long.
     #[error("--cmdline: {len} bytes, a kernel takes at most {MAX_CMDLINE}")]
     CmdlineTooLong {
@@ -153,6 +164,7 @@ pub fn validate(config: &VmConfig, api_socket: Option<&Path>, host: Host) -> Res
     }
     affinity::validate(&config.affinity, config.cpus.boot, &host.cpus)?;
     memory(config, host)?;
+    balloon(config)?;
     cmdline(&config.payload.cmdline)?;
     devices(config)?;
     sockets(config, api_socket)
@@ -186,6 +198,18 @@ fn memory(config: &VmConfig, host: Host) -> Result<(), Error> {
         });
     }
     Ok(())
+}
+
+fn balloon(config: &VmConfig) -> Result<(), Error> {
+    let size_bytes = config.balloon.map_or(0, |balloon| balloon.size_bytes);
+    let memory_bytes = config.memory.size_bytes;
+    match size_bytes > memory_bytes {
+        true => Err(Error::BalloonTooBig {
+            size_bytes,
+            memory_bytes,
+        }),
+        false => Ok(()),
+    }
 }
 
 fn cmdline(cmdline: &str) -> Result<(), Error> {

@@ -11,6 +11,11 @@ pub fn api(data: &[u8]) {
     crate::api::fuzz_requests(data);
 }
 
+/// What a guest puts into the queues of its balloon.
+pub fn balloon(data: &[u8]) {
+    crate::devices::virtio::balloon::guest_queues(data);
+}
+
 /// What a vhost-user backend says.
 pub fn backend(data: &[u8]) {
     crate::vhost_user::fuzz_backend(data);

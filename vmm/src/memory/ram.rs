@@ -282,7 +282,7 @@ impl GuestRam {
     }
 
     /// Bytes of the pages that the memory is made of.
-    fn page_bytes(&self) -> u64 {
+    pub fn page_bytes(&self) -> u64 {
         self.config.huge_pages.map_or(PAGE, HugePages::bytes)
     }
 }

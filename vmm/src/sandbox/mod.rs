@@ -6,6 +6,7 @@
 //!                        └─ serial-out: its filter                             ├─ api, metrics: their filters
 //!                                                                              ├─ boot: Landlock of this guest, filter
 //!                                                                              │    ├─ vcpuN ── rng
+//!                                                                              │    ├─ balloon
 //!                                                                              │    └─ vu-ID, vu-deadline
 //!                                                                              ├─ plug, vu-ID of a device that is added
 //!                                                                              └─ teardown
@@ -79,6 +80,8 @@ pub enum ThreadKind {
     Deadline,
     /// HTTP of the REST API.
     Api,
+    /// Gives back to the host what the guest lends it.
+    Balloon,
     /// Fills the entropy device's buffers.
     Rng,
     /// Writes what the guest prints.
@@ -89,7 +92,7 @@ pub enum ThreadKind {
 
 impl ThreadKind {
     /// All of them.
-    pub const ALL: [Self; 11] = [
+    pub const ALL: [Self; 12] = [
         Self::Main,
         Self::Boot,
         Self::Teardown,
@@ -98,6 +101,7 @@ impl ThreadKind {
         Self::VhostUser,
         Self::Deadline,
         Self::Api,
+        Self::Balloon,
         Self::Rng,
         Self::SerialOut,
         Self::Metrics,
@@ -106,7 +110,7 @@ impl ThreadKind {
     /// Whose thread starts it; its filter is in force there already.
     pub fn parent(self) -> Self {
         match self {
-            Self::Vcpu | Self::VhostUser | Self::Deadline => Self::Boot,
+            Self::Vcpu | Self::VhostUser | Self::Deadline | Self::Balloon => Self::Boot,
             Self::Rng => Self::Vcpu,
             _ => Self::Main,
         }
@@ -123,6 +127,7 @@ impl ThreadKind {
             Self::VhostUser => "vu-ID",
             Self::Deadline => "vu-deadline",
             Self::Api => "api",
+            Self::Balloon => "balloon",
             Self::Rng => "rng",
             Self::SerialOut => "serial-out",
             Self::Metrics => "metrics",

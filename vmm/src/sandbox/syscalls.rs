@@ -344,6 +344,8 @@ pub fn allowed(kind: ThreadKind, doorbells: bool) -> Vec<Syscall> {
         ThreadKind::Deadline => &[COMMON, &[any![SYS_shutdown]]],
         ThreadKind::Api | ThreadKind::Metrics => &[COMMON, SERVER],
         ThreadKind::SerialOut => &[COMMON, &[any![SYS_sendto, SYS_sendmsg]]],
+        // Holes in guest memory.
+        ThreadKind::Balloon => &[COMMON, &[any![SYS_fallocate]]],
         ThreadKind::Rng | ThreadKind::Plug => &[COMMON],
     };
     groups

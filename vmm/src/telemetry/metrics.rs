@@ -18,7 +18,8 @@ use std::time::Duration;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-use super::events;
+use super::{balloon_metrics, events};
+use crate::devices::virtio::balloon;
 use crate::event_loop::{Interest, poll_one};
 use crate::sandbox::{self, ThreadKind};
 use crate::socket::Listener;
@@ -52,6 +53,7 @@ struct Server {
 struct Known {
     state: VmState,
     memory_bytes: u64,
+    balloon: Option<balloon::Info>,
     resident_bytes: Option<u64>,
     shared_bytes: Option<u64>,
     events_dropped: u64,
@@ -134,14 +136,15 @@ impl Server {
             Some(Reply::Counters(counters)) => counters,
             _ => CounterGroups::new(),
         };
-        let (state, memory_bytes) = match self.ask(Command::Info) {
-            Some(Reply::Info(info)) => (info.state, info.config.memory.size_bytes),
-            _ => (VmState::NotCreated, 0),
+        let (state, memory_bytes, balloon) = match self.ask(Command::Info) {
+            Some(Reply::Info(info)) => (info.state, info.config.memory.size_bytes, info.balloon),
+            _ => (VmState::NotCreated, 0, None),
         };
         let pages = self.pages();
         let known = Known {
             state,
             memory_bytes,
+            balloon,
             resident_bytes: pages.map(|[resident, _]| resident * PAGE),
             shared_bytes: pages.map(|[_, shared]| shared * PAGE),
             events_dropped: events::dropped(),
@@ -212,6 +215,11 @@ fn render(counters: &CounterGroups, known: &Known) -> String {
     );
     vcpus(&mut text, counters);
     backends(&mut text, counters);
+    balloon_metrics::render(
+        &mut text,
+        counters.get(balloon::NAME),
+        known.balloon.as_ref(),
+    );
     for (name, value) in counters.get("irqchip").into_iter().flatten() {
         // What is set up now, or how often something was done.
         let counts =
@@ -315,14 +323,14 @@ fn backends(text: &mut String, counters: &CounterGroups) {
 }
 
 // Writing to a string cannot fail.
-fn family(text: &mut String, name: &str, kind: &str, help: &str) {
+pub(super) fn family(text: &mut String, name: &str, kind: &str, help: &str) {
     let _ = writeln!(
         text,
         "# HELP berth_vmm_{name} {help}\n# TYPE berth_vmm_{name} {kind}"
     );
 }
 
-fn line(text: &mut String, name: &str, labels: &str, value: u64) {
+pub(super) fn line(text: &mut String, name: &str, labels: &str, value: u64) {
     let _ = match labels {
         "" => writeln!(text, "berth_vmm_{name} {value}"),
         labels => writeln!(text, "berth_vmm_{name}{{{labels}}} {value}"),
@@ -352,6 +360,7 @@ mod tests {
         let known = Known {
             state: VmState::Running,
             memory_bytes: 1 << 20,
+            balloon: None,
             resident_bytes: Some(4096),
             shared_bytes: None,
             events_dropped: 9,

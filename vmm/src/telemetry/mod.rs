@@ -1,5 +1,6 @@
 //! What the VMM says about itself.
 
+mod balloon_metrics;
 pub mod events;
 mod inherited;
 mod log;

@@ -22,7 +22,7 @@ use super::machine::{Backends, ClearedBuses};
 use crate::boot::acpi::{self, AcpiInput};
 use crate::boot::{self, Entry};
 use crate::config::validate::MAX_EXTERNAL_DEVICES;
-use crate::config::{MemoryConfig, PlatformConfig, SerialConfig, VmConfig};
+use crate::config::{BalloonConfig, MemoryConfig, PlatformConfig, SerialConfig, VmConfig};
 use crate::cpu::{self, Buses, Vcpus, cpuid, hypervisor, msr, regs};
 use crate::devices::ioapic::IoapicPage;
 use crate::devices::pm_timer::{PM_TIMER_LEN, PmTimer};
@@ -34,7 +34,7 @@ use crate::devices::serial::output::Output;
 use crate::devices::serial::port::{Input, RaiseInterrupt, SerialPort};
 use crate::devices::serial::{PIN, PORT, PORT_LEN};
 use crate::devices::test_device;
-use crate::devices::virtio::rng;
+use crate::devices::virtio::{balloon, rng};
 use crate::launcher::Launcher;
 use crate::memory::layout::{
     IOAPIC_START, KVM_IDENTITY_MAP, KVM_TSS, PM_TIMER_PORT, PM1A_EVT_PORT, RESET_PORT, SCI_PIN,
@@ -108,6 +108,9 @@ pub enum Error {
     /// Entropy.
     #[error(transparent)]
     Rng(#[from] rng::Error),
+    /// Balloon.
+    #[error(transparent)]
+    Balloon(#[from] balloon::Error),
     /// The boot thread's own confinement.
     #[error(transparent)]
     Sandbox(#[from] sandbox::Error),
@@ -185,7 +188,7 @@ pub fn build(parts: &Parts) -> Result<Machine, Error> {
     let mut frontends = Frontends::new().map_err(Error::Frontends)?;
     frontends = frontends.starting(parts.launcher.clone());
     let mut host = pci_host(&buses, &chip, &ram, &parts.events);
-    add_devices(&mut host, config, &mut frontends)?;
+    let balloon = add_devices(&mut host, config, &ram, &mut frontends)?;
     let pci = host.finish()?;
 
     mark("devices");
@@ -210,6 +213,7 @@ pub fn build(parts: &Parts) -> Result<Machine, Error> {
         power,
         sci,
         pci,
+        balloon,
         chip,
         memory_mode: mode,
         _slots: slots,
@@ -358,10 +362,14 @@ fn pci_host(buses: &Buses, chip: &Arc<Chip>, ram: &GuestRam, events: &GuestEvent
 fn add_devices(
     host: &mut PciHost,
     config: &VmConfig,
+    ram: &GuestRam,
     frontends: &mut Frontends,
-) -> Result<(), Error> {
+) -> Result<Option<balloon::Handle>, Error> {
     let rng = rng::Rng::new("_rng", &config.rng.src)?;
     host.add_builtin("_rng", Box::new(rng))?;
+    let balloon = config
+        .balloon
+        .map(|balloon| add_balloon(host, ram, &balloon));
     for kind in Kind::all(config) {
         let id = kind.id().to_owned();
         let device = frontends.connect(kind)?;
@@ -372,7 +380,18 @@ fn add_devices(
     for _ in 0..free.min(config.platform.hotplug_ports.into()) {
         host.add_empty_root_port(config.platform.root_port_vendor)?;
     }
-    Ok(())
+    balloon.transpose()
+}
+
+fn add_balloon(
+    host: &mut PciHost,
+    ram: &GuestRam,
+    balloon: &BalloonConfig,
+) -> Result<balloon::Handle, Error> {
+    let device = balloon::Balloon::new(balloon::NAME, balloon, ram)?;
+    let handle = device.handle();
+    host.add_builtin(balloon::NAME, Box::new(device))?;
+    Ok(handle)
 }
 
 /// A guest looks for its devices once, when it boots: they must have been there.

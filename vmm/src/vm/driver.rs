@@ -247,6 +247,7 @@ impl Driver {
             Command::Create(config) => reply.send(done(self.create_for_client(*config)?)),
             Command::Add(kind) => self.add_device(*kind, reply),
             Command::Remove(id) => reply.send(done(self.remove_device(&id))),
+            Command::Resize(resize) => reply.send(done(self.resize(resize))),
             Command::Info => reply.send(self.info()),
             Command::Counters => reply.send(Ok(Reply::Counters(self.counters()))),
             Command::VmmShutdown => {
@@ -413,15 +414,13 @@ impl Driver {
     fn info(&self) -> Result<Reply, Failure> {
         let config = self.config.as_deref().ok_or(Refusal::NotCreated)?;
         let pty = self.host.as_ref().and_then(SerialHost::pty_path);
+        let machine = self.machine.as_deref();
         Ok(Reply::Info(Box::new(Info {
             state: self.state,
             config: config.clone(),
             pty: pty.map(Into::into),
-            devices: self
-                .machine
-                .as_deref()
-                .map(Machine::devices)
-                .unwrap_or_default(),
+            devices: machine.map(Machine::devices).unwrap_or_default(),
+            balloon: machine.and_then(Machine::balloon),
         })))
     }
 

@@ -11,6 +11,7 @@ use super::requests::CounterGroups;
 use crate::cpu::{self, Buses, Vcpus};
 use crate::devices::power::PowerBlock;
 use crate::devices::serial::port::SerialPort;
+use crate::devices::virtio::balloon;
 use crate::memory::{Mode, RamSlots};
 use crate::pci::{DeviceInfo, Pci};
 use crate::vhost_user::{Frontends, SessionState};
@@ -25,6 +26,7 @@ pub struct Machine {
     pub(super) power: Arc<PowerBlock>,
     pub(super) sci: Arc<Line>,
     pub(super) pci: Pci,
+    pub(super) balloon: Option<balloon::Handle>,
     pub(super) chip: Arc<Chip>,
     pub(super) memory_mode: Mode,
     pub(super) _slots: RamSlots,
@@ -96,6 +98,11 @@ impl Machine {
         self.pci.devices()
     }
 
+    /// What its balloon has come to, if it has one.
+    pub fn balloon(&self) -> Option<balloon::Info> {
+        self.balloon.as_ref().map(balloon::Handle::info)
+    }
+
     /// All counters. What cannot be counted here is absent.
     pub fn counters(&self) -> CounterGroups {
         let mut groups = CounterGroups::new();
@@ -106,6 +113,9 @@ impl Machine {
             let live = u64::from(session.state == SessionState::Live);
             let group = groups.entry(session.id).or_default();
             group.insert("backend_connected".to_owned(), live);
+        }
+        if let Some(balloon) = &self.balloon {
+            groups.insert(balloon::NAME.to_owned(), balloon.counters());
         }
         let chip = self.chip.counters();
         let irqchip = [

@@ -11,6 +11,7 @@ mod events;
 mod hotplug;
 mod machine;
 pub mod requests;
+mod resize;
 mod signals;
 pub mod state;
 

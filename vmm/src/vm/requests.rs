@@ -13,6 +13,7 @@ use super::builder::{self, Machine};
 use super::events::GuestEvent;
 use super::state::{Action, Refusal, VmState};
 use crate::config::VmConfig;
+use crate::devices::virtio::balloon;
 use crate::pci::DeviceInfo;
 use crate::vhost_user::Kind;
 
@@ -39,12 +40,25 @@ pub enum Command {
     Add(Box<Kind>),
     /// The device with this id is to go.
     Remove(String),
+    /// The guest is to have more or less of something.
+    Resize(Resize),
     /// State and configuration.
     Info,
     /// Counters.
     Counters,
     /// The end of this process.
     VmmShutdown,
+}
+
+/// What the guest is to have from now on; what is none stays.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Resize {
+    /// vCPUs.
+    pub vcpus: Option<u32>,
+    /// RAM.
+    pub ram_bytes: Option<u64>,
+    /// What the balloon takes of it.
+    pub balloon_bytes: Option<u64>,
 }
 
 /// Where the answer to one command goes. Exactly one answer is given: if it is dropped, that the VMM ends.
@@ -115,6 +129,8 @@ pub struct Info {
     pub pty: Option<std::path::PathBuf>,
     /// PCI devices, while there is a machine.
     pub devices: Vec<DeviceInfo>,
+    /// The balloon, while there is a machine with one.
+    pub balloon: Option<balloon::Info>,
 }
 
 /// Why a client gets nothing.
@@ -132,6 +148,9 @@ pub enum Failure {
     /// What was named is not there.
     #[error("{0}")]
     NotFound(String),
+    /// It is understood and not done here.
+    #[error("{0}")]
+    Unsupported(String),
     /// It was tried.
     #[error("{0}")]
     Failed(String),

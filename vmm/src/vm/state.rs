@@ -16,7 +16,7 @@
 ///          (from every state)                      └───────────────────┘
 ///
 ///   reboot, by the guest or by request: Running, Paused ─▶ Booting
-///   add-*, remove-device: Created, Shutdown (the configuration alone), Running, Paused (the slot too)
+///   add-*, remove-device, resize: Created, Shutdown (the configuration alone), Running, Paused (the slot too)
 /// ```
 ///
 /// A VMM whose command line names a kernel begins with `create` and `boot`. The process outlives
@@ -63,6 +63,8 @@ pub enum Action {
     Shutdown,
     /// Pull the plug and forget the configuration.
     Delete,
+    /// Give the guest more or less of something.
+    Resize,
     /// Add a device to the configuration, and to the machine if there is one.
     AddDevice,
     /// Take a device out of the configuration, and out of the machine if there is one.
@@ -88,7 +90,8 @@ pub enum Refusal {
 /// Whether `action` is accepted in `state`; if so, the state once it is done.
 pub fn accept(state: VmState, action: Action) -> Result<VmState, Refusal> {
     use Action::{
-        AddDevice, Boot, Create, Delete, Pause, PowerButton, Reboot, RemoveDevice, Resume, Shutdown,
+        AddDevice, Boot, Create, Delete, Pause, PowerButton, Reboot, RemoveDevice, Resize, Resume,
+        Shutdown,
     };
     use VmState::{Booting, Created, NotCreated, Paused, Running};
     match (state, action) {
@@ -104,7 +107,9 @@ pub fn accept(state: VmState, action: Action) -> Result<VmState, Refusal> {
         (Running | Paused, PowerButton) => Ok(state),
         (Booting | Running | Paused, Shutdown) => Ok(VmState::Shutdown),
         // While a machine is put together its devices are being counted.
-        (Created | VmState::Shutdown | Running | Paused, AddDevice | RemoveDevice) => Ok(state),
+        (Created | VmState::Shutdown | Running | Paused, AddDevice | RemoveDevice | Resize) => {
+            Ok(state)
+        }
         _ => Err(Refusal::WrongState { state, action }),
     }
 }
@@ -115,7 +120,7 @@ mod tests {
     use super::VmState::{Booting, Created, NotCreated, Paused, Running};
     use super::*;
 
-    const ACTIONS: [Action; 10] = [
+    const ACTIONS: [Action; 11] = [
         Create,
         Boot,
         PowerButton,
@@ -126,6 +131,7 @@ mod tests {
         Delete,
         AddDevice,
         RemoveDevice,
+        Resize,
     ];
 
     #[test]
@@ -135,13 +141,13 @@ mod tests {
         let (none, made, boot) = (Some(NotCreated), Some(Created), Some(Booting));
         let (run, held) = (Some(Running), Some(Paused));
         // In the order of ACTIONS.
-        let table: [(VmState, [Option<VmState>; 10]); 6] = [
-            (NotCreated, [made, None, None, None, None, None, None, none, None, None]),
-            (Created, [None, boot, None, None, None, None, None, none, made, made]),
-            (Booting, [None, None, None, None, None, None, off, none, None, None]),
-            (Running, [None, None, run, held, None, boot, off, none, run, run]),
-            (Paused, [None, None, held, None, run, boot, off, none, held, held]),
-            (VmState::Shutdown, [None, boot, None, None, None, None, None, none, off, off]),
+        let table: [(VmState, [Option<VmState>; 11]); 6] = [
+            (NotCreated, [made, None, None, None, None, None, None, none, None, None, None]),
+            (Created, [None, boot, None, None, None, None, None, none, made, made, made]),
+            (Booting, [None, None, None, None, None, None, off, none, None, None, None]),
+            (Running, [None, None, run, held, None, boot, off, none, run, run, run]),
+            (Paused, [None, None, held, None, run, boot, off, none, held, held, held]),
+            (VmState::Shutdown, [None, boot, None, None, None, None, None, none, off, off, off]),
         ];
         for (state, expected) in table {
             for (action, expected) in ACTIONS.into_iter().zip(expected) {

@@ -32,6 +32,9 @@ pub struct VmConfig {
     pub generic_vhost_user: Option<Vec<GenericVhostUserConfig>>,
     /// Entropy.
     pub rng: RngConfig,
+    /// Balloon.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub balloon: Option<BalloonConfig>,
     /// First serial port.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub serial: Option<ConsoleConfig>,
@@ -207,6 +210,18 @@ impl Default for RngConfig {
             src: "/dev/urandom".into(),
         }
     }
+}
+
+/// A balloon.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct BalloonConfig {
+    /// Bytes that it takes from the guest at boot.
+    pub size: u64,
+    /// Whether the guest takes them back when it is out of memory.
+    pub deflate_on_oom: bool,
+    /// Whether the guest's free pages go back to the host.
+    pub free_page_reporting: bool,
 }
 
 /// Where a console goes.

@@ -11,6 +11,7 @@
 //! | GET `vm.memory-sample` | | [`MemoryMergeable`] |
 //! | PUT `vm.memory-sample` | [`MemorySample`] | [`MemoryHashes`] |
 //! | PUT `vm.memory-advice` | [`MemoryAdvice`] | 204 |
+//! | PUT `vm.resize` | [`VmResize`] | 204 |
 //! | PUT `vm.remove-device` | [`VmRemoveDevice`] | 204 |
 //!
 //! An error has an [`ErrorMessages`]; docs/api.md has the codes.
@@ -21,8 +22,8 @@ mod memory;
 mod vm;
 
 pub use config::{
-    ConsoleConfig, ConsoleMode, CpuAffinity, CpusConfig, MemoryConfig, MemoryZone, Mergeable,
-    MergeableWord, PayloadConfig, PlatformConfig, RngConfig, VmConfig,
+    BalloonConfig, ConsoleConfig, ConsoleMode, CpuAffinity, CpusConfig, MemoryConfig, MemoryZone,
+    Mergeable, MergeableWord, PayloadConfig, PlatformConfig, RngConfig, VmConfig,
 };
 pub use devices::{
     DiskConfig, FsConfig, GenericVhostUserConfig, NetConfig, RateLimiterConfig, TokenBucketConfig,
@@ -32,5 +33,6 @@ pub use memory::{
     Advice, MemoryAdvice, MemoryExtent, MemoryHashes, MemoryMergeable, MemoryRange, MemorySample,
 };
 pub use vm::{
-    DeviceNode, ErrorMessages, PciDeviceInfo, VmCounters, VmInfo, VmRemoveDevice, VmState, VmmPing,
+    BalloonInfo, DeviceNode, ErrorMessages, PciDeviceInfo, VmCounters, VmInfo, VmRemoveDevice,
+    VmResize, VmState, VmmPing,
 };

@@ -45,9 +45,27 @@ pub struct VmInfo {
     /// Guest RAM in bytes, less what a balloon has taken.
     #[serde(default)]
     pub memory_actual_size: u64,
+    /// The balloon, while there is a machine with one. Ours alone.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub balloon: Option<BalloonInfo>,
     /// Devices by id, while there is a machine.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub device_tree: Option<BTreeMap<String, DeviceNode>>,
+}
+
+/// A balloon in `vm.info`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BalloonInfo {
+    /// Bytes that were asked for.
+    pub target: u64,
+    /// Bytes that the guest says it gave.
+    pub actual: u64,
+    /// What the guest last said of its memory, by name; absent, nothing yet.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub stats: Option<BTreeMap<String, u64>>,
+    /// How long ago that was.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub stats_age_ms: Option<u64>,
 }
 
 /// A device in `vm.info`.
@@ -83,6 +101,21 @@ pub struct PciDeviceInfo {
 pub struct VmRemoveDevice {
     /// Its id.
     pub id: String,
+}
+
+/// What a guest is to have from now on; what is absent stays.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct VmResize {
+    /// vCPUs.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub desired_vcpus: Option<u32>,
+    /// Bytes of RAM.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub desired_ram: Option<u64>,
+    /// Bytes in the balloon.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub desired_balloon: Option<u64>,
 }
 
 /// `vm.counters`: by device or vCPU, then by name. What cannot be counted on a host is absent.

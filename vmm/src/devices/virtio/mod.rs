@@ -1,8 +1,9 @@
 //! virtio 1.x devices over PCI.
 //!
 //! [`transport_pci`] is the bus side, once for all; [`device::VirtioDevice`] is the seam; behind it are
-//! small devices of this process ([`rng`]) and [`crate::vhost_user`] ones in others.
+//! small devices of this process ([`rng`], [`balloon`]) and [`crate::vhost_user`] ones in others.
 
+pub mod balloon;
 pub mod device;
 #[cfg(test)]
 pub(crate) mod fake;
