@@ -33,10 +33,7 @@ use serde_json::{Value, json};
 pub const STORIES: &[Story] = &[Story {
     name: "migration",
     tier: Tier::Client,
-    // Until it has passed some 40 times under load: the guest seemed silent after the switch in three of some 80
-    // runs. Its memory showed that it was well, its load over and its agent waiting: a command was lost on the
-    // emulated serial line. Such a command is sent again now (framework, `Console::resend_lost`).
-    long: true,
+    long: false,
     checks: &[
         "migration.done_under_load",
         "migration.page_cache_as_read",
