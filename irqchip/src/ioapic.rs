@@ -203,6 +203,13 @@ impl Ioapic {
         pins
     }
 
+    /// Clears remote IRR of one entry; whether it is a level-triggered one.
+    pub(crate) fn end_of_pin(&mut self, pin: u32) -> bool {
+        let entry = &mut self.entries[pin as usize];
+        entry.0 &= !Entry::REMOTE_IRR;
+        entry.is_level()
+    }
+
     /// Answers a read at `offset` of the page; any width, as the buses of a VMM ask for them.
     pub(crate) fn read(&self, offset: u64, data: &mut [u8]) {
         let value = match offset & !3 {

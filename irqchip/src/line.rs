@@ -86,7 +86,9 @@ impl Line {
     }
 
     /// The eventfd behind [`raise`](Self::raise), for whoever raises the interrupt instead. With the
-    /// split irqchip a level interrupt that is raised so does not show in the guest's remote IRR.
+    /// split irqchip a level interrupt that is raised so does not show in the guest's remote IRR: KVM takes the
+    /// event without telling us, and the guest's registers are ours. It is delivered, ended and asked again
+    /// all the same; written again before its end it is one interrupt more.
     pub fn event(&self) -> &EventFd {
         &self.ends.event
     }

@@ -28,7 +28,7 @@ use vmm_sys_util::eventfd::EventFd;
 use crate::chip::Chip;
 use crate::ioapic::{Effect, Entry, Ioapic};
 use crate::line::Ends;
-use crate::{Error, Trigger, sys};
+use crate::{Error, Trigger, VcpuState, sys};
 
 /// IOAPIC and lines; one lock around both.
 #[derive(Debug)]
@@ -116,7 +116,33 @@ impl Pins {
 
     /// All level interrupts with this vector have ended: their devices are asked again.
     pub(crate) fn end_of_interrupt(&mut self, chip: &Chip, vector: u8) {
-        for pin in self.ioapic.end_of_interrupt(vector) {
+        let ended = self.ioapic.end_of_interrupt(vector);
+        self.ask_again(chip, ended);
+    }
+
+    /// Level pins of which no local APIC has the interrupt. KVM may have taken the end of one and be about to
+    /// tell us, as the vCPU's next exit, which it then never does: nothing that can be saved says so.
+    pub(crate) fn ended(&self, vcpus: &[VcpuState]) -> u32 {
+        let directed = vcpus.iter().all(VcpuState::directs_ends);
+        let ended = |pin: &u32| {
+            let entry = self.ioapic.entry(*pin);
+            let has = |vcpu: &VcpuState| vcpu.has_interrupt(entry.vector());
+            entry.is_level() && !directed && !vcpus.iter().any(has)
+        };
+        let pins = (0..crate::IOAPIC_PINS).filter(ended);
+        pins.fold(0, |pins, pin| pins | 1 << pin)
+    }
+
+    /// Ends the interrupts of these pins, on a chip that was restored. A device whose interrupt had no end to
+    /// wait for is asked once more than it need be.
+    pub(crate) fn end(&mut self, chip: &Chip, pins: u32) {
+        let ended = (0..crate::IOAPIC_PINS).filter(|pin| pins >> pin & 1 != 0);
+        let ended = ended.filter(|pin| self.ioapic.end_of_pin(*pin)).collect();
+        self.ask_again(chip, ended);
+    }
+
+    fn ask_again(&mut self, chip: &Chip, pins: Vec<u32>) {
+        for pin in pins {
             if let Err(error) = self.deliver_driven(chip, pin) {
                 tracing::debug!(pin, %error, "a driven pin is not delivered again");
             }
@@ -130,9 +156,20 @@ impl Pins {
         }
     }
 
-    /// Makes KVM's side that of all entries, on a chip whose registers were restored.
-    pub(crate) fn restore(&mut self, chip: &Chip, ioapic: Ioapic) -> Result<(), Error> {
-        self.ioapic = ioapic;
+    /// Pins that are driven high.
+    pub(crate) fn driven(&self) -> u32 {
+        self.driven
+    }
+
+    /// Takes over registers and driven pins, and makes KVM's side that of all entries. Nothing is delivered:
+    /// the level of a driven pin either was, and then remote IRR says so, or waits for its pin to be unmasked.
+    pub(crate) fn restore(
+        &mut self,
+        chip: &Chip,
+        ioapic: Ioapic,
+        driven: u32,
+    ) -> Result<(), Error> {
+        (self.ioapic, self.driven) = (ioapic, driven);
         for pin in 0..crate::IOAPIC_PINS {
             let entry = self.ioapic.entry(pin);
             if !entry.is_masked() || entry.remote_irr() {

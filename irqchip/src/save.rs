@@ -22,7 +22,7 @@ use crate::state::{
     CONTROLLER_LEN, ChipState, Controllers, EVENTS_LEN, LAPIC_LEN, PIT_LEN, StateError, VcpuState,
     VectorState,
 };
-use crate::{Chip, Error, Msi};
+use crate::{Chip, Error, IOAPIC_PINS, Msi};
 
 const IA32_TSC: u32 = 0x10;
 const IA32_APIC_BASE: u32 = 0x1b;
@@ -80,24 +80,30 @@ unsafe impl Plain<LAPIC_LEN> for kvm_lapic_state {}
 unsafe impl Plain<EVENTS_LEN> for kvm_vcpu_events {}
 
 impl Chip {
-    /// What the chip, its vectors and the clock are now. To be called while no vCPU runs.
+    /// What the chip, its vectors and the clock are now. To be called while no vCPU runs, with the states of
+    /// all of them, which were saved before.
     ///
     /// A [`Line`](crate::Line) that was raised a moment before may not be in it with KVM's own IOAPIC: a
     /// kernel thread of irqfd's carries the news there. A device raises again after the restore what it has
     /// not seen answered.
-    pub fn save(&self, msis: &[&Msi]) -> Result<ChipState, Error> {
-        let controllers = match self.pins() {
-            Some(pins) => Controllers::Split {
-                ioapic: Box::new(pins.ioapic.clone()),
-                pending: pins.pending(),
-            },
-            None => self.save_kernel()?,
+    pub fn save(&self, vcpus: &[VcpuState], msis: &[&Msi]) -> Result<ChipState, Error> {
+        let (controllers, driven) = match self.pins() {
+            Some(pins) => {
+                let controllers = Controllers::Split {
+                    ioapic: Box::new(pins.ioapic.clone()),
+                    pending: pins.pending(),
+                    ended: pins.ended(vcpus),
+                };
+                (controllers, pins.driven())
+            }
+            None => (self.save_kernel()?, *self.kernel_driven()),
         };
         let mut vectors: Vec<_> = msis.iter().map(|msi| self.save_vector(msi)).collect();
         vectors.sort_by_key(|vector| vector.gsi);
         let clock = self.vm().get_clock().map_err(kvm("KVM clock"))?;
         Ok(ChipState {
             controllers,
+            driven,
             vectors,
             clock_ns: clock.clock,
         })
@@ -124,17 +130,21 @@ impl Chip {
         };
         self.vm().set_clock(&clock).map_err(kvm("KVM clock"))?;
         match &state.controllers {
-            Controllers::Kernel { chips, pit } => self.restore_kernel(chips, pit)?,
+            Controllers::Kernel { chips, pit } => {
+                self.restore_kernel_driven(state.driven)?;
+                self.restore_kernel(chips, pit)?;
+            }
             Controllers::Split { ioapic, .. } => {
                 if let Some(mut pins) = self.pins() {
-                    pins.restore(self, (**ioapic).clone())?;
+                    pins.restore(self, (**ioapic).clone(), state.driven)?;
                 }
             }
         }
         self.restore_vectors(&state.vectors, msis)?;
-        if let (Controllers::Split { pending, .. }, Some(mut pins)) =
+        if let (Controllers::Split { pending, ended, .. }, Some(mut pins)) =
             (&state.controllers, self.pins())
         {
+            pins.end(self, *ended);
             pins.set_pending(*pending).map_err(Error::EventFd)?;
         }
         Ok(())
@@ -197,6 +207,15 @@ impl Chip {
             chips,
             pit: Box::new(pit.to_array()),
         })
+    }
+
+    /// Tells KVM who holds a pin high, which is not in its registers: it would let go of the pin as soon as one
+    /// other source does. Before the registers, while all pins are masked: they say what of it was delivered.
+    fn restore_kernel_driven(&self, driven: u32) -> Result<(), Error> {
+        for pin in (0..IOAPIC_PINS).filter(|pin| driven >> pin & 1 != 0) {
+            self.drive(pin, true)?;
+        }
+        Ok(())
     }
 
     fn restore_kernel(

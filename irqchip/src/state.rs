@@ -3,7 +3,7 @@
 //! ```text
 //!  device ─▶ eventfd ─▶ IOAPIC, PIC, MSI route ─▶ local APIC IRR ─▶ ISR ─▶ end of interrupt
 //!              │             │                        │              │
-//!         VectorState    Controllers              VcpuState: local APIC, events, deadline
+//!         VectorState    Controllers, driven      VcpuState: local APIC, events, deadline
 //!         Split.pending  PIT, clock
 //! ```
 //!
@@ -20,8 +20,8 @@
 use crate::ioapic::{Entry, Ioapic};
 use crate::{IOAPIC_PINS, Mode, MsiMessage};
 
-/// The only version so far.
-pub const STATE_VERSION: u16 = 1;
+/// The only version that is read. 1 had neither `driven` nor `ioapic.ended`.
+pub const STATE_VERSION: u16 = 2;
 const MAGIC: [u8; 4] = *b"BIRQ";
 const KIND_CHIP: u16 = 1;
 const KIND_VCPU: u16 = 2;
@@ -60,6 +60,8 @@ impl StateError {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ChipState {
     pub(crate) controllers: Controllers,
+    /// Pins that [`Chip::drive`](crate::Chip::drive) holds high.
+    pub(crate) driven: u32,
     pub(crate) vectors: Vec<VectorState>,
     /// KVM clock, in nanoseconds.
     pub(crate) clock_ns: u64,
@@ -72,8 +74,13 @@ pub(crate) enum Controllers {
         chips: Box<[[u8; CONTROLLER_LEN]; 3]>,
         pit: Box<[u8; PIT_LEN]>,
     },
-    /// Our IOAPIC, and pins of which a level line waits to be unmasked.
-    Split { ioapic: Box<Ioapic>, pending: u32 },
+    /// Our IOAPIC; pins of which a level line waits to be unmasked; and level pins of which no local APIC has
+    /// the interrupt, so that its end, if it had one, was on its way to us.
+    Split {
+        ioapic: Box<Ioapic>,
+        pending: u32,
+        ended: u32,
+    },
 }
 
 /// One MSI vector.
@@ -113,15 +120,21 @@ impl ChipState {
                 bytes.extend(chips.iter().flatten());
                 bytes.extend(pit.iter());
             }
-            Controllers::Split { ioapic, pending } => {
+            Controllers::Split {
+                ioapic,
+                pending,
+                ended,
+            } => {
                 bytes.push(1);
                 bytes.push(ioapic.select());
                 bytes.extend(ioapic.id().to_le_bytes());
                 let entries = ioapic.entries().iter();
                 bytes.extend(entries.flat_map(|entry| entry.bits().to_le_bytes()));
                 bytes.extend(pending.to_le_bytes());
+                bytes.extend(ended.to_le_bytes());
             }
         }
+        bytes.extend(self.driven.to_le_bytes());
         bytes.extend(self.clock_ns.to_le_bytes());
         bytes.extend((self.vectors.len() as u32).to_le_bytes());
         for vector in &self.vectors {
@@ -150,6 +163,7 @@ impl ChipState {
                 return Err(StateError::new("mode", why));
             }
         };
+        let driven = reader.pins("driven")?;
         let clock_ns = reader.u64("clock")?;
         let count = reader.count("vectors", MAX_VECTORS)?;
         let mut vectors: Vec<VectorState> = Vec::new();
@@ -164,6 +178,7 @@ impl ChipState {
         reader.end()?;
         Ok(Self {
             controllers,
+            driven,
             vectors,
             clock_ns,
         })
@@ -198,18 +213,31 @@ fn split_controllers(reader: &mut Reader<'_>) -> Result<Controllers, StateError>
     let ioapic = Ioapic::from_parts(select, id, entries).ok_or_else(|| {
         StateError::new("ioapic.id", format!("{id:#x} has bits that an id has not"))
     })?;
-    let pending = reader.u32("ioapic.pending")?;
-    if pending >> IOAPIC_PINS != 0 {
-        let why = format!("{pending:#x} names pins that do not exist");
-        return Err(StateError::new("ioapic.pending", why));
-    }
     Ok(Controllers::Split {
         ioapic: Box::new(ioapic),
-        pending,
+        pending: reader.pins("ioapic.pending")?,
+        ended: reader.pins("ioapic.ended")?,
     })
 }
 
 impl VcpuState {
+    const SPURIOUS: usize = 0xf0;
+    const IN_SERVICE: usize = 0x100;
+    const REQUEST: usize = 0x200;
+
+    /// Whether the local APIC has an interrupt with this vector, waiting or in service.
+    pub(crate) fn has_interrupt(&self, vector: u8) -> bool {
+        // 32 vectors in four bytes of every sixteen (Intel SDM 3A, 11.8.4).
+        let byte = usize::from(vector / 32) * 16 + usize::from(vector % 32 / 8);
+        let bits = self.lapic[Self::IN_SERVICE + byte] | self.lapic[Self::REQUEST + byte];
+        bits >> (vector % 8) & 1 != 0
+    }
+
+    /// Whether the guest ends level interrupts at the IOAPIC itself (Intel SDM 3A, 11.8.5).
+    pub(crate) fn directs_ends(&self) -> bool {
+        self.lapic[Self::SPURIOUS + 1] & 1 << 4 != 0
+    }
+
     /// The binary form.
     pub fn to_bytes(&self) -> Vec<u8> {
         let mut bytes = header(KIND_VCPU);
@@ -297,6 +325,16 @@ impl<'a> Reader<'a> {
 
     fn u64(&mut self, field: &'static str) -> Result<u64, StateError> {
         self.array(field).map(u64::from_le_bytes)
+    }
+
+    /// A bit for each IOAPIC pin.
+    fn pins(&mut self, field: &'static str) -> Result<u32, StateError> {
+        let pins = self.u32(field)?;
+        if pins >> IOAPIC_PINS != 0 {
+            let why = format!("{pins:#x} names pins that do not exist");
+            return Err(StateError::new(field, why));
+        }
+        Ok(pins)
     }
 
     fn flag(&mut self, field: &'static str) -> Result<bool, StateError> {

@@ -18,6 +18,7 @@ fn chip(mode: Mode) -> ChipState {
             Controllers::Split {
                 ioapic: Box::new(ioapic),
                 pending: 1 << 23,
+                ended: 1 << 22,
             }
         }
     };
@@ -33,6 +34,7 @@ fn chip(mode: Mode) -> ChipState {
     };
     ChipState {
         controllers,
+        driven: 1 << 10,
         vectors: vec![vector(24, Some(message)), vector(25, None)],
         clock_ns: 123_456_789,
     }
@@ -80,22 +82,24 @@ fn every_shorter_and_longer_state_is_refused() {
 #[test]
 fn an_error_names_its_field() {
     let good = chip(Mode::Split).to_bytes();
-    // magic 0, version 4, kind 6, mode 8, select 9, id 10, entries 14, pending 206, clock 210,
-    // count 218, then the first vector: gsi 222, flags 226.
+    // magic 0, version 4, kind 6, mode 8, select 9, id 10, entries 14, pending 206, ended 210, driven 214,
+    // clock 218, count 226, then the first vector: gsi 230, flags 234.
     for (at, value, field) in [
         (0, b'X', "magic"),
-        (4, 2, "version"),
+        (4, 1, "version"),
         (6, 2, "kind"),
         (8, 2, "mode"),
         (10, 1, "ioapic.id"),
         (15, 0x10, "ioapic.entry"),
         (209, 1, "ioapic.pending"),
-        (220, 1, "vectors"),
-        (222, 23, "vectors.gsi"),
-        (222, 25, "vectors.gsi"),
-        (226, 2, "vectors.has_message"),
-        (227, 2, "vectors.masked"),
-        (228, 0xff, "vectors.pending"),
+        (213, 1, "ioapic.ended"),
+        (217, 1, "driven"),
+        (228, 1, "vectors"),
+        (230, 23, "vectors.gsi"),
+        (230, 25, "vectors.gsi"),
+        (234, 2, "vectors.has_message"),
+        (235, 2, "vectors.masked"),
+        (236, 0xff, "vectors.pending"),
     ] {
         let mut bytes = good.clone();
         bytes[at] = value;
@@ -106,6 +110,22 @@ fn an_error_names_its_field() {
         error.to_string(),
         "saved interrupt state: kind: 2 is not 1 (1 a chip's, 2 a vCPU's)"
     );
+}
+
+#[test]
+fn an_interrupt_is_found_in_the_request_and_in_service_registers() {
+    let mut state = vcpu();
+    *state.lapic = [0; LAPIC_LEN];
+    // Vector 0x51: bit 17 of register 2.
+    for register in [0x120, 0x220] {
+        state.lapic[register + 2] = 2;
+        let found: Vec<_> = (0..=255).filter(|&v| state.has_interrupt(v)).collect();
+        assert_eq!(found, [0x51]);
+        state.lapic[register + 2] = 0;
+    }
+    assert!(!state.directs_ends());
+    state.lapic[0xf1] = 0x10;
+    assert!(state.directs_ends());
 }
 
 #[test]

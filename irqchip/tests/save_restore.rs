@@ -12,6 +12,8 @@ use crate::guest::{
 const LEVEL_PIN: u32 = 10;
 const MASKED_PIN: u32 = 11;
 const EDGE_PIN: u32 = 4;
+/// No line leads to it.
+const FREE_PIN: u32 = 12;
 
 /// What the VMM would have: lines and vectors, made in this order.
 struct Devices {
@@ -187,6 +189,105 @@ fn an_armed_deadline_fires_there_and_not_before(mode: Mode) {
     machine.assert_no_interrupt();
 }
 
+fn a_driven_level_stays_high_there_until_it_is_low(mode: Mode) {
+    let Some(machine) = Machine::new(mode, 1) else {
+        return;
+    };
+    let devices = Devices::new(&machine.chip);
+    machine.cpu(0).set_ioapic_level(LEVEL_PIN, 0x50);
+    machine.chip.drive(LEVEL_PIN, true).unwrap();
+    assert_eq!(machine.cpu(0).interrupt(), 0x50);
+
+    let (machine, _devices) = moved(machine, devices);
+    let cpu = machine.cpu(0);
+    for _ in 0..3 {
+        cpu.eoi();
+        assert_eq!(cpu.interrupt(), 0x50, "it is high still");
+    }
+    machine.chip.drive(LEVEL_PIN, false).unwrap();
+    cpu.eoi();
+    cpu.mask_ioapic(LEVEL_PIN);
+    cpu.take_any(0x50);
+    machine.assert_no_interrupt();
+}
+
+fn a_driven_level_that_waits_to_be_unmasked_arrives_there(mode: Mode) {
+    let Some(machine) = Machine::new(mode, 1) else {
+        return;
+    };
+    let devices = Devices::new(&machine.chip);
+    machine.chip.drive(FREE_PIN, true).unwrap();
+
+    let (machine, _devices) = moved(machine, devices);
+    let cpu = machine.cpu(0);
+    machine.assert_no_interrupt();
+    cpu.set_ioapic_level(FREE_PIN, 0x50);
+    assert_eq!(cpu.interrupt(), 0x50);
+}
+
+/// The line on the same pin lets go of it at the end of the interrupt; who drives it does not.
+fn a_driven_level_is_not_let_go_of_with_a_line_on_its_pin(mode: Mode) {
+    let Some(machine) = Machine::new(mode, 1) else {
+        return;
+    };
+    let devices = Devices::new(&machine.chip);
+    machine.cpu(0).set_ioapic_level(LEVEL_PIN, 0x50);
+    machine.chip.drive(LEVEL_PIN, true).unwrap();
+    devices.level.raise().unwrap();
+    machine.cpu(0).wait_requested(0x50);
+
+    let (machine, devices) = moved(machine, devices);
+    let cpu = machine.cpu(0);
+    assert_eq!(cpu.interrupt(), 0x50);
+    cpu.eoi();
+    wait_for(devices.level.resample().unwrap());
+    for _ in 0..3 {
+        assert_eq!(cpu.interrupt(), 0x50, "it is high still");
+        cpu.eoi();
+    }
+}
+
+/// A device that wrote its eventfd, and whose interrupt has ended without our having been told.
+fn an_end_that_was_on_its_way_is_not_lost(mode: Mode) {
+    let Some(machine) = Machine::new(mode, 1) else {
+        return;
+    };
+    let devices = Devices::new(&machine.chip);
+    machine.cpu(0).set_ioapic_level(LEVEL_PIN, 0x50);
+    devices.level.raise().unwrap();
+    assert_eq!(machine.cpu(0).interrupt(), 0x50);
+    let asked = is_signalled(devices.level.resample().unwrap());
+
+    let (machine, devices) = moved(machine, devices);
+    let cpu = machine.cpu(0);
+    if !asked {
+        cpu.eoi();
+        wait_for(devices.level.resample().unwrap());
+    }
+    assert!(!cpu.ioapic_remote_irr(LEVEL_PIN));
+    devices.level.raise().unwrap();
+    assert_eq!(cpu.interrupt(), 0x50);
+}
+
+/// An edge that was taken is no edge there, though its wire is high.
+fn a_driven_edge_that_was_taken_is_not_taken_again(mode: Mode) {
+    let Some(machine) = Machine::new(mode, 1) else {
+        return;
+    };
+    let devices = Devices::new(&machine.chip);
+    machine.cpu(0).set_ioapic_edge(EDGE_PIN, 0x54);
+    machine.chip.drive(EDGE_PIN, true).unwrap();
+    assert_eq!(machine.cpu(0).interrupt(), 0x54);
+    machine.cpu(0).eoi();
+
+    let (machine, _devices) = moved(machine, devices);
+    let cpu = machine.cpu(0);
+    machine.assert_no_interrupt();
+    machine.chip.drive(EDGE_PIN, false).unwrap();
+    machine.chip.drive(EDGE_PIN, true).unwrap();
+    assert_eq!(cpu.interrupt(), 0x54);
+}
+
 #[test]
 fn the_pit_ticks_on_there() {
     let Some(machine) = Machine::new(Mode::Kernel, 1) else {
@@ -253,7 +354,7 @@ fn another_modes_state_and_a_missing_vector_are_refused() {
         return;
     };
     let msi = machine.msi(0x41);
-    let state = machine.chip.save(&[&msi]).unwrap();
+    let state = machine.chip.save(&[], &[&msi]).unwrap();
     let error = machine.chip.restore(&state, &[]).unwrap_err();
     assert_eq!(
         error.to_string(),
@@ -273,5 +374,10 @@ both_modes! {
     a_level_line_in_service_is_asked_again_there,
     a_level_line_that_waits_to_be_unmasked_arrives_there,
     an_armed_deadline_fires_there_and_not_before,
+    a_driven_level_stays_high_there_until_it_is_low,
+    a_driven_level_that_waits_to_be_unmasked_arrives_there,
+    a_driven_level_is_not_let_go_of_with_a_line_on_its_pin,
+    an_end_that_was_on_its_way_is_not_lost,
+    a_driven_edge_that_was_taken_is_not_taken_again,
     everything_at_once,
 }

@@ -83,6 +83,31 @@ fn whoever_writes_the_eventfd_of_a_level_line_is_asked_again_too() {
     machine.assert_no_interrupt();
 }
 
+/// The one thing in which `raise` is better: documented at `Line::event`.
+#[test]
+fn an_eventfd_written_directly_does_not_show_in_remote_irr_and_is_ended_all_the_same() {
+    let Some(machine) = Machine::new(Mode::Split, 1) else {
+        return;
+    };
+    let cpu = machine.cpu(0);
+    let line = machine.chip.line(PIN, Trigger::Level).unwrap();
+    cpu.set_ioapic_level(PIN, 0x50);
+    line.event().write(1).unwrap();
+    cpu.wait_requested(0x50);
+    assert!(!cpu.ioapic_remote_irr(PIN));
+    assert_eq!(cpu.interrupt(), 0x50);
+    cpu.eoi();
+    wait_for(line.resample().unwrap());
+
+    line.raise().unwrap();
+    cpu.wait_requested(0x50);
+    assert!(cpu.ioapic_remote_irr(PIN), "raised by us it shows");
+    assert_eq!(cpu.interrupt(), 0x50);
+    cpu.eoi();
+    wait_for(line.resample().unwrap());
+    machine.assert_no_interrupt();
+}
+
 #[test]
 fn an_end_of_interrupt_after_the_pin_was_masked_still_asks() {
     let Some(machine) = Machine::new(Mode::Split, 1) else {

@@ -258,13 +258,17 @@ pub(super) struct SavedCpu {
 }
 
 impl SavedCpu {
+    /// Its interrupts and clocks.
+    pub(super) fn state(&self) -> VcpuState {
+        VcpuState::from_bytes(&self.state).unwrap()
+    }
+
     /// The same vCPU in another VM.
     pub(super) fn restore(&self, host: &Host, id: u16) -> VcpuFd {
         let vcpu = create(host, id);
         vcpu.set_sregs(&self.sregs).unwrap();
         vcpu.set_regs(&self.regs).unwrap();
-        let state = VcpuState::from_bytes(&self.state).unwrap();
-        state.restore(&vcpu).unwrap();
+        self.state().restore(&vcpu).unwrap();
         vcpu
     }
 }

@@ -126,7 +126,8 @@ impl Machine {
             .memory
             .read_slice(&mut memory, GuestAddress(0))
             .unwrap();
-        let chip = self.chip.save(msis).unwrap().to_bytes();
+        let vcpus = [cpu.state()];
+        let chip = self.chip.save(&vcpus, msis).unwrap().to_bytes();
         Saved { cpu, memory, chip }
     }
 
