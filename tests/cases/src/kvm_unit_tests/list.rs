@@ -1,8 +1,8 @@
 //! `unittests.cfg`, read as the suite's own runner (`scripts/common.bash`) does.
 //!
 //! One test a section, `key = value` lines; unknown keys and what comes before the first section are passed
-//! over. The suite gives values to a shell, so they are the shell's words: quotes are taken off, and
-//! `` `date +%s` `` becomes the time. QEMU's arguments may go over several lines:
+//! over. The suite gives values to a shell, so they are the shell's words: quotes are taken off. `` `date +%s` ``
+//! stays, as only the start of a run knows it. QEMU's arguments may go over several lines:
 //!
 //! ```text
 //!   [name]
@@ -14,18 +14,14 @@
 //! What only a shell could tell (`$MAX_SMP`, `disabled_if`) is in the lists of other architectures than x86: such
 //! a test is left out, and says so. Errors name the line.
 
-use std::time::{SystemTime, UNIX_EPOCH};
-
 use anyhow::{Context as _, Result, anyhow, bail};
 
-use super::suite::Test;
+use super::suite::{DATE, Test};
 
 /// No test takes longer.
 const DAY_S: u64 = 86_400;
 /// Begins and ends a value of several lines.
 const LONG: &str = "\"\"\"";
-/// The one command that x86's list asks a shell to run.
-const DATE: &str = "`date +%s`";
 
 /// The tests of a list.
 ///
@@ -173,9 +169,6 @@ fn unmet(check: &str) -> Result<Option<String>> {
 
 /// The shell's words of a text.
 fn words(text: &str) -> Result<Vec<String>> {
-    let now = SystemTime::now().duration_since(UNIX_EPOCH);
-    let now = now.map_or(0, |since| since.as_secs());
-    let text = text.replace(DATE, &now.to_string());
     let mut words = Vec::new();
     let mut word = None;
     let mut quote = None;
@@ -205,6 +198,8 @@ fn words(text: &str) -> Result<Vec<String>> {
 
 #[cfg(test)]
 mod tests {
+    use std::time::{Duration, UNIX_EPOCH};
+
     use super::*;
 
     const LIST: &str = "\
@@ -252,9 +247,11 @@ arch = i386
         assert_eq!((apic.program(), apic.smp, apic.timeout_s), ("apic", 2, 30));
         assert_eq!(apic.features(), ["+x2apic", "-pcid"]);
         assert_eq!((apic.memory_mib, &apic.skip), (2048, &None));
-        let (start, seconds) = tests[1].args.split_once(' ').expect("two words");
-        assert_eq!((start, tests[1].timeout_s), ("10000000", 90));
-        assert!(seconds.parse::<u64>().expect("a time") > 1_700_000_000);
+        let args = tests[1].args_at(UNIX_EPOCH + Duration::from_secs(1_700_000_000));
+        assert_eq!(
+            (args.as_str(), tests[1].timeout_s),
+            ("10000000 1700000000", 90)
+        );
         assert_eq!((tests[2].args.as_str(), tests[2].memory_mib), ("a b", 128));
         assert!(tests[2].skip.is_some() && tests[3].skip.is_some());
     }

@@ -8,7 +8,7 @@ use std::fmt;
 use std::os::unix::process::ExitStatusExt as _;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use anyhow::{Context as _, Result};
 use berth_tests_framework::process::Process;
@@ -194,7 +194,7 @@ fn vmm(
         .arg(kernel)
         .arg("--initramfs")
         .arg(environment)
-        .args(["--cmdline", &test.args])
+        .args(["--cmdline", &test.args_at(SystemTime::now())])
         .args(["--cpus", &format!("boot={}{list}", test.smp)])
         .args(["--memory", &format!("size={}M", test.memory_mib)])
         .arg("--platform")
@@ -217,7 +217,7 @@ fn qemu(places: &Places, test: &Test, kernel: &Path, environment: &Path) -> Comm
         .arg(environment)
         .args(["-smp", &test.smp.to_string()]);
     if !test.args.is_empty() {
-        command.args(["-append", &test.args]);
+        command.args(["-append", &test.args_at(SystemTime::now())]);
     }
     command.args(&test.params);
     command

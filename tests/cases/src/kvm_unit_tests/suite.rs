@@ -1,6 +1,7 @@
 //! What there is to run: the tests of a built suite, and what each asks of its machine.
 
 use std::path::Path;
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context as _, Result, ensure};
 
@@ -43,7 +44,7 @@ pub struct Test {
     pub file: String,
     /// Processors.
     pub smp: u8,
-    /// Arguments, one text.
+    /// Arguments, one text, as the list has it: [`Test::args_at`].
     pub args: String,
     /// More arguments of QEMU, words.
     pub params: Vec<String>,
@@ -55,6 +56,8 @@ pub struct Test {
     pub skip: Option<String>,
 }
 
+/// The one command that x86's list asks a shell to run.
+pub(super) const DATE: &str = "`date +%s`";
 /// QEMU's, where a test does not say.
 const DEFAULT_MEMORY_MIB: u64 = 128;
 
@@ -77,6 +80,14 @@ impl Test {
     #[must_use]
     pub fn program(&self) -> &str {
         self.file.strip_suffix(".flat").unwrap_or(&self.file)
+    }
+
+    /// Its arguments for a run that starts now: a program compares the host's clock with its own.
+    #[must_use]
+    pub fn args_at(&self, now: SystemTime) -> String {
+        let now = now.duration_since(UNIX_EPOCH);
+        let now = now.map_or(0, |since| since.as_secs());
+        self.args.replace(DATE, &now.to_string())
     }
 
     /// The value behind one of QEMU's options.
