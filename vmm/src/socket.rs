@@ -176,7 +176,7 @@ pub fn receive(socket: &impl AsRawFd, buffer: &mut [u8]) -> io::Result<(usize, V
     message.msg_iov = &raw mut iovec;
     message.msg_iovlen = 1;
     message.msg_control = control.as_mut_ptr().cast();
-    message.msg_controllen = size_of_val(&control);
+    message.msg_controllen = size_of_val(&control) as _;
     // SAFETY: `message` points to `buffer` and `control`, with their lengths, which outlive the call.
     let len =
         unsafe { libc::recvmsg(socket.as_raw_fd(), &raw mut message, libc::MSG_CMSG_CLOEXEC) };
@@ -192,7 +192,7 @@ pub fn receive(socket: &impl AsRawFd, buffer: &mut [u8]) -> io::Result<(usize, V
             let part = &*header;
             if (part.cmsg_level, part.cmsg_type) == (libc::SOL_SOCKET, libc::SCM_RIGHTS) {
                 let data = libc::CMSG_DATA(header);
-                let bytes = part.cmsg_len - (data.addr() - header.addr());
+                let bytes = part.cmsg_len as usize - (data.addr() - header.addr());
                 for index in 0..bytes / size_of::<RawFd>() {
                     let fd = data.cast::<RawFd>().add(index).read_unaligned();
                     fds.push(OwnedFd::from_raw_fd(fd));

@@ -174,15 +174,18 @@ impl Device for BlkDevice {
     fn syscalls(&self) -> Vec<Syscall> {
         // What SyncEngine does with the image, what a discard of a block device falls back to, the
         // size of one that may have grown, and locks that come and go with the session.
-        const IMAGE: [Syscall; 6] = [
+        const IMAGE: &[Syscall] = &[
             Syscall::any(libc::SYS_preadv),
             Syscall::any(libc::SYS_pwritev2),
+            // musl's pwritev2 without flags.
+            #[cfg(target_env = "musl")]
+            Syscall::any(libc::SYS_pwritev),
             Syscall::any(libc::SYS_fdatasync),
             Syscall::any(libc::SYS_fallocate),
             Syscall::ioctl(&[BLKDISCARD as u32, BLKGETSIZE64 as u32]),
             Syscall::fcntl(&[libc::F_OFD_SETLK as u32, libc::F_OFD_GETLK as u32]),
         ];
-        [&IO_URING[..], &IMAGE].concat()
+        [&IO_URING[..], IMAGE].concat()
     }
 
     fn metrics(&self) -> String {

@@ -245,9 +245,14 @@ fn mapping_alignment(file: &File) -> io::Result<u64> {
         }
         (stat, libc::sysconf(libc::_SC_PAGESIZE))
     };
-    let huge = stat.f_type == libc::HUGETLBFS_MAGIC;
-    let align = if huge { stat.f_bsize } else { page };
-    Ok(u64::try_from(align).unwrap_or(4096).max(1))
+    // Signed with glibc, unsigned with musl.
+    let huge = stat.f_type.to_ne_bytes() == libc::HUGETLBFS_MAGIC.to_ne_bytes();
+    let align = if huge {
+        u64::from_ne_bytes(stat.f_bsize.to_ne_bytes())
+    } else {
+        u64::try_from(page).unwrap_or(4096)
+    };
+    Ok(align.max(1))
 }
 
 /// An address range of a region, without the borrow: for structures that keep the region alive

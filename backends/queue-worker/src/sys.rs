@@ -192,5 +192,5 @@ pub(crate) fn prepare_interrupts() -> io::Result<()> {
 pub(crate) fn interrupt<T>(thread: &std::thread::JoinHandle<T>) {
     use std::os::unix::thread::JoinHandleExt;
     // SAFETY: the handle has not been joined, so the pthread_t is valid.
-    unsafe { libc::pthread_kill(thread.as_pthread_t(), interrupt_signal()) };
+    unsafe { libc::pthread_kill(thread.as_pthread_t() as libc::pthread_t, interrupt_signal()) };
 }

@@ -37,10 +37,9 @@ pub(super) fn keep_to<T>(thread: &JoinHandle<T>, cpus: &[usize]) -> io::Result<(
         // SAFETY: CPU_SET writes one bit of the set, which the number is within.
         unsafe { libc::CPU_SET(*cpu, &mut set) };
     }
+    let id = thread.as_pthread_t() as libc::pthread_t;
     // SAFETY: the thread has not been joined, so its id is valid; the call reads the set.
-    let error = unsafe {
-        libc::pthread_setaffinity_np(thread.as_pthread_t(), size_of_val(&set), &raw const set)
-    };
+    let error = unsafe { libc::pthread_setaffinity_np(id, size_of_val(&set), &raw const set) };
     match error {
         0 => Ok(()),
         error => Err(io::Error::from_raw_os_error(error)),

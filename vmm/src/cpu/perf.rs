@@ -24,7 +24,7 @@ const TRACEPOINT_FOLDERS: [&str; 2] = [
     "/sys/kernel/debug/tracing/events/kvm",
 ];
 /// `_IOW('$', 6, char *)`.
-const PERF_EVENT_IOC_SET_FILTER: libc::c_ulong = 0x4008_2406;
+const PERF_EVENT_IOC_SET_FILTER: libc::Ioctl = 0x4008_2406;
 /// Writes in `kvm_mmio`'s field `type`.
 const KVM_TRACE_MMIO_WRITE: u32 = 2;
 const PERF_TYPE_TRACEPOINT: u32 = 2;

@@ -15,7 +15,7 @@ use std::os::unix::fs::FileExt;
 use kvm_ioctls::VcpuFd;
 
 /// `_IO(KVMIO, 0xce)`.
-const KVM_GET_STATS_FD: libc::c_ulong = 0xaece;
+const KVM_GET_STATS_FD: libc::Ioctl = 0xaece;
 const HEADER_LEN: usize = 24;
 /// Length of a descriptor before its name.
 const DESC_LEN: usize = 16;

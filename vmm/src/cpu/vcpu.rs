@@ -103,7 +103,7 @@ impl Vcpu {
             // Release: the gate was closed before.
             unsafe { AtomicU8::from_ptr(flag) }.store(1, Ordering::Release);
             // SAFETY: the thread has not been joined, so its id is valid; the signal has a handler.
-            unsafe { libc::pthread_kill(thread.as_pthread_t(), SIGRTMIN()) };
+            unsafe { libc::pthread_kill(thread.as_pthread_t() as libc::pthread_t, SIGRTMIN()) };
         }
     }
 }

@@ -74,7 +74,8 @@ fn writes_buffered_without_wait(file: &File) -> bool {
     let magic = unsafe {
         let mut stat: libc::statfs = std::mem::zeroed();
         match libc::fstatfs(file.as_raw_fd(), &mut stat) {
-            0 => stat.f_type,
+            // Signed with glibc, unsigned with musl.
+            0 => i64::from_ne_bytes(stat.f_type.to_ne_bytes()),
             _ => 0,
         }
     };

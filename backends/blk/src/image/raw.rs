@@ -20,9 +20,9 @@ use super::size::{Change, Size};
 use crate::request::SECTOR_SIZE;
 
 /// Discards a range of a block device (linux/fs.h).
-pub const BLKDISCARD: libc::c_ulong = 0x1277;
+pub const BLKDISCARD: libc::Ioctl = 0x1277;
 /// Size of a block device in bytes (linux/fs.h).
-pub const BLKGETSIZE64: libc::c_ulong = 0x8008_1272;
+pub const BLKGETSIZE64: libc::Ioctl = 0x8008_1272_u32 as libc::Ioctl;
 
 /// Why an image cannot be used.
 #[derive(Debug, thiserror::Error)]

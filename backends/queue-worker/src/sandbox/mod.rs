@@ -129,7 +129,7 @@ pub fn enter(mode: Mode, plan: &Plan) -> Result<(), SandboxError> {
     let control = Filter::new(mode, &syscalls::control(&plan.device))?;
     let entered = ENTERED.get_or_init(|| entered);
     if mode == Mode::On {
-        filter::refuse(&syscalls::WITHOUT, libc::EACCES)?;
+        filter::refuse(syscalls::WITHOUT, libc::EACCES)?;
         filter::refuse(&[syscalls::CLONE3], libc::ENOSYS)?;
     }
     control.apply()?;

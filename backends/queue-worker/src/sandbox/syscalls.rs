@@ -1,10 +1,9 @@
 //! Which system calls a thread of each kind may make.
 //!
-//! The lists are tried with glibc (2.34 and newer, whose allocator opens no file to count processors);
-//! nothing here builds for musl yet. What a call is for is said where it is not obvious; a device
-//! adds what its workers do ([`Device::syscalls`](crate::Device::syscalls)). Never on a list: anything that
-//! opens a file by path, makes a socket, runs a program, makes a process, or reaches into another
-//! one.
+//! The lists are tried with glibc (2.34 and newer, whose allocator opens no file to count processors)
+//! and with musl. What a call is for is said where it is not obvious; a device adds what its workers
+//! do ([`Device::syscalls`](crate::Device::syscalls)). Never on a list: anything that opens a file by
+//! path, makes a socket, runs a program, makes a process, or reaches into another one.
 #![forbid(unsafe_code)]
 
 use libc::c_long;
@@ -71,7 +70,7 @@ pub const IO_URING: [Syscall; 3] = [
 /// What is tried and can be done without, so it is answered with an error and not with
 /// death: glibc's allocator reads a file of /proc when it gives memory back, and the printing of a
 /// backtrace looks for debug information.
-pub(super) const WITHOUT: [Syscall; 2] = [
+pub(super) const WITHOUT: &[Syscall] = &[
     Syscall::one_of(
         libc::SYS_openat,
         2,
@@ -82,6 +81,12 @@ pub(super) const WITHOUT: [Syscall; 2] = [
             READ_DIRECTORY | LARGE_FILE,
         ],
     ),
+    #[cfg(all(target_env = "musl", target_arch = "x86_64"))]
+    Syscall::one_of(
+        libc::SYS_open,
+        1,
+        &[READ_ONLY, READ_ONLY | LARGE_FILE, MUSL_DIRECTORY],
+    ),
     #[cfg(target_arch = "x86_64")]
     Syscall::any(libc::SYS_readlink),
     #[cfg(not(target_arch = "x86_64"))]
@@ -90,6 +95,8 @@ pub(super) const WITHOUT: [Syscall; 2] = [
 const READ_ONLY: u32 = (libc::O_RDONLY | libc::O_CLOEXEC) as u32;
 /// Who holds a lock is found out where /proc can be read, and not said where it cannot.
 const READ_DIRECTORY: u32 = READ_ONLY | (libc::O_DIRECTORY | libc::O_NONBLOCK) as u32;
+#[cfg(all(target_env = "musl", target_arch = "x86_64"))]
+const MUSL_DIRECTORY: u32 = READ_ONLY | LARGE_FILE | libc::O_DIRECTORY as u32;
 /// What musl adds; glibc's constant is 0 on 64-bit machines.
 const LARGE_FILE: u32 = 0o100_000;
 
@@ -200,17 +207,17 @@ const CONTROL: &[Syscall] = &[
 
 /// What a worker may do.
 pub(super) fn worker(device: &[Syscall]) -> Vec<Syscall> {
-    [COMMON, &WITHOUT, WORKER, device].concat()
+    [COMMON, WITHOUT, WORKER, device].concat()
 }
 
 /// What a helper may do. Of the device's calls it gets the ioctls: the state of a link is one.
 pub(super) fn helper(device: &[Syscall]) -> Vec<Syscall> {
     let ioctl = |syscall: &&Syscall| syscall.number == libc::SYS_ioctl;
     let ioctls: Vec<_> = device.iter().filter(ioctl).copied().collect();
-    [COMMON, &WITHOUT, HELPER, &ioctls].concat()
+    [COMMON, WITHOUT, HELPER, &ioctls].concat()
 }
 
 /// What the control thread may do: its own, and all that threads it starts may do.
 pub(super) fn control(device: &[Syscall]) -> Vec<Syscall> {
-    [COMMON, &WITHOUT, WORKER, HELPER, CONTROL, device].concat()
+    [COMMON, WITHOUT, WORKER, HELPER, CONTROL, device].concat()
 }
