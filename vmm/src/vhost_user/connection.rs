@@ -1,5 +1,6 @@
 //! A backend that is connected: what it runs, and what is asked of it until the connection ends.
 
+use std::collections::BTreeSet;
 use std::convert::Infallible;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -33,7 +34,7 @@ struct Work {
     quit: bool,
     wanted: Option<Arc<Rings>>,
     config_writes: Vec<(usize, Vec<u8>)>,
-    new_calls: Vec<u16>,
+    new_calls: BTreeSet<u16>,
 }
 
 impl Connection {
@@ -263,7 +264,7 @@ impl Work {
             quit: state.quit,
             wanted,
             config_writes: Vec::new(),
-            new_calls: Vec::new(),
+            new_calls: BTreeSet::new(),
         };
         if as_wished {
             work.config_writes = std::mem::take(&mut state.config_writes)

@@ -102,7 +102,7 @@ impl VirtioDevice for Device {
         let rings = state.wanted.as_ref().map(|rings| &rings.rings);
         if let Some(ring) = rings.and_then(|rings| rings.iter().find(|ring| ring.index == queue)) {
             *ring.call() = call;
-            state.new_calls.push(queue);
+            state.new_calls.insert(queue);
             drop(state);
             self.shared.wake();
         }

@@ -4,7 +4,7 @@
 //! wants now, and the session's thread makes it so when it can. One lock, held for a few assignments;
 //! the transport's notifications are made under it, which take no lock but the interrupt's.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Display;
 use std::path::Path;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -87,8 +87,9 @@ pub(super) struct State {
     pub(super) held: bool,
     /// Writes to configuration space that the backend has not seen, by offset.
     pub(super) config_writes: BTreeMap<usize, Vec<u8>>,
-    /// Queues that got another interrupt while they ran.
-    pub(super) new_calls: Vec<u16>,
+    /// Queues that got another interrupt while they ran. A set: a driver may change it as often as it likes
+    /// while the backend is stopped.
+    pub(super) new_calls: BTreeSet<u16>,
     pub(super) notify: Option<Arc<dyn TransportNotify>>,
     pub(super) quit: bool,
     /// Why the daemon that was started for the device will not be started again.
@@ -104,7 +105,7 @@ impl Shared {
             wanted: None,
             held: false,
             config_writes: BTreeMap::new(),
-            new_calls: Vec::new(),
+            new_calls: BTreeSet::new(),
             notify: None,
             quit: false,
             failure: None,

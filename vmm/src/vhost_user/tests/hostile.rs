@@ -172,6 +172,24 @@ fn a_flood_of_requests_is_taken_in_small_doses_and_the_device_works() {
     }
 }
 
+/// The driver of a guest may change a queue's vector as often as it likes; the backend is told when it is back.
+#[test]
+fn vectors_that_change_while_the_backend_is_away_take_no_memory() {
+    let mut bench = bench();
+    let backend = Backend::listen(&bench.path, &[GOOD]);
+    bench.live();
+    bench.activate();
+    wait_started(&backend);
+    drop(backend);
+    until("lost", || {
+        bench.frontends.sessions()[0].state != SessionState::Live
+    });
+    for _ in 0..1000 {
+        bench.device.set_call(0, eventfd());
+    }
+    assert_eq!(bench.frontends.sessions[0].state().new_calls.len(), 1);
+}
+
 fn wait_started(backend: &Backend) {
     until("started", || {
         backend.seen.payload(SET_VRING_ENABLE).is_some()
