@@ -1,16 +1,21 @@
-//! Unix sockets on which this process listens: made, guarded against what is in the way, and removed. And
-//! descriptors that come over one.
+//! Unix sockets: those on which this process listens, which are made, guarded against what is in the way,
+//! and removed; connections to others; descriptors that come over one. Nothing here waits for another process.
 
 #![expect(
     unsafe_code,
-    reason = "descriptors that are inherited or come by a message are only numbers"
+    reason = "descriptors that are inherited or come by a message are only numbers, and std does not offer \
+              connect(2) with SOCK_NONBLOCK"
 )]
 
-use std::io;
+use std::io::{self, ErrorKind};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
+
+/// Longest path of a unix socket, its final NUL not counted.
+pub const MAX_PATH: usize = 107;
 
 /// Why nothing listens at a path.
 #[derive(Debug, thiserror::Error)]
@@ -82,10 +87,7 @@ impl Listener {
             Ok(metadata) if !metadata.file_type().is_socket() => {
                 return Err(Error::NotASocket { path: path.into() });
             }
-            Ok(_) if UnixStream::connect(path).is_ok() => {
-                return Err(Error::InUse { path: path.into() });
-            }
-            Ok(_) => std::fs::remove_file(path).map_err(error)?,
+            Ok(_) => remove_if_dead(path)?,
         }
         let listener = UnixListener::bind(path).map_err(error)?;
         listener.set_nonblocking(true).map_err(error)?;
@@ -160,6 +162,67 @@ impl Drop for Listener {
             // It may be gone already; nothing depends on it.
             let _ = std::fs::remove_file(path);
         }
+    }
+}
+
+/// Connects to `path` if somebody takes the connection at once.
+///
+/// # Errors
+/// `NotFound` and `ConnectionRefused` where nobody listens (yet), `WouldBlock` where the listener does
+/// not keep up, `InvalidInput` for a path that no socket can have.
+pub fn connect(path: &Path) -> io::Result<UnixStream> {
+    let (address, len) = address(path)?;
+    // SAFETY: no pointers are involved.
+    let fd = unsafe {
+        let kind = libc::SOCK_STREAM | libc::SOCK_CLOEXEC | libc::SOCK_NONBLOCK;
+        libc::socket(libc::AF_UNIX, kind, 0)
+    };
+    if fd < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the descriptor was just made and nobody else has it.
+    let socket = unsafe { OwnedFd::from_raw_fd(fd) };
+    // SAFETY: `address` is an initialised sockaddr_un that outlives the call, and `len` is not longer.
+    let result = unsafe { libc::connect(socket.as_raw_fd(), (&raw const address).cast(), len) };
+    if result < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    let stream = UnixStream::from(socket);
+    stream.set_nonblocking(false)?;
+    Ok(stream)
+}
+
+fn address(path: &Path) -> io::Result<(libc::sockaddr_un, libc::socklen_t)> {
+    let bytes = path.as_os_str().as_bytes();
+    if bytes.is_empty() || bytes.len() > MAX_PATH || bytes.contains(&0) {
+        return Err(io::ErrorKind::InvalidInput.into());
+    }
+    let mut address = libc::sockaddr_un {
+        sun_family: libc::AF_UNIX as libc::sa_family_t,
+        sun_path: [0; 108],
+    };
+    for (to, &from) in address.sun_path.iter_mut().zip(bytes) {
+        *to = from as libc::c_char;
+    }
+    Ok((address, size_of::<libc::sockaddr_un>() as libc::socklen_t))
+}
+
+/// Removes a socket that nobody listens on any more.
+fn remove_if_dead(path: &Path) -> Result<(), Error> {
+    let error = |source| Error::Bind {
+        path: path.to_owned(),
+        source,
+    };
+    let removed = match connect(path) {
+        Err(source) if source.kind() == ErrorKind::ConnectionRefused => std::fs::remove_file(path),
+        // A queue that is full is somebody's, too.
+        Err(source) if source.kind() != ErrorKind::WouldBlock => Err(source),
+        _ => return Err(Error::InUse { path: path.into() }),
+    };
+    match removed {
+        // Its owner removed it meanwhile.
+        Err(source) if source.kind() == ErrorKind::NotFound => Ok(()),
+        removed => removed.map_err(error),
     }
 }
 
@@ -255,5 +318,68 @@ mod tests {
         assert!(listener.accept().unwrap().is_none());
         let _client = UnixStream::connect(&path).unwrap();
         assert!(listener.accept().unwrap().is_some());
+    }
+
+    #[test]
+    fn nobody_there_is_said_at_once() {
+        let dir = TempDir::new().unwrap();
+        let path = dir.as_path().join("socket");
+        assert_eq!(connect(&path).unwrap_err().kind(), ErrorKind::NotFound);
+        drop(UnixListener::bind(&path).unwrap());
+        assert_eq!(
+            connect(&path).unwrap_err().kind(),
+            ErrorKind::ConnectionRefused
+        );
+    }
+
+    #[test]
+    fn a_listener_that_never_accepts_does_not_block() {
+        let dir = TempDir::new().unwrap();
+        let path = dir.as_path().join("socket");
+        let _listener = UnixListener::bind(&path).unwrap();
+        let mut taken = Vec::new();
+        let error = loop {
+            match connect(&path) {
+                Ok(stream) => taken.push(stream),
+                Err(error) => break error,
+            }
+        };
+        assert_eq!(error.kind(), ErrorKind::WouldBlock);
+        assert!(!taken.is_empty());
+    }
+
+    #[test]
+    fn a_path_that_no_socket_can_have_is_refused() {
+        let long = "x".repeat(MAX_PATH + 1);
+        assert_eq!(
+            connect(Path::new(&long)).unwrap_err().kind(),
+            ErrorKind::InvalidInput
+        );
+        assert_eq!(
+            connect(Path::new("")).unwrap_err().kind(),
+            ErrorKind::InvalidInput
+        );
+    }
+
+    #[test]
+    fn a_socket_whose_owner_does_not_take_connections_is_in_use_and_waited_for_by_nobody() {
+        let dir = TempDir::new().unwrap();
+        let path = dir.as_path().join("socket");
+        let _stuck = UnixListener::bind(&path).unwrap();
+        let mut queue = Vec::new();
+        while let Ok(stream) = connect(&path) {
+            queue.push(stream);
+        }
+        assert!(matches!(Listener::bind(&path), Err(Error::InUse { .. })));
+    }
+
+    #[test]
+    fn a_socket_that_cannot_be_asked_is_left_alone() {
+        let dir = TempDir::new().unwrap();
+        let path = dir.as_path().join("socket");
+        // EPROTOTYPE: it is alive and of another type.
+        let _other = std::os::unix::net::UnixDatagram::bind(&path).unwrap();
+        assert!(matches!(Listener::bind(&path), Err(Error::Bind { .. })));
+        assert!(path.exists());
     }
 }

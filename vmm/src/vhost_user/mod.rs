@@ -100,7 +100,7 @@ static FUZZ_DEADLINES: LazyLock<io::Result<Arc<Deadlines>>> =
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// The path is longer than a socket's can be.
-    #[error("{path}: a socket's path has at most {} bytes", dial::MAX_PATH)]
+    #[error("{path}: a socket's path has at most {} bytes", socket::MAX_PATH)]
     PathTooLong {
         /// The path.
         path: PathBuf,
@@ -208,9 +208,23 @@ impl Frontends {
         self
     }
 
-    /// Makes a device and starts to dial its backend, in the background.
+    /// Makes a device and starts to dial its backend, in the background. May wait for the boot before to let
+    /// go of a socket of ours.
     pub fn connect(&mut self, kind: Kind) -> Result<Box<dyn VirtioDevice>, Error> {
-        let dialer = Dialer::new(&kind, self.launcher.as_ref())?;
+        self.connect_within(kind, dial::LISTEN_PATIENCE)
+    }
+
+    /// The same without a wait, for the thread that must not.
+    pub fn connect_at_once(&mut self, kind: Kind) -> Result<Box<dyn VirtioDevice>, Error> {
+        self.connect_within(kind, Duration::ZERO)
+    }
+
+    fn connect_within(
+        &mut self,
+        kind: Kind,
+        patience: Duration,
+    ) -> Result<Box<dyn VirtioDevice>, Error> {
+        let dialer = Dialer::new(&kind, self.launcher.as_ref(), patience)?;
         let device = kind.id().to_owned();
         let shared = self
             .start(kind, dialer)

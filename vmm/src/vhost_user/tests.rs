@@ -198,7 +198,7 @@ fn one_that_never_accepts_settles_also_when_its_queue_is_full() {
     let mut listener = None;
     let bench = bench_after(LIMIT, |path| {
         listener = Some(UnixListener::bind(path).unwrap());
-        while let Ok(stream) = dial::connect(path) {
+        while let Ok(stream) = socket::connect(path) {
             queue.push(stream);
         }
     });

@@ -95,7 +95,9 @@ impl Driver {
                 return Err(Failure::Failed(text));
             }
             let frontends = &mut machine.frontends.0;
-            let connected = frontends.connect(kind).map_err(|error| failed(&error))?;
+            let connected = frontends
+                .connect_at_once(kind)
+                .map_err(|error| failed(&error))?;
             let watch = frontends.watch(&id).ok_or(Refusal::NotCreated)?;
             self.wait_for(watch, &id)
                 .inspect_err(|_| self.forget(&id))?;
