@@ -102,6 +102,9 @@ pub enum Error {
     /// The threads of disks and network cards.
     #[error("cannot start the vhost-user frontend")]
     Frontends(#[source] io::Error),
+    /// The thread that puts the machine together.
+    #[error("cannot start the boot thread")]
+    Thread(#[source] io::Error),
     /// Nobody waits for the machine any more.
     #[error("the boot was given up")]
     Cancelled,

@@ -148,7 +148,7 @@ impl Driver {
     /// Returns the process's exit code.
     pub fn run(mut self) -> Result<u8, Error> {
         if self.state == VmState::Created {
-            self.start_boot()?;
+            self.start_boot(None)?;
         }
         let result = loop {
             if let Some(result) = self.exit.take() {
@@ -276,12 +276,7 @@ impl Driver {
             (Action::Shutdown, _) => drop(self.stop_machine()?),
             (Action::Delete, _) => self.delete()?,
             // Sets the state itself, and is answered when it has come to something.
-            (Action::Boot | Action::Reboot, _) => {
-                self.start_boot()?;
-                self.stays_if_unbuilt = true;
-                self.booting_for = Some(reply);
-                return Ok(());
-            }
+            (Action::Boot | Action::Reboot, _) => return self.start_boot(Some(reply)),
             // Have commands of their own, or need a machine that is not there.
             _ => {}
         }
@@ -310,7 +305,7 @@ impl Driver {
                 if self.booted.elapsed() > RESET_LOG_INTERVAL {
                     tracing::info!("the guest reset its machine");
                 }
-                self.start_boot()?;
+                self.start_boot(None)?;
             }
             GuestEvent::Ejected(id) => self.ejected(&id),
             GuestEvent::Fatal(what) => self.exit = Some(Err(Error::Guest(what))),
@@ -318,8 +313,9 @@ impl Driver {
         Ok(())
     }
 
-    /// Takes the machine apart, if there is one, and has a new one built from scratch.
-    fn start_boot(&mut self) -> Result<(), Error> {
+    /// Takes the machine apart, if there is one, and has a new one built from scratch, perhaps for a client,
+    /// who is answered when that has come to something.
+    fn start_boot(&mut self, client: Option<ReplyTo>) -> Result<(), Error> {
         self.again = self.machine.is_some();
         report(if self.again { "rebooting" } else { "booting" });
         let gone = self.stop_machine()?;
@@ -327,7 +323,12 @@ impl Driver {
             return Ok(());
         };
         self.state = VmState::Booting;
-        self.stays_if_unbuilt = false;
+        self.stays_if_unbuilt = client.is_some();
+        self.booting_for = client;
+        let new_vm = match builder::NewVm::create(&config.platform) {
+            Ok(new_vm) => new_vm,
+            Err(error) => return self.built(Err(error)),
+        };
         let boot = self.boot;
         let sender = self.sender.clone();
         let events = {
@@ -335,7 +336,7 @@ impl Driver {
             GuestEvents::new(move |event| sender.send(Request::Guest(boot, event)))
         };
         let parts = builder::Parts {
-            new_vm: builder::NewVm::create(&config.platform)?,
+            new_vm,
             config: Arc::clone(config),
             serial: (config.serial != SerialConfig::Off).then(|| (host.output(), host.input())),
             events,
@@ -343,16 +344,18 @@ impl Driver {
             cancel: Arc::clone(&self.cancel),
         };
         startup::mark("KVM's VM");
-        sandbox::spawn(ThreadKind::Boot, "boot", move || {
+        let spawned = sandbox::spawn(ThreadKind::Boot, "boot", move || {
             // The backends serve one connection at a time: the old ones must have ended.
             if let Some(gone) = gone {
                 let _ = gone.recv();
             }
             let built = builder::build(&parts).map(Box::new);
             sender.send(Request::Built(boot, built));
-        })
-        .map_err(failed("cannot start the boot thread"))?;
-        Ok(())
+        });
+        match spawned {
+            Ok(_) => Ok(()),
+            Err(error) => self.built(Err(builder::Error::Thread(error))),
+        }
     }
 
     fn built(&mut self, built: Result<Box<Machine>, builder::Error>) -> Result<(), Error> {
