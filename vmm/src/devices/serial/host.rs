@@ -4,6 +4,7 @@
 use std::fs::File;
 use std::io::{self, Read};
 use std::os::fd::{AsFd, FromRawFd, OwnedFd};
+use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -16,9 +17,12 @@ use super::tty::RawMode;
 use crate::config::SerialConfig;
 use crate::event_loop::{EventLoop, Token};
 use crate::socket::{self, Listener};
+use crate::telemetry::LogLimit;
 
 /// How long the end of the process waits for a reader to take what is left.
 const FLUSH_PATIENCE: Duration = Duration::from_millis(500);
+
+static NO_CLIENT: LogLimit = LogLimit::new(Duration::from_secs(10));
 
 /// Why the serial port has no place to go.
 #[derive(Debug, thiserror::Error)]
@@ -73,7 +77,7 @@ impl SerialHost {
         let (place, output) = match config {
             SerialConfig::Null | SerialConfig::Off => (Place::WriteOnly, Output::unread()),
             SerialConfig::File(path) => {
-                let file = File::create(path).map_err(|source| Error::File {
+                let file = create(path).map_err(|source| Error::File {
                     path: path.clone(),
                     source,
                 })?;
@@ -200,8 +204,16 @@ impl SerialHost {
         let Place::Socket { listener, client } = &mut self.place else {
             return Ok(());
         };
-        let Some(stream) = listener.accept()? else {
-            return Ok(());
+        let stream = match listener.accept() {
+            Ok(Some(stream)) => stream,
+            Ok(None) => return Ok(()),
+            // As without descriptors to spare: no reason for the guest to end. It is tried again.
+            Err(error) => {
+                if let Some(suppressed) = NO_CLIENT.pass() {
+                    tracing::warn!(%error, suppressed, "cannot take a client of the serial socket");
+                }
+                return Ok(());
+            }
         };
         stream.set_nonblocking(true)?;
         let stream = Arc::new(stream);
@@ -238,6 +250,25 @@ impl SerialHost {
         }
         Ok(())
     }
+}
+
+impl Drop for SerialHost {
+    fn drop(&mut self) {
+        self.output.end();
+    }
+}
+
+/// Makes a file, or opens what is there. A FIFO that nobody reads is an error (ENXIO) and not waited for: this
+/// is the main thread. Later writes may wait, which the thread that makes them can.
+fn create(path: &Path) -> io::Result<File> {
+    let file = File::options()
+        .write(true)
+        .create(true)
+        .truncate(true)
+        .custom_flags(libc::O_NONBLOCK)
+        .open(path)?;
+    set_flag(file.as_fd(), libc::F_SETFL, 0)?;
+    Ok(file)
 }
 
 fn to(sink: Sink) -> Result<Output, Error> {
@@ -361,6 +392,29 @@ mod tests {
         assert_eq!(events.wait().unwrap(), [Token::SerialInput]);
         host.process_input(&events).unwrap();
         assert_eq!(host.input.room(), super::super::port::INPUT_CAPACITY - 3);
+    }
+
+    #[test]
+    fn a_fifo_is_written_where_somebody_reads_it_and_waited_for_nowhere() {
+        let dir = TempDir::new().unwrap();
+        let path = dir.as_path().join("fifo");
+        let name = std::ffi::CString::new(path.as_os_str().as_encoded_bytes()).unwrap();
+        // SAFETY: the name is a string that outlives the call.
+        assert_eq!(unsafe { libc::mkfifo(name.as_ptr(), 0o600) }, 0);
+        let config = SerialConfig::File(path.clone());
+        let error = SerialHost::open(&config).err().unwrap();
+        let source = std::error::Error::source(&error).unwrap().to_string();
+        assert!(source.contains("os error 6"), "{source}");
+
+        let mut options = File::options();
+        options.read(true).custom_flags(libc::O_NONBLOCK);
+        let mut reader = options.open(&path).unwrap();
+        let host = SerialHost::open(&config).unwrap();
+        host.output().write_all(b"out").unwrap();
+        host.output().flush_for(Duration::from_secs(60));
+        let mut bytes = [0; 3];
+        reader.read_exact(&mut bytes).unwrap();
+        assert_eq!(&bytes, b"out");
     }
 
     #[test]

@@ -24,6 +24,8 @@ struct Queue {
     stuck: bool,
     dropped: u64,
     sink: Sink,
+    /// The host's end is gone: the thread is to end.
+    ended: bool,
 }
 
 #[derive(Default)]
@@ -73,6 +75,13 @@ impl Output {
         queue.stuck = false;
         self.shared.filled.notify_one();
         self.shared.emptied.notify_all();
+    }
+
+    /// There will be no reader any more: lets go of the last one and of the thread. What the guest writes
+    /// from here on is dropped.
+    pub fn end(&self) {
+        self.shared.lock().ended = true;
+        self.set_sink(Sink::Nobody);
     }
 
     /// Bytes that were dropped because nobody took them.
@@ -147,12 +156,15 @@ fn wait<'a>(
     waited.unwrap_or_else(PoisonError::into_inner).0
 }
 
-/// Ends with the process: the host may hold a write for as long as it likes.
+/// Ends with [`Output::end`], which does not wait for it: the host may hold a write for as long as it likes.
 fn run(shared: &Shared) {
     let mut chunk = Vec::new();
     loop {
         let mut queue = shared.lock();
         while queue.bytes.is_empty() {
+            if queue.ended {
+                return;
+            }
             queue = shared
                 .filled
                 .wait(queue)
@@ -213,6 +225,23 @@ mod tests {
         assert_eq!(reader.join().unwrap(), sent);
         output.flush_for(Duration::from_secs(5));
         assert_eq!(output.dropped(), 0);
+    }
+
+    #[test]
+    fn an_end_lets_go_of_the_reader_also_while_the_guest_has_the_other_end() {
+        let (ours, mut theirs) = UnixStream::pair().unwrap();
+        let mut guests_end = {
+            let output = Output::new(Sink::socket(ours).unwrap()).unwrap();
+            output.push(b"last words");
+            output.flush_for(Duration::from_secs(60));
+            output.end();
+            output.clone()
+        };
+        let mut text = String::new();
+        theirs.read_to_string(&mut text).unwrap();
+        assert_eq!(text, "last words");
+        guests_end.write_all(b"more").unwrap();
+        assert_eq!(guests_end.dropped(), 4);
     }
 
     #[test]
