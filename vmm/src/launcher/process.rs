@@ -11,13 +11,18 @@ use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
 use super::{FIXED_FDS, MAX_MESSAGE, Policy, Report, Request, sys};
+use crate::config::validate::MAX_EXTERNAL_DEVICES;
 use crate::socket;
 
 /// How long a daemon that was told to end has for it.
 const GRACE: Duration = Duration::from_secs(2);
 
+/// Most daemons at a time: one for each device that there can be, and one that it had before. A VMM that
+/// somebody has taken over may ask for more.
+const MAX_DAEMONS: usize = 2 * MAX_EXTERNAL_DEVICES;
+
 /// A daemon that runs.
-struct Running {
+pub(super) struct Running {
     child: Child,
     pidfd: OwnedFd,
     lease: UnixDatagram,
@@ -63,7 +68,7 @@ fn serve(channel: &UnixDatagram, policy: &Policy) -> io::Result<()> {
 }
 
 /// Takes one request; returns whether there may be more.
-fn receive(
+pub(super) fn receive(
     channel: &UnixDatagram,
     policy: &Policy,
     daemons: &mut Vec<Running>,
@@ -81,10 +86,18 @@ fn receive(
         return Ok(true);
     };
     let lease = UnixDatagram::from(lease);
+    // Whoever sent it may not read what is said on it, which is not waited for.
+    if lease.set_nonblocking(true).is_err() {
+        return Ok(true);
+    }
     let request = serde_json::from_slice::<Request>(&message[..len]);
     let started = request
         .map_err(|error| format!("not a request: {error}"))
         .and_then(|request| policy.check(&request).map(|()| request))
+        .and_then(|request| match daemons.len() {
+            MAX_DAEMONS.. => Err(format!("{MAX_DAEMONS} daemons run already")),
+            _ => Ok(request),
+        })
         .and_then(|request| start(&request, &socket, stderr, &taps));
     match started {
         Ok((child, pidfd)) => daemons.push(Running {

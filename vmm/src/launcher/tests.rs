@@ -1,5 +1,8 @@
 //! Requests that the launcher refuses. What it starts is in `vmm/tests/daemons.rs`.
 
+use std::os::unix::net::UnixStream;
+use std::time::Duration;
+
 use super::*;
 use crate::config::{VmConfig, device_flags, testing};
 
@@ -55,4 +58,37 @@ fn a_guest_without_such_devices_needs_no_launcher() {
     config.disks.drain(..2);
     assert!(Policy::new(Some(&config), false).is_empty());
     assert!(!Policy::new(None, true).is_empty());
+}
+
+/// Sends a request as the VMM does, with that end of a lease, and has it taken.
+fn ask(request: &Request, held: &UnixDatagram) {
+    let (channel, theirs) = sys::seqpacket_pair().unwrap();
+    let (stream, _daemon) = UnixStream::pair().unwrap();
+    let fds = [stream.as_raw_fd(), stream.as_raw_fd(), held.as_raw_fd()];
+    let message = serde_json::to_vec(request).unwrap();
+    channel.send_with_fds(&[&message[..]], &fds).unwrap();
+    let policy = Policy::new(Some(&guest()), false);
+    assert!(process::receive(&theirs, &policy, &mut Vec::new()).unwrap());
+}
+
+#[test]
+fn whoever_does_not_read_what_is_said_on_a_lease_holds_up_nobody() {
+    let refused = request("path=/etc/shadow");
+    let (lease, held) = sys::seqpacket_pair().unwrap();
+    ask(&refused, &held);
+    let mut report = [0; 256];
+    let len = lease.recv(&mut report).unwrap();
+    let report: Report = serde_json::from_slice(&report[..len]).unwrap();
+    let reason = "the command line has no such device".to_owned();
+    assert_eq!(report, Report::Failed(reason));
+
+    held.set_nonblocking(true).unwrap();
+    while held.send(b"full").is_ok() {}
+    held.set_nonblocking(false).unwrap();
+    let (done, is_done) = std::sync::mpsc::channel();
+    std::thread::spawn(move || {
+        ask(&refused, &held);
+        done.send(()).unwrap();
+    });
+    is_done.recv_timeout(Duration::from_secs(60)).unwrap();
 }
