@@ -24,6 +24,9 @@ pub const MAX_CMDLINE: usize = 2047;
 /// Devices below root ports, at most: bus 0 has 32 slots, four of them taken.
 pub const MAX_EXTERNAL_DEVICES: usize = 28;
 
+/// Ids of built-in devices and names of groups of counters; those of vCPUs are others.
+const RESERVED_IDS: [&str; 5] = ["vmm", "irqchip", "rng", "_rng", "_balloon"];
+
 /// What is known of the host.
 #[derive(Debug, Clone, Copy)]
 pub struct Host {
@@ -110,6 +113,12 @@ pub enum Error {
     /// An id that is empty or not a plain word.
     #[error("id='{id}' must be 1 to 40 letters, digits, '_', '-' or '.'")]
     BadId {
+        /// The id.
+        id: String,
+    },
+    /// An id of something else in `vm.info` or among the counters.
+    #[error("id='{id}' is a name of the VMM's own")]
+    ReservedId {
         /// The id.
         id: String,
     },
@@ -234,8 +243,10 @@ fn devices(config: &VmConfig) -> Result<(), Error> {
         if id.is_empty() || id.len() > 40 || !id.chars().all(plain) {
             return Err(Error::BadId { id: id.to_string() });
         }
-        let reserved = *id == "vmm" || *id == "rng" || id.starts_with("vcpu");
-        if reserved || !ids.insert(*id) {
+        if RESERVED_IDS.contains(id) || id.starts_with("vcpu") {
+            return Err(Error::ReservedId { id: id.to_string() });
+        }
+        if !ids.insert(*id) {
             return Err(Error::IdTwice { id: id.to_string() });
         }
         queues.check(id)?;
@@ -425,7 +436,10 @@ mod tests {
         assert_eq!(generic("[64,256]"), Ok(()));
         assert!(generic("[64,100]").is_err());
         assert!(check(|c| c.disks[0].id = "a b".into()).is_err());
-        assert!(check(|c| c.disks[0].id = "vcpu0".into()).is_err());
+        for id in ["vcpu0", "irqchip", "_rng"] {
+            let error = check(|c| c.disks[0].id = id.into()).unwrap_err();
+            assert_eq!(error, format!("id='{id}' is a name of the VMM's own"));
+        }
     }
 
     #[test]
