@@ -26,6 +26,7 @@ pub mod boot;
 pub mod bus;
 pub mod config;
 pub mod cpu;
+pub mod descriptors;
 pub mod devices;
 pub mod event_loop;
 #[doc(hidden)]

@@ -15,7 +15,7 @@ use berth_vmm::socket::{ApiSocket, Listener};
 use berth_vmm::telemetry::{events, metrics, startup};
 use berth_vmm::vm::requests::Requests;
 use berth_vmm::vm::{Driver, Limits, Signals};
-use berth_vmm::{api, kvm, sandbox};
+use berth_vmm::{api, descriptors, kvm, sandbox};
 use tracing_subscriber::EnvFilter;
 
 fn main() -> ExitCode {
@@ -48,6 +48,7 @@ fn run(options: Options) -> anyhow::Result<u8> {
     start_log(options.log_file.as_deref(), options.verbosity)?;
     // A process of its own: before signals are blocked, and before there is a thread or a sandbox.
     let launcher = start_launcher(&options).context("cannot start the launcher")?;
+    descriptors::raise_limit();
     let signals = Signals::new().context("cannot take over signals")?;
     let host = kvm::host().context("cannot ask the host for its limits")?;
     let api_path = options.api_socket.as_ref().and_then(ApiSocket::path);

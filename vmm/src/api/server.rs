@@ -11,7 +11,7 @@ use std::io;
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, channel};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::EventFd;
@@ -20,10 +20,16 @@ use super::connection::{Connection, Fate, Served};
 use super::handlers::{Route, answer, route};
 use super::http::Request;
 use crate::socket::Listener;
+use crate::telemetry::LogLimit;
 use crate::vm::requests::{self, Answer, ReplyTo, RequestSender};
 
 /// Clients at a time; one more takes the place of the one that has been idle for longest.
 const MAX_CLIENTS: usize = 32;
+
+/// How long no client is taken after one could not be, as where there are no descriptors: it waits in the
+/// socket's queue, and this thread is not to do nothing but try.
+const ACCEPT_PAUSE: Duration = Duration::from_secs(1);
+static NOT_TAKEN: LogLimit = LogLimit::new(Duration::from_secs(10));
 
 const LISTENER: u64 = 0;
 const STOP: u64 = 1;
@@ -39,6 +45,8 @@ pub(super) struct Server {
     answers: Receiver<Answer>,
     clients: BTreeMap<u64, Connection>,
     next_client: u64,
+    /// Until then no client is taken.
+    deaf_until: Option<Instant>,
 }
 
 /// The way to the driver and back.
@@ -82,6 +90,7 @@ impl Server {
             answers,
             clients: BTreeMap::new(),
             next_client: FIRST_CLIENT,
+            deaf_until: None,
         })
     }
 
@@ -112,6 +121,9 @@ impl Server {
                 }
             }
             self.drop_late();
+            if self.deaf_until.is_some_and(|until| until <= Instant::now()) {
+                self.hear(None);
+            }
         }
     }
 
@@ -120,7 +132,10 @@ impl Server {
             Ok(Some(stream)) => stream,
             Ok(None) => return,
             Err(error) => {
-                tracing::warn!(%error, "cannot take a client of the API");
+                if let Some(suppressed) = NOT_TAKEN.pass() {
+                    tracing::warn!(%error, suppressed, "cannot take a client of the API");
+                }
+                self.hear(Some(Instant::now() + ACCEPT_PAUSE));
                 return;
             }
         };
@@ -139,6 +154,19 @@ impl Server {
             Ok(connection) => drop(self.clients.insert(token, connection)),
             Err(error) => tracing::warn!(%error, "cannot serve a client of the API"),
         }
+    }
+
+    /// Takes clients from now on, or none before that time.
+    fn hear(&mut self, not_before: Option<Instant>) {
+        let interest = match not_before {
+            None => EventSet::IN,
+            Some(_) => EventSet::empty(),
+        };
+        let event = EpollEvent::new(interest, LISTENER);
+        let fd = self.listener.as_raw_fd();
+        // It is in the set, and changing that takes nothing that could be missing.
+        let _ = self.epoll.ctl(ControlOperation::Modify, fd, event);
+        self.deaf_until = not_before;
     }
 
     fn process_client(&mut self, token: u64) {
@@ -197,7 +225,8 @@ impl Server {
 
     /// Until the next deadline; -1 without one.
     fn timeout_ms(&self) -> i32 {
-        let next = self.clients.values().filter_map(Connection::deadline).min();
+        let deadlines = self.clients.values().filter_map(Connection::deadline);
+        let next = deadlines.chain(self.deaf_until).min();
         next.map_or(-1, |deadline| {
             let left = deadline.saturating_duration_since(Instant::now());
             // Rounded up, so that it has passed when the wait is over.

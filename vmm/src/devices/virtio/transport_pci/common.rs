@@ -17,7 +17,7 @@ use virtio_bindings::virtio_config::{
     VIRTIO_CONFIG_S_NEEDS_RESET, VIRTIO_F_VERSION_1,
 };
 use vm_memory::{GuestAddress, GuestMemory, GuestMemoryMmap, Permissions};
-use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::notifier::{NO_VECTOR, Notifier};
 use crate::devices::virtio::device::{
@@ -328,7 +328,7 @@ impl Common {
     fn call(&self, vector: u16) -> std::io::Result<EventFd> {
         match self.notifier.msix.event(vector) {
             Some(event) => event.try_clone(),
-            None => EventFd::new(EFD_NONBLOCK),
+            None => EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC),
         }
     }
 
