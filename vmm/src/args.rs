@@ -42,6 +42,9 @@ Examples:
       --balloon size=256M,deflate_on_oom=on,free_page_reporting=on
     curl --unix-socket /run/vm.sock -X PUT http://localhost/api/v1/vm.resize -d '{\"desired_balloon\": 0}'
 
+  A guest whose pages can be merged with those of others, beside its disk daemon:
+    berth-vmm --kernel vmlinuz --disk path=disk.img --memory size=2G,mergeable=on
+
   No guest yet: it is created and booted through the API (docs/api.md):
     berth-vmm --api-socket path=/run/vm.sock
 
@@ -87,11 +90,11 @@ struct Flags {
         default_value = "boot=1"
     )]
     cpus: String,
-    /// Guest memory, a multiple of 2 MiB. mergeable: whether KSM may merge it, where it is told to (on) or all
-    /// from the start (always)
+    /// Guest memory, a multiple of 2 MiB. mergeable: whether KSM may merge it, where it is told to (on) or all from the
+    /// start (always); vhost-user devices then reach a window of it only (docs/memory.md)
     #[arg(
         long,
-        value_name = "size=SIZE,shared=on|off,mergeable=on|off|always,hugepages=on|off,hugepage_size=2M|1G,thp=on|off,prefault=on|off",
+        value_name = "size=SIZE,shared=on|off,mergeable=on|off|always,window=SIZE,hugepages=on|off,hugepage_size=2M|1G,thp=on|off,prefault=on|off",
         default_value = "size=512M"
     )]
     memory: String,

@@ -4,11 +4,19 @@
     reason = "a test that cannot look at its process has failed"
 )]
 
+#[allow(dead_code, reason = "no ring is driven here")]
+mod ring;
+#[allow(dead_code, reason = "a disk that is there and no more")]
+mod stock;
 mod support;
 
 use std::fs;
 
+use stock::Stock;
 use support::{Code, Guest, eventually, has_kvm, run};
+
+use vhost::vhost_user::message::VhostUserProtocolFeatures as Protocol;
+use vmm_sys_util::tempdir::TempDir;
 
 const SIZE_KIB: u64 = 64 << 10;
 
@@ -29,8 +37,16 @@ impl Mapping {
     }
 }
 
-/// The one mapping of guest memory: of 64 MiB and not dumped, which nothing else in the process is.
+/// The one mapping of guest memory: of 64 MiB.
 fn guest_memory(pid: i32) -> Mapping {
+    let mut found = not_dumped(pid);
+    found.retain(|mapping| mapping.kib == SIZE_KIB);
+    assert_eq!(found.len(), 1, "{found:?}");
+    found.remove(0)
+}
+
+/// Guest memory, in the order of smaps: nothing else that can be written is kept out of core dumps.
+fn not_dumped(pid: i32) -> Vec<Mapping> {
     let smaps = fs::read_to_string(format!("/proc/{pid}/smaps")).unwrap();
     let mut found = Vec::new();
     for line in smaps.lines() {
@@ -56,9 +72,8 @@ fn guest_memory(pid: i32) -> Mapping {
             _ => {}
         }
     }
-    found.retain(|mapping| mapping.kib == SIZE_KIB && mapping.has("dd"));
-    assert_eq!(found.len(), 1, "{found:?}");
-    found.remove(0)
+    found.retain(|mapping| mapping.has("dd") && mapping.has("wr"));
+    found
 }
 
 /// A guest that runs with this memory, and its mapping.
@@ -106,6 +121,46 @@ fn private_memory_is_merged_only_on_demand() {
         assert!(!mapping.has("sh"), "{memory} {mapping:?}");
         let ksm = fs::exists("/sys/kernel/mm/ksm").unwrap();
         assert_eq!(mapping.has("mg"), mergeable && ksm, "{memory} {mapping:?}");
+    }
+}
+
+/// A guest of 192 MiB beside a disk: 128 MiB of it a file that the daemon gets, 64 MiB private.
+#[test]
+fn a_window_is_shared_and_the_rest_private() {
+    if !has_kvm() {
+        return;
+    }
+    let dir = TempDir::new().unwrap();
+    let socket = dir.as_path().join("disk.sock");
+    let _disk = Stock::listen(&socket, Protocol::CONFIG | Protocol::REPLY_ACK);
+    for (mergeable, merged) in [("on", false), ("always", true)] {
+        let code = Code::new().print("here\n").halt();
+        let disk = format!("--disk=socket={}", socket.display());
+        let memory = format!("--memory=size=192M,mergeable={mergeable}");
+        let guest = Guest::start_pvh(&code, &[&disk, &memory]);
+        eventually("the guest runs", || {
+            (guest.lines() == ["here"]).then_some(())
+        });
+        let mut mappings = not_dumped(guest.pid());
+        mappings.sort_by_key(|mapping| mapping.kib);
+        let [rest, window] = &mappings[..] else {
+            panic!("{mappings:?}");
+        };
+        let ksm = fs::exists("/sys/kernel/mm/ksm").unwrap();
+        assert_eq!((window.kib, rest.kib), (128 << 10, 64 << 10));
+        assert!(window.has("sh") && !window.has("mg"), "{window:?}");
+        assert!(window.name.contains("berth-guest-ram"), "{window:?}");
+        assert!(!rest.has("sh"), "{rest:?}");
+        assert_eq!(rest.has("mg"), merged && ksm, "{rest:?}");
+        let counter = |name| guest.counter("memory", name);
+        assert_eq!(counter("window_bytes"), Some(128 << 20));
+        assert_eq!(counter("mergeable_bytes"), Some(64 << 20));
+        // The boot structures are there, and not much else.
+        let used = counter("window_used_bytes").unwrap();
+        assert!((1..64 << 20).contains(&used), "{used}");
+        let (status, answer) = guest.put("vm.add-disk", r#"{"vhost_socket": "/nowhere"}"#);
+        assert_eq!(status, 500, "{answer}");
+        assert!(answer.contains("DMA window"), "{answer}");
     }
 }
 

@@ -29,6 +29,7 @@ pub mod pci;
 pub mod power;
 pub mod storm;
 pub mod upgrade;
+pub mod window;
 
 use berth_tests_framework::story::Story;
 
@@ -55,6 +56,7 @@ pub fn stories() -> Vec<Story> {
         migration::STORIES,
         upgrade::STORIES,
         any_device::STORIES,
+        window::STORIES,
         own_daemons::STORIES,
         bad_input::STORIES,
     ]

@@ -7,7 +7,7 @@ use berth_tests_framework::wait::seconds;
 const FOUR_GIB: u64 = 4 << 30;
 
 /// Ranges of System RAM that the guest was told of, first and last byte.
-fn ranges(vm: &mut Console) -> Result<Vec<(u64, u64)>> {
+pub(crate) fn ranges(vm: &mut Console) -> Result<Vec<(u64, u64)>> {
     let iomem = vm.sh("grep '^[0-9a-f].*: System RAM' /proc/iomem")?;
     iomem
         .lines()

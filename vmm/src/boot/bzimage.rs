@@ -19,6 +19,7 @@ const MIN_VERSION: u16 = 0x020c;
 /// The 64-bit entry, from the start of the protected-mode kernel.
 const ENTRY64_OFFSET: u64 = 0x200;
 const XLF_KERNEL_64: u16 = 1;
+const XLF_CAN_BE_LOADED_ABOVE_4G: u16 = 1 << 1;
 
 /// Why a bzImage cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -71,6 +72,8 @@ pub struct SetupHeader {
     pub raw: Vec<u8>,
     /// Highest address that an initramfs may take.
     pub initrd_addr_max: u64,
+    /// Whether kernel and initramfs may be above 4 GiB.
+    pub above_4_gib: bool,
     /// Longest command line, without the NUL.
     pub cmdline_max: usize,
     /// Offset in the file of the protected-mode kernel.
@@ -111,7 +114,8 @@ impl SetupHeader {
             )));
         }
         let u32_at = |at| field(head, at).map_or(0, u32::from_le_bytes);
-        if field(head, 0x236).map_or(0, u16::from_le_bytes) & XLF_KERNEL_64 == 0 {
+        let xloadflags = field(head, 0x236).map_or(0, u16::from_le_bytes);
+        if xloadflags & XLF_KERNEL_64 == 0 {
             return Err(Error::No64BitEntry(version));
         }
         let setup_sects = match head[SETUP_HEADER] {
@@ -129,6 +133,7 @@ impl SetupHeader {
         }
         Ok(Self {
             initrd_addr_max: u32_at(0x22c).into(),
+            above_4_gib: xloadflags & XLF_CAN_BE_LOADED_ABOVE_4G != 0,
             cmdline_max: u32_at(0x238) as usize,
             kernel_offset,
             payload,

@@ -104,6 +104,8 @@ pub enum Tail {
 /// What became of a kernel in guest memory.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Loaded {
+    /// By how much it was moved.
+    pub bias: u64,
     /// 64-bit entry (`e_entry`).
     pub entry64: GuestAddress,
     /// 32-bit entry of the PVH note, where it is below 4 GiB.
@@ -135,11 +137,15 @@ struct Plan {
     image_end: u64,
 }
 
-/// Loads the ELF image that `image` yields at its physical addresses plus `bias`.
+/// Loads the ELF image that `image` yields at its physical addresses plus `bias`, or plus nothing where RAM has no room
+/// for it there.
 pub fn load(ram: &GuestRam, image: &mut dyn Read, bias: u64, tail: Tail) -> Result<Loaded, Error> {
     let mut chunk = vec![0; CHUNK];
     let mut filled = fill(image, &mut chunk, 0)?;
-    let plan = Plan::parse(&chunk[..filled], bias)?;
+    let mut plan = Plan::parse(&chunk[..filled], bias)?;
+    if bias > 0 && !plan.segments.iter().all(|segment| segment.fits(ram)) {
+        plan = Plan::parse(&chunk[..filled], 0)?;
+    }
     for segment in &plan.segments {
         segment.check_and_zero(ram)?;
     }
@@ -287,6 +293,7 @@ impl Plan {
         }
         let end = self.segments.iter().map(|s| s.gpa + s.mem_len).max();
         Ok(Loaded {
+            bias: self.bias,
             entry64: GuestAddress(self.entry),
             pvh_entry: pvh_entry.map(GuestAddress),
             end: GuestAddress(end.unwrap_or(0)),
@@ -296,9 +303,14 @@ impl Plan {
 }
 
 impl Segment {
-    /// Checks that the segment is RAM for a kernel and makes it zero.
+    /// Whether the segment is RAM for a kernel.
+    fn fits(&self, ram: &GuestRam) -> bool {
+        self.gpa >= KERNEL_MIN_START && ram.contains(self.gpa, self.mem_len)
+    }
+
+    /// Checks that the segment fits and makes it zero.
     fn check_and_zero(&self, ram: &GuestRam) -> Result<(), Error> {
-        if self.gpa < KERNEL_MIN_START || !ram.contains(self.gpa, self.mem_len) {
+        if !self.fits(ram) {
             return Err(Error::DoesNotFit {
                 start: self.gpa,
                 end: self.gpa.saturating_add(self.mem_len),
@@ -433,6 +445,7 @@ mod tests {
         assert_eq!(
             loaded,
             Loaded {
+                bias: 0,
                 entry64: GuestAddress(0x10_0010),
                 pvh_entry: Some(GuestAddress(0x10_0020)),
                 end: GuestAddress(0x28_0000),
@@ -455,6 +468,14 @@ mod tests {
         assert_eq!(loaded.entry64, GuestAddress(bias + 0x10_0010));
         assert_eq!(loaded.pvh_entry, None);
         assert_eq!(bytes_at(&ram, bias + 0x20_0000, 1), [0xdd]);
+        assert_eq!(loaded.bias, bias);
+    }
+
+    #[test]
+    fn without_room_for_its_bias_an_image_stays_where_it_was_linked() {
+        let ram = testing::ram(8 << 20);
+        let loaded = load_bytes(&ram, &testing::small_kernel(), 1 << 32).unwrap();
+        assert_eq!((loaded.bias, loaded.entry64), (0, GuestAddress(0x10_0010)));
     }
 
     #[test]

@@ -1,4 +1,5 @@
-//! The initramfs: as high in RAM below the hole as the kernel lets it be, out of the kernel's way.
+//! The initramfs: as high in the kernel's own part of RAM (below the hole, or above 4 GiB) as the kernel lets it be, out
+//! of the kernel's way.
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
@@ -6,6 +7,7 @@ use std::path::{Path, PathBuf};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
 
 use crate::memory::GuestRam;
+use crate::memory::layout::HIGH_RAM_START;
 
 const PAGE: u64 = 4096;
 
@@ -86,7 +88,11 @@ pub fn load(
     if len == 0 {
         return Err(Error::Empty(path.to_owned()));
     }
-    let limit = ram.low_len().min(max.saturating_add(1));
+    let end = match kernel_end.0 {
+        HIGH_RAM_START.. => HIGH_RAM_START + ram.high_len(),
+        _ => ram.low_len(),
+    };
+    let limit = end.min(max.saturating_add(1));
     let start = place(len, kernel_end.0, limit).ok_or_else(|| Error::TooBig {
         path: path.to_owned(),
         len,

@@ -97,38 +97,51 @@ impl Relocations {
         }
     }
 
-    /// Moves the kernel, which is in guest memory at the addresses it was linked for and ends at `end`, by
+    /// Moves the kernel, which is in guest memory `bias` above the addresses it was linked for and ends at `end`, by
     /// `delta` in virtual memory.
-    pub fn apply(&self, ram: &GuestRam, end: GuestAddress, delta: u64) -> Result<(), Error> {
+    pub fn apply(
+        &self,
+        ram: &GuestRam,
+        bias: u64,
+        end: GuestAddress,
+        delta: u64,
+    ) -> Result<(), Error> {
         let narrow = delta as u32;
-        change(ram, end, &self.abs64, |v: u64| v.wrapping_add(delta))?;
-        change(ram, end, &self.inverse32, |v: u32| v.wrapping_sub(narrow))?;
-        change(ram, end, &self.abs32, |v: u32| v.wrapping_add(narrow))
+        let image = Image { ram, bias, end };
+        image.change(&self.abs64, |v: u64| v.wrapping_add(delta))?;
+        image.change(&self.inverse32, |v: u32| v.wrapping_sub(narrow))?;
+        image.change(&self.abs32, |v: u32| v.wrapping_add(narrow))
     }
 }
 
-/// Changes the number at each place.
-fn change<T: ByteValued>(
-    ram: &GuestRam,
+/// A kernel in guest memory.
+struct Image<'a> {
+    ram: &'a GuestRam,
+    bias: u64,
     end: GuestAddress,
-    places: &[u32],
-    new: impl Fn(T) -> T,
-) -> Result<(), Error> {
-    let len = size_of::<T>() as u64;
-    for &place in places {
-        let gpa = place
-            .checked_sub(START_KERNEL_MAP)
-            .map(u64::from)
-            .filter(|&gpa| gpa >= KERNEL_MIN_START && gpa + len <= end.0)
-            .ok_or(Error::Outside { place, end: end.0 })?;
-        let at = GuestAddress(gpa);
-        let memory = ram.memory();
-        memory
-            .read_obj(at)
-            .and_then(|value| memory.write_obj(new(value), at))
-            .map_err(|source| Error::Memory { gpa, source })?;
+}
+
+impl Image<'_> {
+    /// Changes the number at each place.
+    fn change<T: ByteValued>(&self, places: &[u32], new: impl Fn(T) -> T) -> Result<(), Error> {
+        let (memory, end) = (self.ram.memory(), self.end.0);
+        let len = size_of::<T>() as u64;
+        for &place in places {
+            let gpa = place
+                .checked_sub(START_KERNEL_MAP)
+                .map(u64::from)
+                .filter(|&gpa| gpa >= KERNEL_MIN_START)
+                .map(|gpa| gpa + self.bias)
+                .filter(|&gpa| gpa + len <= end)
+                .ok_or(Error::Outside { place, end })?;
+            let at = GuestAddress(gpa);
+            memory
+                .read_obj(at)
+                .and_then(|value| memory.write_obj(new(value), at))
+                .map_err(|source| Error::Memory { gpa, source })?;
+        }
+        Ok(())
     }
-    Ok(())
 }
 
 /// By how much a kernel is moved that is linked for `start`, needs `size` bytes from there and must keep
@@ -207,7 +220,7 @@ mod tests {
             inverse32: vec![0x8010_0010],
             abs32: vec![0x8010_0020],
         };
-        relocations.apply(&ram, END, 0x20_0000).unwrap();
+        relocations.apply(&ram, 0, END, 0x20_0000).unwrap();
         let wide: u64 = ram.memory().read_obj(at(0x10_0000)).unwrap();
         assert_eq!(wide, 0xffff_ffff_8120_0000);
         let inverse: u32 = ram.memory().read_obj(at(0x10_0010)).unwrap();
@@ -225,7 +238,7 @@ mod tests {
                 inverse32: vec![],
                 abs32: vec![],
             };
-            let error = relocations.apply(&ram, END, 0x20_0000).unwrap_err();
+            let error = relocations.apply(&ram, 0, END, 0x20_0000).unwrap_err();
             assert!(matches!(error, Error::Outside { .. }), "{place:#x}");
         }
     }

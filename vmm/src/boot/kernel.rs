@@ -22,6 +22,7 @@ use super::kaslr::{self, Relocations};
 use super::multiboot;
 use crate::config::{KernelEntry, PayloadConfig};
 use crate::memory::GuestRam;
+use crate::memory::layout::HIGH_RAM_START;
 
 /// Why a kernel cannot be started.
 #[derive(Debug, thiserror::Error)]
@@ -124,9 +125,12 @@ pub struct Kernel {
 }
 
 impl Kernel {
-    /// Highest address that an initramfs may take.
+    /// Highest address that an initramfs may take: what the header says is for boot loaders that load low.
     pub fn initrd_addr_max(&self) -> u64 {
-        self.header.as_ref().map_or(u64::MAX, |h| h.initrd_addr_max)
+        self.header
+            .as_ref()
+            .filter(|_| self.end.0 <= HIGH_RAM_START)
+            .map_or(u64::MAX, |h| h.initrd_addr_max)
     }
 
     /// The command line that it gets: a multiboot image's begins with the image's name.
@@ -225,7 +229,7 @@ impl Loader<'_> {
         if self.payload.entry == KernelEntry::BzImage {
             return Err(self.no_entry("it is an ELF file"));
         }
-        let loaded = self.elf(file, Tail::Ignore)?;
+        let loaded = self.elf(file, self.bias(None), Tail::Ignore)?;
         let entry = match (self.payload.entry, loaded.pvh_entry) {
             (KernelEntry::Auto, Some(gpa)) => EntryPoint::Pvh(gpa),
             _ => self.entry_as_asked(&loaded)?,
@@ -280,7 +284,7 @@ impl Loader<'_> {
         let mut image = format
             .reader(packed)
             .map_err(|source| self.elf_error(elf::Error::Read { offset: 0, source }))?;
-        let loaded = self.elf(&mut image, Tail::Keep)?;
+        let loaded = self.elf(&mut image, self.bias(Some(&header)), Tail::Keep)?;
         drop(image);
         let entry = self.entry_as_asked(&loaded)?;
         if matches!(entry, EntryPoint::Linux64(_)) && !kaslr::is_forbidden(&self.payload.cmdline) {
@@ -302,7 +306,7 @@ impl Loader<'_> {
         let (start, size, alignment) = header.span();
         let delta = kaslr::delta(kaslr::random().map_err(error)?, start, size, alignment);
         relocations
-            .apply(self.ram, loaded.end, delta)
+            .apply(self.ram, loaded.bias, loaded.end, delta)
             .map_err(error)
     }
 
@@ -315,8 +319,19 @@ impl Loader<'_> {
         }
     }
 
-    fn elf(&self, image: &mut dyn Read, tail: Tail) -> Result<Loaded, Error> {
-        elf::load(self.ram, image, 0, tail).map_err(|source| self.elf_error(source))
+    /// How far above the addresses that it is linked for an ELF kernel is to be: where there is a DMA window, above that,
+    /// as what lies in the window is never merged. Only by its 64-bit entry can it be entered there.
+    fn bias(&self, header: Option<&SetupHeader>) -> u64 {
+        let may = matches!(self.payload.entry, KernelEntry::Auto | KernelEntry::Linux64)
+            && header.is_none_or(|header| header.above_4_gib);
+        match self.ram.window() {
+            Some(_) if may => HIGH_RAM_START,
+            _ => 0,
+        }
+    }
+
+    fn elf(&self, image: &mut dyn Read, bias: u64, tail: Tail) -> Result<Loaded, Error> {
+        elf::load(self.ram, image, bias, tail).map_err(|source| self.elf_error(source))
     }
 
     fn kernel(&self, loaded: &Loaded, entry: EntryPoint, header: Option<SetupHeader>) -> Kernel {

@@ -84,12 +84,6 @@ pub enum Error {
     /// Words about memory that do not go together.
     #[error(transparent)]
     MemoryMode(#[from] ModeError),
-    /// Not done yet.
-    #[error(
-        "--memory: mergeable=on with vhost-user devices needs a DMA window, which is not built yet; use \
-         mergeable=off"
-    )]
-    WindowNotYet,
     /// A balloon that would leave nothing of the guest's memory, and more.
     #[error(
         "--balloon: size of {} MiB is more than the guest's memory of {} MiB",
@@ -187,11 +181,7 @@ fn memory(config: &VmConfig, host: Host) -> Result<(), Error> {
     if !size_bytes.is_multiple_of(MEMORY_UNIT) {
         return Err(Error::MemoryOdd { size_bytes });
     }
-    let mode = Mode::of(config)?;
-    if let Mode::Window { .. } = mode {
-        return Err(Error::WindowNotYet);
-    }
-    let (_, high) = mode.split(size_bytes);
+    let (_, high) = Mode::of(config)?.split(size_bytes);
     // 2^52 is the most that the architecture has, which also keeps the sum below from wrapping.
     let address_space = 1u64 << host.physical_bits.min(52);
     if size_bytes > address_space || mmio64_start(high) + MMIO64_LEN > address_space {

@@ -4,8 +4,8 @@
 //! SIPI, which the in-kernel LAPIC handles; nothing here touches them.
 //!
 //! The 64-bit entry needs paging on: page tables and GDT lie in low RAM (see
-//! [`crate::memory::layout`]), one to one for the first 4 GiB. PVH boot ABI; Linux
-//! Documentation/arch/x86/boot.rst, "64-bit boot protocol".
+//! [`crate::memory::layout`]), one to one for the first 5 GiB, as a kernel may lie above a guest's DMA window. PVH
+//! boot ABI; Linux Documentation/arch/x86/boot.rst, "64-bit boot protocol".
 
 use std::fmt::Write;
 
@@ -33,7 +33,7 @@ const PDE_HUGE: u64 = 1 << 7;
 const PAGE: u64 = 4096;
 const GIB: u64 = 1 << 30;
 /// How much is mapped one to one.
-const MAPPED_GIB: u64 = 4;
+const MAPPED_GIB: u64 = 5;
 
 /// Selectors that the 64-bit boot protocol asks for.
 const CODE_SELECTOR: u16 = 0x10;
@@ -341,14 +341,21 @@ mod tests {
     }
 
     #[test]
-    fn page_tables_map_4_gib_one_to_one() {
+    fn page_tables_map_5_gib_one_to_one() {
         let ram = ram();
         write_page_tables(&ram).unwrap();
         let entry = |table: u64, index: u64| {
             let at = GuestAddress(table + index * 8);
             ram.memory().read_obj::<u64>(at).unwrap()
         };
-        for gpa in [0, 0x20_0000, 0x7fff_ffff, 0xfee0_0000u64, 0xffff_ffff] {
+        for gpa in [
+            0,
+            0x20_0000,
+            0x7fff_ffff,
+            0xfee0_0000u64,
+            0xffff_ffff,
+            0x1_0100_0000,
+        ] {
             let pdpt = entry(BOOT_PAGE_TABLES, gpa >> 39) & !0xfff;
             let pd = entry(pdpt, gpa >> 30) & !0xfff;
             let page = entry(pd, gpa >> 21 & 511);

@@ -48,7 +48,7 @@ pub const MULTIBOOT_INFO: u64 = PVH_START_INFO;
 pub const ZERO_PAGE: u64 = 0x7000;
 /// Initial stack pointer, growing down.
 pub const BOOT_STACK: u64 = 0x8ff0;
-/// Page tables of the 64-bit entry: PML4, page directory pointers, then four page directories.
+/// Page tables of the 64-bit entry: PML4, page directory pointers, then five page directories.
 pub const BOOT_PAGE_TABLES: u64 = 0x9000;
 /// Kernel command line, at most 64 KiB.
 pub const CMDLINE_START: u64 = 0x2_0000;

@@ -12,6 +12,8 @@
 #![forbid(unsafe_code)]
 
 use std::io;
+use std::os::unix::fs::MetadataExt;
+use std::sync::Arc;
 
 use vm_memory::{
     Address, Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap,
@@ -26,6 +28,8 @@ use crate::config::{HugePages, MemoryConfig, Mergeable};
 
 /// A page of the host.
 const PAGE: u64 = 4096;
+/// What `st_blocks` counts.
+const BLOCK: u64 = 512;
 /// Unit of the size.
 const UNIT: u64 = 2 << 20;
 /// How much is zeroed at once where it has to be written.
@@ -57,6 +61,7 @@ pub struct HostRange {
 #[derive(Debug, Clone)]
 pub struct GuestRam {
     memory: GuestMemoryMmap,
+    window: Option<GuestMemoryMmap>,
     config: MemoryConfig,
     mode: Mode,
 }
@@ -86,16 +91,20 @@ impl GuestRam {
                 .map_err(|source| Error::Create { size_bytes, source }),
             None => Ok(None),
         };
-        let mut regions = vec![mapping::map(config, part(0)?, 0, low)?];
+        let mut regions = vec![Arc::new(mapping::map(config, part(0)?, 0, low)?)];
+        let window = matches!(mode, Mode::Window { .. }).then(|| regions.clone());
         if high > 0 {
             let file = match mode {
                 Mode::Shared => part(low)?,
                 Mode::Private | Mode::Window { .. } => None,
             };
-            regions.push(mapping::map(config, file, layout::HIGH_RAM_START, high)?);
+            let start = layout::HIGH_RAM_START;
+            regions.push(Arc::new(mapping::map(config, file, start, high)?));
         }
+        let joined = |regions| GuestMemoryMmap::from_arc_regions(regions).map_err(Error::Regions);
         let ram = Self {
-            memory: GuestMemoryMmap::from_regions(regions).map_err(Error::Regions)?,
+            memory: joined(regions)?,
+            window: window.map(joined).transpose()?,
             config: *config,
             mode,
         };
@@ -124,6 +133,11 @@ impl GuestRam {
     /// Guest memory; a shared region has its file and offset.
     pub fn memory(&self) -> &GuestMemoryMmap {
         &self.memory
+    }
+
+    /// The part that other processes map, where that is not all of it: one region from address 0.
+    pub fn window(&self) -> Option<&GuestMemoryMmap> {
+        self.window.as_ref()
     }
 
     /// How it was made.
@@ -170,6 +184,21 @@ impl GuestRam {
         let eligible = self.config.mergeable != Mergeable::Off && self.config.huge_pages.is_none();
         self.ranges()
             .filter(move |range| eligible && range.kind == Kind::Private)
+    }
+
+    /// Figures by name: what can be merged, and what of the window the host has pages for. A figure that there is not is
+    /// absent.
+    pub fn counters(&self) -> Vec<(&'static str, u64)> {
+        let mergeable = self.mergeable_ranges().map(|range| range.len).sum();
+        let mut counters = vec![("mergeable_bytes", mergeable)];
+        if let Some(region) = self.window.as_ref().and_then(|window| window.iter().next()) {
+            counters.push(("window_bytes", region.len()));
+            let file = region.file_offset().map(|file| file.file().metadata());
+            if let Some(Ok(metadata)) = file {
+                counters.push(("window_used_bytes", metadata.blocks() * BLOCK));
+            }
+        }
+        counters
     }
 
     /// Tells the host about whole pages of one piece: `gpa` and `len` are multiples of 4 KiB. Merging is for

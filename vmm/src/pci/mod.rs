@@ -48,6 +48,7 @@ pub(crate) use self::endpoint::CAPABILITY_MSIX;
 use self::endpoint::Endpoint;
 pub use self::endpoint::{Capability, PciFunction};
 use self::express::PortType;
+pub use self::root_port::LIMITING_VENDOR;
 use self::root_port::{RootPort, WINDOW_ALIGN};
 use self::tree::{Slot, Tree};
 pub use self::wiring::{DoorbellAt, Message, Vectors, Wiring, WiringError};

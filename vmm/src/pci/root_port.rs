@@ -31,8 +31,12 @@ pub(super) const WINDOW_ALIGN: u64 = 1 << 20;
 const PREFETCH_64: u16 = 1;
 /// A guest can write the capability as often as it likes.
 static WIRING: LogLimit = LogLimit::new(Duration::from_secs(10));
-/// Device id of a root port, with the vendor ids that are settings.
+/// Device id of a root port, whichever vendor it names. Vendor 0x1106 has no product of this number, which Linux would
+/// know quirks for.
 const DEVICE_ID: u16 = 0x000c;
+/// Vendor of a port below which Linux gives devices 32-bit addresses only (arch/x86/kernel/pci-dma.c, `via_no_dac`: any
+/// bridge of the vendor's).
+pub const LIMITING_VENDOR: u16 = 0x1106;
 
 /// A port and the device in its slot.
 pub(super) struct RootPort {

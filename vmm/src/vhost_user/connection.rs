@@ -11,6 +11,7 @@ use super::session::{DAEMON_LOG, End, REQUESTS, RING_ERROR, SOCKET, Session, WAK
 use super::shared::{Rings, SessionState, Shared};
 use super::vring::Running;
 use super::wait::{Ready, Waiter};
+use super::window::Window;
 use crate::telemetry::LogLimit;
 
 /// A guest can break its rings, and write what is refused, as often as it likes.
@@ -140,7 +141,13 @@ impl Connection {
             let _ = err.read();
             if let Some(suppressed) = RING_ERRORS.pass() {
                 let device = shared.id();
-                tracing::warn!(device, queue, suppressed, "the backend gave the queue up");
+                let suspicion = shared.window.as_ref().map_or("", Window::suspicion);
+                tracing::warn!(
+                    device,
+                    queue,
+                    suppressed,
+                    "the backend gave the queue up{suspicion}"
+                );
             }
             if let Some(notify) = &shared.state().notify {
                 notify.needs_reset();

@@ -7,6 +7,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::kind::bits;
 use super::shared::{Ring, Rings, Shared};
+use super::window::Window;
 use crate::devices::virtio::device::{
     ActivateError, Activation, ResetProgress, TransportNotify, VirtioDevice,
 };
@@ -39,13 +40,17 @@ impl VirtioDevice for Device {
     fn features(&self) -> u64 {
         let state = self.shared.state();
         let offer = state.offer.as_ref();
-        offer.map_or(bits(&[VIRTIO_F_VERSION_1]), |offer| offer.features)
+        let theirs = offer.map_or(bits(&[VIRTIO_F_VERSION_1]), |offer| offer.features);
+        let window = self.shared.window.as_ref();
+        theirs | window.map_or(0, Window::features)
     }
 
     /// A driver that comes while the backend is away for a moment is served when it is back; one whose
     /// backend never answered would wait for ever.
-    fn accepts(&self, _features: u64) -> bool {
-        self.shared.state().offer.is_some()
+    fn accepts(&self, features: u64) -> bool {
+        let window = self.shared.window.as_ref();
+        window.is_none_or(|window| window.accepts(self.shared.id(), features))
+            && self.shared.state().offer.is_some()
     }
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {
@@ -87,11 +92,18 @@ impl VirtioDevice for Device {
                 reason: format!("queue {}: the backend serves {served}", queue.index),
             });
         }
-        state.wanted = Some(Arc::new(Rings {
-            features: activation.features,
+        let window = self.shared.window.as_ref();
+        let rings = Rings {
+            features: Window::without_ours(activation.features),
             rings: activation.queues.into_iter().map(Ring::new).collect(),
-            memory: activation.memory,
-        }));
+            memory: window.map_or(activation.memory, |window| window.memory().clone()),
+        };
+        let inside = window.map_or(Ok(()), |window| window.check(&rings));
+        inside.map_err(|reason| ActivateError {
+            device: self.shared.id().to_owned(),
+            reason,
+        })?;
+        state.wanted = Some(Arc::new(rings));
         drop(state);
         self.shared.wake();
         Ok(())

@@ -38,6 +38,7 @@ mod shared;
 mod tests;
 mod vring;
 mod wait;
+mod window;
 
 use std::io::{self, Write};
 use std::net::Shutdown;
@@ -46,6 +47,7 @@ use std::path::PathBuf;
 use std::sync::{Arc, LazyLock};
 use std::time::Duration;
 
+use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use self::deadline::Deadlines;
@@ -55,6 +57,7 @@ pub use self::kind::Kind;
 use self::session::Session;
 pub use self::shared::SessionState;
 use self::shared::{Roster, Shared};
+use self::window::Window;
 use crate::devices::virtio::device::VirtioDevice;
 use crate::launcher::Launcher;
 use crate::sandbox::{self, ThreadKind};
@@ -181,6 +184,7 @@ pub struct Frontends {
     sessions: Vec<Arc<Shared>>,
     operation_limit: Duration,
     launcher: Option<Launcher>,
+    window: Option<Window>,
 }
 
 impl Frontends {
@@ -198,7 +202,15 @@ impl Frontends {
             roster: Arc::default(),
             sessions: Vec::new(),
             launcher: None,
+            window: None,
         })
+    }
+
+    /// The same, where devices made from here on reach no more of guest memory than this region from address 0.
+    #[must_use]
+    pub fn within(mut self, window: Option<GuestMemoryMmap>) -> Self {
+        self.window = window.map(Window::new);
+        self
     }
 
     /// The same, with somebody who starts daemons.
@@ -239,7 +251,12 @@ impl Frontends {
             .chars()
             .take(THREAD_NAME)
             .collect();
-        let shared = Arc::new(Shared::new(kind, wake, Arc::clone(&self.roster)));
+        let shared = Arc::new(Shared::new(
+            kind,
+            wake,
+            self.window.clone(),
+            Arc::clone(&self.roster),
+        ));
         let deadlines = Arc::clone(&self.deadlines);
         let session = Session::new(Arc::clone(&shared), dialer, deadlines, self.operation_limit)?;
         // Counted before the thread can leave.

@@ -14,6 +14,7 @@ use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::kind::{Kind, Offer};
+use super::window::Window;
 use crate::devices::virtio::device::{QueueSetup, TransportNotify};
 use crate::telemetry::events::event;
 
@@ -34,9 +35,10 @@ pub enum SessionState {
 
 /// Rings that the driver of the guest set up, and where their events are.
 pub(super) struct Rings {
-    /// Features that the driver chose.
+    /// Features that the driver chose, of those that a backend may hear of.
     pub(super) features: u64,
     pub(super) rings: Vec<Ring>,
+    /// What the backend maps.
     pub(super) memory: GuestMemoryMmap,
 }
 
@@ -71,6 +73,8 @@ impl Ring {
 
 pub(super) struct Shared {
     pub(super) kind: Kind,
+    /// What of guest memory the backend maps, if that is not all.
+    pub(super) window: Option<Window>,
     /// Wakes the session's thread.
     wake: EventFd,
     state: Mutex<State>,
@@ -98,7 +102,12 @@ pub(super) struct State {
 }
 
 impl Shared {
-    pub(super) fn new(kind: Kind, wake: EventFd, roster: Arc<Roster>) -> Self {
+    pub(super) fn new(
+        kind: Kind,
+        wake: EventFd,
+        window: Option<Window>,
+        roster: Arc<Roster>,
+    ) -> Self {
         let state = State {
             session: SessionState::Waiting,
             offer: None,
@@ -113,6 +122,7 @@ impl Shared {
         };
         Self {
             kind,
+            window,
             wake,
             state: Mutex::new(state),
             roster,

@@ -3,6 +3,7 @@
 
 mod backend;
 mod hostile;
+mod window;
 
 use std::fs::File;
 use std::io::{Read, Write};
@@ -63,6 +64,12 @@ fn patient_bench(limit: Duration) -> Bench {
 
 /// A disk whose session starts when something was done to its path.
 fn bench_after(limit: Duration, before: impl FnOnce(&Path)) -> Bench {
+    let ram = GuestRam::new(&MemoryConfig::of(2 << 20)).unwrap();
+    bench_with(limit, ram, before)
+}
+
+/// The same, of a guest with this memory.
+fn bench_with(limit: Duration, ram: GuestRam, before: impl FnOnce(&Path)) -> Bench {
     let dir = TempDir::new().unwrap();
     let path = dir.as_path().join("disk.sock");
     before(&path);
@@ -75,18 +82,18 @@ fn bench_after(limit: Duration, before: impl FnOnce(&Path)) -> Bench {
         },
         readonly: false,
     });
-    let memory = MemoryConfig::of(2 << 20);
     let notes = Arc::new(Notes {
         config: eventfd(),
         reset: eventfd(),
     });
-    let mut frontends = Frontends::with_operation_limit(limit).unwrap();
+    let frontends = Frontends::with_operation_limit(limit).unwrap();
+    let mut frontends = frontends.within(ram.window().cloned());
     let mut device = frontends.connect(kind).unwrap();
     device.attach(Arc::clone(&notes) as _);
     Bench {
         _dir: dir,
         path,
-        ram: GuestRam::new(&memory).unwrap(),
+        ram,
         notes,
         frontends,
         device,
@@ -99,23 +106,35 @@ impl Bench {
     }
 
     fn activate(&mut self) -> [EventFd; 2] {
+        let rings = [0x1_0000, 0x2_0000, 0x3_0000];
+        let features = self.device.features();
+        self.activate_at(features, rings).unwrap()
+    }
+
+    /// DRIVER_OK with these features, and a queue whose descriptors, avail and used ring are there.
+    fn activate_at(
+        &mut self,
+        features: u64,
+        [desc, avail, used]: [u64; 3],
+    ) -> Result<[EventFd; 2], String> {
         let (kick, call) = (eventfd(), eventfd());
         let queue = QueueSetup {
             index: 0,
             size: 64,
-            desc: 0x1_0000,
-            avail: 0x2_0000,
-            used: 0x3_0000,
+            desc,
+            avail,
+            used,
             kick: kick.try_clone().unwrap(),
             call: call.try_clone().unwrap(),
         };
         let activation = Activation {
-            features: self.device.features(),
+            features,
             queues: vec![queue],
             memory: self.memory().clone(),
         };
-        self.device.activate(activation).unwrap();
-        [kick, call]
+        let activated = self.device.activate(activation);
+        activated.map_err(|error| error.to_string())?;
+        Ok([kick, call])
     }
 
     fn live(&self) {

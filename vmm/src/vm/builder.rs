@@ -189,7 +189,9 @@ pub fn build(parts: &Parts) -> Result<Machine, Error> {
     }
     // Backends are dialled from here on, while the kernel is loaded.
     let mut frontends = Frontends::new().map_err(Error::Frontends)?;
-    frontends = frontends.starting(parts.launcher.clone());
+    frontends = frontends
+        .starting(parts.launcher.clone())
+        .within(ram.window().cloned());
     let mut host = pci_host(&buses, &chip, &ram, &parts.events);
     let balloon = add_devices(&mut host, config, &ram, &mut frontends)?;
     let pci = host.finish()?;
@@ -218,8 +220,8 @@ pub fn build(parts: &Parts) -> Result<Machine, Error> {
         pci,
         balloon,
         chip,
-        memory_mode: mode,
         _slots: slots,
+        ram,
     })
 }
 
@@ -368,6 +370,14 @@ fn add_devices(
     ram: &GuestRam,
     frontends: &mut Frontends,
 ) -> Result<Option<balloon::Handle>, Error> {
+    let platform = &config.platform;
+    let (vendor, empty_ports) = match ram.mode() {
+        // A device that comes later would not be limited, so none can.
+        memory::Mode::Window { .. } => (pci::LIMITING_VENDOR, 0),
+        memory::Mode::Shared | memory::Mode::Private => {
+            (platform.root_port_vendor, platform.hotplug_ports)
+        }
+    };
     let rng = rng::Rng::new("_rng", &config.rng.src)?;
     host.add_builtin("_rng", Box::new(rng))?;
     let balloon = config
@@ -376,12 +386,12 @@ fn add_devices(
     for kind in Kind::all(config) {
         let id = kind.id().to_owned();
         let device = frontends.connect(kind)?;
-        host.add_below_root_port(&id, device, config.platform.root_port_vendor)?;
+        host.add_below_root_port(&id, device, vendor)?;
     }
     let taken = devices::ids(config).count();
     let free = MAX_EXTERNAL_DEVICES.saturating_sub(taken);
-    for _ in 0..free.min(config.platform.hotplug_ports.into()) {
-        host.add_empty_root_port(config.platform.root_port_vendor)?;
+    for _ in 0..free.min(empty_ports.into()) {
+        host.add_empty_root_port(vendor)?;
     }
     balloon.transpose()
 }

@@ -87,8 +87,9 @@ impl Driver {
         }
         let mut device = None;
         if let Some(machine) = &mut self.machine {
-            if machine.memory_mode != Mode::Shared {
-                return Err(Failure::Failed(not_reachable(&id, machine.memory_mode)));
+            let mode = machine.ram.mode();
+            if mode != Mode::Shared {
+                return Err(Failure::Failed(not_reachable(&id, mode)));
             }
             if machine.pci.free_ports() <= self.plugging.len() {
                 let text = format!("no root port is free for {id} (--platform hotplug_ports=)");

@@ -12,7 +12,7 @@ use crate::cpu::{self, Buses, Vcpus};
 use crate::devices::power::PowerBlock;
 use crate::devices::serial::port::SerialPort;
 use crate::devices::virtio::balloon;
-use crate::memory::{Mode, RamSlots};
+use crate::memory::{GuestRam, RamSlots};
 use crate::pci::{DeviceInfo, Pci};
 use crate::vhost_user::{Frontends, SessionState};
 
@@ -28,8 +28,8 @@ pub struct Machine {
     pub(super) pci: Pci,
     pub(super) balloon: Option<balloon::Handle>,
     pub(super) chip: Arc<Chip>,
-    pub(super) memory_mode: Mode,
     pub(super) _slots: RamSlots,
+    pub(super) ram: GuestRam,
 }
 
 /// How long backends may take to give their rings back when the machine goes.
@@ -130,6 +130,9 @@ impl Machine {
         ];
         let named = irqchip.map(|(name, value)| (name.to_owned(), value));
         groups.insert("irqchip".to_owned(), named.into());
+        let memory = self.ram.counters().into_iter();
+        let named = memory.map(|(name, value)| (name.to_owned(), value));
+        groups.insert("memory".to_owned(), named.collect());
         groups
     }
 }

@@ -271,8 +271,17 @@ impl Guest {
         Self::start_image(&code.elf(), args)
     }
 
+    /// The same, entered by 32-bit code whatever its memory is like.
+    pub(crate) fn start_pvh(code: &Code, args: &[&str]) -> Self {
+        Self::start_entered(&code.elf(), ",entry=pvh", args)
+    }
+
     /// Starts a guest of this kernel image.
     pub(crate) fn start_image(image: &[u8], args: &[&str]) -> Self {
+        Self::start_entered(image, "", args)
+    }
+
+    fn start_entered(image: &[u8], entry: &str, args: &[&str]) -> Self {
         let dir = TempDir::new().unwrap();
         let at = |name: &str| dir.as_path().join(name).display().to_string();
         std::fs::write(at("kernel"), image).unwrap();
@@ -283,7 +292,7 @@ impl Guest {
             &["--memory", "size=32M"]
         };
         let child = vmm()
-            .args(["--kernel", &at("kernel")])
+            .args(["--kernel", &format!("{}{entry}", at("kernel"))])
             .args(memory)
             .args(["--serial", &format!("file={}", at("serial"))])
             .args(["--api-socket", &format!("path={}", at("api"))])

@@ -12,6 +12,7 @@ use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 use vmm_sys_util::tempfile::TempFile;
 
 pub(super) const GET_FEATURES: u32 = 1;
+pub(super) const SET_FEATURES: u32 = 2;
 pub(super) const SET_OWNER: u32 = 3;
 pub(super) const SET_MEM_TABLE: u32 = 5;
 pub(super) const SET_VRING_NUM: u32 = 8;
