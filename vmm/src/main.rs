@@ -104,7 +104,11 @@ fn run(options: Options) -> anyhow::Result<u8> {
 
 /// The process that starts daemons, if there can be any to start.
 fn start_launcher(options: &Options) -> io::Result<Option<LauncherProcess>> {
-    let policy = Policy::new(options.config.as_ref(), options.api_socket.is_some());
+    let rules: &[_] = match options.sandbox.landlock {
+        true => &options.sandbox.rules,
+        false => &[],
+    };
+    let policy = Policy::new(options.config.as_ref(), options.api_socket.is_some(), rules);
     if policy.is_empty() {
         return Ok(None);
     }

@@ -15,7 +15,8 @@
 //!
 //! * **Requests are typed** ([`request`]): which program and what it serves. The launcher forms the arguments
 //!   itself, and runs nothing but berth-blk, berth-net, and what `backend=` named on the command line
-//!   ([`Policy`]). Where there is no API, it starts only what the command line asked for.
+//!   ([`Policy`]). Where there is no API, it starts only what the command line asked for; where there is one and
+//!   `--landlock-rules` say which files it may name, images are among them.
 //! * **Each daemon has a lease**, a socketpair between the session and the launcher. The daemon's end is
 //!   reported on it; when the VMM lets go of it, or of its life, the daemon is ended. The channel's end ends
 //!   the launcher, after its last daemon.
@@ -36,7 +37,6 @@ mod tests;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::net::{UnixDatagram, UnixStream};
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -47,6 +47,7 @@ pub use self::daemon::Daemon;
 pub use self::request::{Request, Serve};
 use crate::config::VmConfig;
 use crate::config::shared_fd::SharedFd;
+use crate::sandbox::FileRule;
 use crate::vhost_user::Kind;
 
 /// Longest message.
@@ -61,43 +62,71 @@ const PATIENCE: Duration = Duration::from_secs(4);
 /// What the launcher may start.
 #[derive(Debug, Default)]
 pub struct Policy {
-    /// Programs that may stand in for ours.
-    pub programs: Vec<PathBuf>,
-    /// Nothing but these, if not anything of these kinds.
-    pub only: Option<Vec<Request>>,
+    /// What the command line asks for.
+    named: Vec<Request>,
+    /// Whether others may come by the API: of the same kinds, with programs that are named.
+    others: bool,
+    /// Images of others are these or below these; none, any.
+    files: Vec<FileRule>,
 }
 
 impl Policy {
-    /// For a guest of the command line, and an API or none.
-    pub fn new(config: Option<&VmConfig>, has_api: bool) -> Self {
+    /// For a guest of the command line, and an API or none; `files` are those that the API may name.
+    pub fn new(config: Option<&VmConfig>, has_api: bool, files: &[FileRule]) -> Self {
         let devices = config.into_iter().flat_map(Kind::all);
-        let requests: Vec<_> = devices.filter_map(|kind| Request::of(&kind)).collect();
-        let programs = requests
-            .iter()
-            .filter_map(|request| request.program.clone());
+        let real = |rule: &FileRule| FileRule {
+            // One that is not there is an error elsewhere.
+            path: rule.path.canonicalize().unwrap_or(rule.path.clone()),
+            access: rule.access,
+        };
         Self {
-            programs: programs.collect(),
-            only: (!has_api).then_some(requests),
+            named: devices.filter_map(|kind| Request::of(&kind)).collect(),
+            others: has_api,
+            files: files.iter().map(real).collect(),
         }
     }
 
     /// Whether there is nothing that could ever be started.
     pub fn is_empty(&self) -> bool {
-        self.only.as_ref().is_some_and(Vec::is_empty)
+        !self.others && self.named.is_empty()
     }
 
     fn check(&self, request: &Request) -> Result<(), String> {
         if let Some(program) = &request.program
-            && !self.programs.contains(program)
+            && !self
+                .named
+                .iter()
+                .any(|named| named.program == request.program)
         {
             let program = program.display();
             return Err(format!("{program} was not named on the command line"));
         }
-        match &self.only {
-            Some(only) if !only.contains(request) => {
-                Err("the command line has no such device".to_owned())
-            }
-            _ => Ok(()),
+        match (self.named.contains(request), self.others) {
+            (true, _) => Ok(()),
+            (false, true) => self.check_image(&request.serve),
+            (false, false) => Err("the command line has no such device".to_owned()),
+        }
+    }
+
+    /// Where the operator has said which files the API may name, images are among them.
+    fn check_image(&self, serve: &Serve) -> Result<(), String> {
+        let Serve::Disk { path, readonly, .. } = serve else {
+            return Ok(());
+        };
+        if self.files.is_empty() {
+            return Ok(());
+        }
+        let shown = path.display();
+        let real = path
+            .canonicalize()
+            .map_err(|error| format!("cannot open {shown}: {error}"))?;
+        let allows = |rule: &FileRule| {
+            let FileRule { path, access } = rule;
+            real.starts_with(path) && access.read && (*readonly || access.write)
+        };
+        match self.files.iter().any(allows) {
+            true => Ok(()),
+            false => Err(format!("no --landlock-rules allows {shown}")),
         }
     }
 }
