@@ -55,7 +55,11 @@ pub fn disk(disk: &wire::DiskConfig, id: &str, flag: &'static str) -> Result<Dis
 }
 
 fn image(disk: &wire::DiskConfig, flag: &'static str) -> Result<Image, ArgError> {
-    let path = disk.path.clone();
+    // Clients send an empty path for none.
+    let path = disk
+        .path
+        .clone()
+        .filter(|path| !path.as_os_str().is_empty());
     let bad = |key, value: &str, expected| Err(bad(flag, key, value, expected));
     match disk.image_type.as_deref() {
         Some(other) if !other.eq_ignore_ascii_case("raw") => {

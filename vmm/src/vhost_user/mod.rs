@@ -293,6 +293,11 @@ impl Frontends {
         Ok(())
     }
 
+    /// Whether there is a session of that name that was not forgotten.
+    pub fn has(&self, id: &str) -> bool {
+        self.sessions.iter().any(|shared| shared.id() == id)
+    }
+
     /// The session of one device, to wait for it alone.
     pub fn watch(&self, id: &str) -> Option<Watch> {
         let shared = self.sessions.iter().find(|shared| shared.id() == id)?;

@@ -76,7 +76,9 @@ impl Driver {
         let machine = self.machine.as_deref();
         let in_machine = |id: &str| {
             let devices = machine.map(Machine::devices).unwrap_or_default();
-            devices.iter().any(|device| device.id == id)
+            // The session outlives the device, until the news of its end has come here.
+            let has_session = || machine.is_some_and(|machine| machine.frontends.0.has(id));
+            devices.iter().any(|device| device.id == id) || has_session()
         };
         let kind = devices::add(&mut config, kind, in_machine);
         let id = kind.id().to_owned();
