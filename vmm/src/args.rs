@@ -138,10 +138,10 @@ struct Flags {
     balloon: Option<String>,
     /// The board: vendor of root ports, and how many of them wait for devices that are added later; who has the
     /// interrupt controllers (kernel: all in KVM; split: the IOAPIC here, no PIC and no PIT); how many ns KVM
-    /// polls for a halted vCPU before it sleeps, at most
+    /// polls for a halted vCPU before it sleeps, at most; the domain whose guests may share pages with this one
     #[arg(
         long,
-        value_name = "root_port_vendor=0xID,hotplug_ports=N,irqchip=kernel|split,halt_poll_ns=N,test-device=on|off",
+        value_name = "root_port_vendor=0xID,hotplug_ports=N,irqchip=kernel|split,halt_poll_ns=N,test-device=on|off,trust_domain=NAME",
         default_value = "root_port_vendor=0x1b36,hotplug_ports=8,irqchip=kernel"
     )]
     platform: String,

@@ -38,5 +38,6 @@ pub mod pci;
 pub mod sandbox;
 pub mod socket;
 pub mod telemetry;
+pub mod tuning;
 pub mod vhost_user;
 pub mod vm;

@@ -96,6 +96,7 @@ fn platform(platform: &PlatformConfig) -> wire::PlatformConfig {
         test_device: platform.test_device,
         irqchip: Some(irqchip.to_owned()),
         halt_poll_ns: platform.halt_poll_ns,
+        trust_domain: platform.trust_domain.clone(),
     }
 }
 

@@ -10,6 +10,7 @@ use super::http::{Request, Response, Status};
 use super::request;
 use crate::config::device_wire;
 use crate::config::shared_fd::SharedFd;
+use crate::tuning::{self, Outcome};
 use crate::vhost_user::Kind;
 use crate::vm::requests::{Command, Failure, Info, Reply, Resize};
 use crate::vm::state::{Action, Refusal};
@@ -51,6 +52,7 @@ pub(super) fn route(request: &mut Request) -> Route {
     };
     let method = match name {
         "vmm.ping" | "vm.info" | "vm.counters" => "GET",
+        "vm.memory-sample" if request.method == "GET" => "GET",
         _ => "PUT",
     };
     let act = |action| Ok(Command::Act(action));
@@ -72,6 +74,9 @@ pub(super) fn route(request: &mut Request) -> Route {
         "vm.add-fs" => add_fs(&request.body),
         "vm.add-generic-vhost-user" => add_generic(&request.body),
         "vm.resize" => resize(&request.body),
+        "vm.memory-sample" if method == "GET" => Ok(Command::Tune(tuning::Request::Look)),
+        "vm.memory-sample" => hash(&request.body),
+        "vm.memory-advice" => advise(&request.body),
         "vm.remove-device" => remove(&request.body),
         _ if NOT_SERVED.contains(&name) => {
             let message = format!("{name} is not supported");
@@ -136,10 +141,20 @@ fn resize(body: &[u8]) -> Result<Command, request::Error> {
     }))
 }
 
+fn advise(body: &[u8]) -> Result<Command, request::Error> {
+    let advice = request::json("MemoryAdvice", body)?;
+    Ok(Command::Tune(tuning::Request::Advise(advice)))
+}
+
+fn hash(body: &[u8]) -> Result<Command, request::Error> {
+    let sample = request::json("MemorySample", body)?;
+    Ok(Command::Tune(tuning::Request::Hash(sample)))
+}
+
 /// The answer for what the driver said.
 pub(super) fn answer(reply: Result<Reply, Failure>) -> Response {
     match reply {
-        Ok(Reply::Done) => Response {
+        Ok(Reply::Done | Reply::Tuned(Outcome::Advised)) => Response {
             status: Status::NoContent,
             body: None,
         },
@@ -147,6 +162,8 @@ pub(super) fn answer(reply: Result<Reply, Failure>) -> Response {
             id: device.id,
             bdf: device.bdf,
         }),
+        Ok(Reply::Tuned(Outcome::Seen(memory))) => json(&memory),
+        Ok(Reply::Tuned(Outcome::Hashed(hashes))) => json(&hashes),
         Ok(Reply::Info(info)) => json(&vm_info(&info)),
         Ok(Reply::Counters(counters)) => json::<wire::VmCounters>(&counters),
         Err(error) => {
@@ -155,6 +172,7 @@ pub(super) fn answer(reply: Result<Reply, Failure>) -> Response {
                 Failure::Invalid(_) => Status::BadRequest,
                 Failure::Conflict(_) => Status::Conflict,
                 Failure::Unsupported(_) => Status::NotImplemented,
+                Failure::Forbidden(_) => Status::Forbidden,
                 Failure::Refused(Refusal::WrongState { .. }) | Failure::Failed(_) => {
                     Status::InternalServerError
                 }

@@ -49,6 +49,8 @@ pub enum Status {
     NoContent,
     /// Not understood.
     BadRequest,
+    /// Not by this client.
+    Forbidden,
     /// Not there.
     NotFound,
     /// There already.
@@ -67,6 +69,7 @@ impl Status {
             Self::Ok => "200 OK",
             Self::NoContent => "204 No Content",
             Self::BadRequest => "400 Bad Request",
+            Self::Forbidden => "403 Forbidden",
             Self::NotFound => "404 Not Found",
             Self::Conflict => "409 Conflict",
             Self::TooLarge => "413 Content Too Large",

@@ -15,7 +15,7 @@ use crate::config::affinity::VcpuAffinity;
 use crate::config::{
     ArgError, BalloonConfig, CpusConfig, DiskConfig, HugePages, KernelEntry, MemoryConfig,
     Mergeable, NetConfig, PayloadConfig, PlatformConfig, RngConfig, SerialConfig, VmConfig,
-    device_wire, shared_fd::SharedFd,
+    convert, device_wire, shared_fd::SharedFd,
 };
 use crate::cpu::features::Features;
 
@@ -299,6 +299,16 @@ fn platform(platform: wire::PlatformConfig) -> Result<PlatformConfig, Error> {
         test_device: platform.test_device,
         irqchip,
         halt_poll_ns: platform.halt_poll_ns,
+        trust_domain: match platform.trust_domain {
+            Some(name) if !convert::is_domain(&name) => {
+                return Err(Error::Value {
+                    field: "platform.trust_domain",
+                    value: name,
+                    expected: convert::DOMAIN_NAME,
+                });
+            }
+            name => name,
+        },
     })
 }
 
@@ -352,6 +362,10 @@ mod tests {
             (
                 r#"{"payload": {"kernel": "/k", "entry": "uefi"}}"#,
                 r#"payload.entry: "uefi" is not pvh, linux64, bzimage or multiboot"#,
+            ),
+            (
+                r#"{"payload": {"kernel": "/k"}, "platform": {"trust_domain": "a b"}}"#,
+                r#"platform.trust_domain: "a b" is not 1 to 64 letters, digits, '.', '_' or '-'"#,
             ),
             (
                 r#"{"payload": {"kernel": "/k"}, "platform": {"irqchip": "on"}}"#,

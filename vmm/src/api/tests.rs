@@ -65,6 +65,7 @@ fn drive(requests: &Requests) {
                 | Command::Add(_)
                 | Command::Remove(_)
                 | Command::Resize(_)
+                | Command::Tune(_)
                 | Command::VmmShutdown => Ok(Reply::Done),
             };
             reply.send(answer);

@@ -142,6 +142,7 @@ pub fn platform(text: &str) -> Result<PlatformConfig, ArgError> {
         "irqchip",
         "halt_poll_ns",
         "test-device",
+        "trust_domain",
     ];
     let keys = Keys::parse("--platform", text, &known)?;
     keys.no_bare()?;
@@ -165,7 +166,22 @@ pub fn platform(text: &str) -> Result<PlatformConfig, ArgError> {
         irqchip,
         halt_poll_ns: keys.number("halt_poll_ns")?,
         test_device: keys.on_off("test-device")?.unwrap_or(false),
+        trust_domain: match keys.text("trust_domain") {
+            Some(name) if !is_domain(name) => {
+                return Err(keys.bad("trust_domain", name, DOMAIN_NAME));
+            }
+            name => name.map(str::to_owned),
+        },
     })
+}
+
+/// What a trust domain may be called.
+pub const DOMAIN_NAME: &str = "1 to 64 letters, digits, '.', '_' or '-'";
+
+/// Whether a trust domain may be called that.
+pub fn is_domain(name: &str) -> bool {
+    let word = |byte: u8| byte.is_ascii_alphanumeric() || b"._-".contains(&byte);
+    (1..=64).contains(&name.len()) && name.bytes().all(word)
 }
 
 fn vendor(text: &str) -> Option<u16> {
@@ -304,6 +320,19 @@ mod tests {
                 platform(&format!("root_port_vendor={text}")).is_err(),
                 "{text}"
             );
+        }
+    }
+
+    #[test]
+    fn a_platform_names_its_trust_domain_or_has_none() {
+        let domain = |text: &str| platform(text).map(|platform| platform.trust_domain);
+        assert_eq!(domain("irqchip=kernel").unwrap(), None);
+        assert_eq!(
+            domain("trust_domain=farm-1").unwrap().as_deref(),
+            Some("farm-1")
+        );
+        for name in ["", "a b", "a/b", &"x".repeat(65)] {
+            assert!(domain(&format!("trust_domain={name}")).is_err(), "{name}");
         }
     }
 

@@ -242,7 +242,7 @@ pub struct BalloonConfig {
 }
 
 /// `--platform`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct PlatformConfig {
     /// PCI vendor id of the root ports above vhost-user devices.
     pub root_port_vendor: u16,
@@ -256,6 +256,8 @@ pub struct PlatformConfig {
     /// How long a vCPU that halts is looked after before its thread sleeps, at most, in nanoseconds; none,
     /// as the host is set up (module parameter `halt_poll_ns` of kvm).
     pub halt_poll_ns: Option<u32>,
+    /// Whose guests may share pages with this one: a tuner must name it. None, nobody may tune its memory.
+    pub trust_domain: Option<String>,
 }
 
 impl Default for PlatformConfig {
@@ -266,6 +268,7 @@ impl Default for PlatformConfig {
             irqchip: Mode::Kernel,
             test_device: false,
             halt_poll_ns: None,
+            trust_domain: None,
         }
     }
 }

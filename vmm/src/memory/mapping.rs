@@ -4,7 +4,7 @@
 //! access of ours can meet SIGBUS for a short file.
 #![expect(
     unsafe_code,
-    reason = "memfd_create, fcntl and madvise have no safe wrapper"
+    reason = "memfd_create, fcntl, madvise and mincore have no safe wrapper"
 )]
 
 use std::ffi::CStr;
@@ -151,15 +151,28 @@ pub(super) fn drop_pages(region: &GuestRegionMmap, offset: u64, len: u64) -> io:
     advise(region, offset, len, libc::MADV_DONTNEED)
 }
 
+/// Which pages of a part of a piece are in memory.
+pub(super) fn present(region: &GuestRegionMmap, offset: u64, len: u64) -> io::Result<Vec<bool>> {
+    let start = inside(region, offset, len)?;
+    let mut pages = vec![0; (len as usize).div_ceil(4096)];
+    // SAFETY: the range is inside a mapping that lives as long as `region`, and `pages` has a byte for each of its pages.
+    if unsafe { libc::mincore(start.cast(), len as usize, pages.as_mut_ptr()) } < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(pages.into_iter().map(|page| page & 1 != 0).collect())
+}
+
+/// Where a part of a piece begins, if the piece has all of it.
+fn inside(region: &GuestRegionMmap, offset: u64, len: u64) -> io::Result<*mut u8> {
+    match offset.checked_add(len) {
+        Some(end) if end <= region.len() => Ok(region.as_ptr().wrapping_add(offset as usize)),
+        _ => Err(io::ErrorKind::InvalidInput.into()),
+    }
+}
+
 /// `madvise` on a part of a piece.
 fn advise(region: &GuestRegionMmap, offset: u64, len: u64, advice: libc::c_int) -> io::Result<()> {
-    let inside = offset
-        .checked_add(len)
-        .is_some_and(|end| end <= region.len());
-    if !inside {
-        return Err(io::ErrorKind::InvalidInput.into());
-    }
-    let start = region.as_ptr().wrapping_add(offset as usize);
+    let start = inside(region, offset, len)?;
     // SAFETY: the range is inside a mapping that lives as long as `region`. What the advices of this file do to its
     // contents is at most to make them zeros, and guest memory changes at any time: nobody holds references to it.
     if unsafe { libc::madvise(start.cast(), len as usize, advice) } < 0 {

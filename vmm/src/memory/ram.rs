@@ -228,6 +228,15 @@ impl GuestRam {
         })
     }
 
+    /// Which pages of `[gpa, gpa + len)` are in memory; both are multiples of 4 KiB.
+    ///
+    /// # Errors
+    /// Where the range is not RAM in one piece.
+    pub fn present(&self, gpa: u64, len: u64) -> io::Result<Vec<bool>> {
+        let (region, offset) = self.region(gpa, len).ok_or(io::ErrorKind::InvalidInput)?;
+        mapping::present(region, offset, len)
+    }
+
     /// Gives the whole pages in `[gpa, gpa + len)` back to the host: they read as zeros from then on, in the guest and
     /// in every backend. A part of a page at either end stays as it is; a page is as big as those that the memory is
     /// made of. Returns how many bytes were given back. From any thread, while the guest runs.

@@ -9,6 +9,7 @@
 //!                                                                              │    ├─ balloon
 //!                                                                              │    └─ vu-ID, vu-deadline
 //!                                                                              ├─ plug, vu-ID of a device that is added
+//!                                                                              ├─ advice: a tuner's request
 //!                                                                              └─ teardown
 //! ```
 //!
@@ -72,6 +73,8 @@ pub enum ThreadKind {
     Teardown,
     /// Waits for the backend of a device that is added.
     Plug,
+    /// Does what a tuner wants of guest memory.
+    Advice,
     /// Runs a vCPU.
     Vcpu,
     /// Keeps one vhost-user session (`vu-ID`).
@@ -92,11 +95,12 @@ pub enum ThreadKind {
 
 impl ThreadKind {
     /// All of them.
-    pub const ALL: [Self; 12] = [
+    pub const ALL: [Self; 13] = [
         Self::Main,
         Self::Boot,
         Self::Teardown,
         Self::Plug,
+        Self::Advice,
         Self::Vcpu,
         Self::VhostUser,
         Self::Deadline,
@@ -123,6 +127,7 @@ impl ThreadKind {
             Self::Boot => "boot",
             Self::Teardown => "teardown",
             Self::Plug => "plug",
+            Self::Advice => "advice",
             Self::Vcpu => "vcpuN",
             Self::VhostUser => "vu-ID",
             Self::Deadline => "vu-deadline",

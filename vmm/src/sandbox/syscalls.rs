@@ -302,9 +302,9 @@ const BOOT: &[&[Syscall]] = &[
 ];
 
 /// The main thread besides: sockets to listen on and pseudo-terminals, when the API makes a new guest; the
-/// launcher's end.
+/// launcher's end; what its thread `advice` looks for.
 const MAIN: &[&[Syscall]] = &[
-    any![SYS_getsockname, SYS_unlinkat, SYS_waitid],
+    any![SYS_getsockname, SYS_unlinkat, SYS_waitid, SYS_mincore],
     &[checked!(
         SYS_ioctl,
         Check::OneOf(1, named![TIOCGPTN, TIOCSPTLCK, TIOCGPTPEER, TCSETSF])
@@ -347,6 +347,8 @@ pub fn allowed(kind: ThreadKind, doorbells: bool) -> Vec<Syscall> {
         // Holes in guest memory.
         ThreadKind::Balloon => &[COMMON, &[any![SYS_fallocate]]],
         ThreadKind::Rng | ThreadKind::Plug => &[COMMON],
+        // Which pages of guest memory are there.
+        ThreadKind::Advice => &[COMMON, &[any![SYS_mincore]]],
     };
     groups
         .iter()

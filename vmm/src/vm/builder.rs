@@ -43,6 +43,7 @@ use crate::memory::layout::{
 use crate::memory::{self, GuestRam};
 use crate::pci::{self, PciContext, PciHost};
 use crate::telemetry::startup::mark;
+use crate::tuning::Tuning;
 use crate::vhost_user::{self, Frontends, Kind};
 use crate::{bus, kvm, sandbox};
 
@@ -174,6 +175,8 @@ pub fn build(parts: &Parts) -> Result<Machine, Error> {
     let mode = memory::Mode::of(config)?;
     let ram = GuestRam::with_mode(&memory_of(config), mode)?;
     let slots = ram.register(vm)?;
+    let domain = config.platform.trust_domain.clone();
+    let tuning = Arc::new(Tuning::new(&ram, domain, config.memory.mergeable));
     mark("guest memory");
     let chip = Chip::new(Arc::clone(vm), config.platform.irqchip)?;
     mark("interrupt controllers");
@@ -222,6 +225,7 @@ pub fn build(parts: &Parts) -> Result<Machine, Error> {
         chip,
         _slots: slots,
         ram,
+        tuning,
     })
 }
 

@@ -36,6 +36,7 @@ use crate::launcher::Launcher;
 use crate::sandbox::{self, ThreadKind};
 use crate::telemetry::events::event;
 use crate::telemetry::startup;
+use crate::tuning;
 
 /// How long the end of the process waits for the machine to be taken apart.
 const TEARDOWN_PATIENCE: Duration = Duration::from_secs(2);
@@ -248,6 +249,7 @@ impl Driver {
             Command::Add(kind) => self.add_device(*kind, reply),
             Command::Remove(id) => reply.send(done(self.remove_device(&id))),
             Command::Resize(resize) => reply.send(done(self.resize(resize))),
+            Command::Tune(request) => self.tune(request, reply),
             Command::Info => reply.send(self.info()),
             Command::Counters => reply.send(Ok(Reply::Counters(self.counters()))),
             Command::VmmShutdown => {
@@ -257,6 +259,31 @@ impl Driver {
             }
         }
         Ok(())
+    }
+
+    /// What takes long has a thread of its own, which answers by itself.
+    fn tune(&self, request: tuning::Request, reply: ReplyTo) {
+        let Some(machine) = &self.machine else {
+            let why = "there is no guest memory: the guest is not booted";
+            return reply.send(Err(Failure::Failed(why.to_owned())));
+        };
+        let tuning = Arc::clone(&machine.tuning);
+        if let tuning::Request::Look = request {
+            return reply.send(
+                tuning
+                    .serve(&request)
+                    .map(Reply::Tuned)
+                    .map_err(Failure::from),
+            );
+        }
+        let serve = move || {
+            let outcome = tuning.serve(&request);
+            reply.send(outcome.map(Reply::Tuned).map_err(Failure::from));
+        };
+        // Where there is no thread, the reply is dropped with the closure, which answers too.
+        if let Err(error) = sandbox::spawn(ThreadKind::Advice, "advice", serve) {
+            tracing::error!(%error, "cannot start the advice thread");
+        }
     }
 
     /// Does what was accepted. An error ends the process; what is only the client's goes to `reply`.

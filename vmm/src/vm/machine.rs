@@ -14,6 +14,7 @@ use crate::devices::serial::port::SerialPort;
 use crate::devices::virtio::balloon;
 use crate::memory::{GuestRam, RamSlots};
 use crate::pci::{DeviceInfo, Pci};
+use crate::tuning::Tuning;
 use crate::vhost_user::{Frontends, SessionState};
 
 /// One boot of the guest. Fields are dropped in order: no vCPU runs when its devices go, and nothing
@@ -30,6 +31,7 @@ pub struct Machine {
     pub(super) chip: Arc<Chip>,
     pub(super) _slots: RamSlots,
     pub(super) ram: GuestRam,
+    pub(super) tuning: Arc<Tuning>,
 }
 
 /// How long backends may take to give their rings back when the machine goes.

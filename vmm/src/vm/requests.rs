@@ -15,6 +15,7 @@ use super::state::{Action, Refusal, VmState};
 use crate::config::VmConfig;
 use crate::devices::virtio::balloon;
 use crate::pci::DeviceInfo;
+use crate::tuning;
 use crate::vhost_user::Kind;
 
 /// One thing asked of the driver.
@@ -42,6 +43,8 @@ pub enum Command {
     Remove(String),
     /// The guest is to have more or less of something.
     Resize(Resize),
+    /// Something of guest memory, by a tuner.
+    Tune(tuning::Request),
     /// State and configuration.
     Info,
     /// Counters.
@@ -112,6 +115,8 @@ pub enum Reply {
     Done,
     /// The device was added, and is here in the machine.
     Added(DeviceInfo),
+    /// What came of a tuner's request.
+    Tuned(tuning::Outcome),
     /// State and configuration.
     Info(Box<Info>),
     /// Counters.
@@ -151,9 +156,27 @@ pub enum Failure {
     /// It is understood and not done here.
     #[error("{0}")]
     Unsupported(String),
+    /// Who asks may not have it.
+    #[error("{0}")]
+    Forbidden(String),
     /// It was tried.
     #[error("{0}")]
     Failed(String),
+}
+
+impl From<tuning::Refusal> for Failure {
+    fn from(refusal: tuning::Refusal) -> Self {
+        use tuning::Refusal;
+        let text = refusal.to_string();
+        match refusal {
+            Refusal::NoDomain | Refusal::OtherDomain(_) => Self::Forbidden(text),
+            Refusal::NotMergeable => Self::Conflict(text),
+            Refusal::Range { .. } | Refusal::TooMuch { .. } | Refusal::Key | Refusal::OneOf(_) => {
+                Self::Invalid(text)
+            }
+            Refusal::Failed(_) => Self::Failed(text),
+        }
+    }
 }
 
 /// Where requests are put; clones are the same place.

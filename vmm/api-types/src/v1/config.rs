@@ -275,6 +275,9 @@ pub struct PlatformConfig {
     /// How long KVM polls for a halted vCPU, at most. Ours alone.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub halt_poll_ns: Option<u32>,
+    /// Whose guests may share pages with this one. Ours alone.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub trust_domain: Option<String>,
 }
 
 #[cfg(test)]
