@@ -73,7 +73,7 @@ impl VhostUserBackendMut for Filler {
     fn set_event_idx(&mut self, _enabled: bool) {}
 
     fn get_config(&self, offset: u32, size: u32) -> Vec<u8> {
-        let mut config = [0; 60];
+        let mut config = [0; 256];
         config[..8].copy_from_slice(&2048_u64.to_le_bytes());
         config[34..36].copy_from_slice(&(QUEUES as u16).to_le_bytes());
         config[offset as usize..][..size as usize].to_vec()

@@ -5,6 +5,8 @@
     reason = "a test that cannot start its process has failed"
 )]
 
+pub(crate) mod virtio;
+
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
