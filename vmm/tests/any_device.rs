@@ -9,7 +9,7 @@ mod support;
 use std::sync::atomic::Ordering;
 
 use stock::{PATTERN, QUEUES, Stock};
-use support::virtio::{Access, BUFFER};
+use support::virtio::{Access, BUFFER, CONFIG};
 use support::{Code, Guest, eventually, has_kvm};
 use vhost::vhost_user::message::VhostUserProtocolFeatures as Protocol;
 use vmm_sys_util::tempdir::TempDir;
@@ -21,7 +21,7 @@ const DEVICE: (u8, u8) = (1, 0);
 /// Has the device fill a buffer by that queue, and says when it has its bytes.
 fn filled_by(queue: u16) -> Code {
     Code::new()
-        .virtio_submit(PORT, DEVICE, queue, Access::Writes, 64)
+        .virtio_submit(PORT, DEVICE, queue, &[(BUFFER, 64, Access::Writes)])
         .virtio_complete()
         .wait32(BUFFER, u32::from_le_bytes([PATTERN; 4]))
         .wait32(BUFFER + 60, u32::from_le_bytes([PATTERN; 4]))
@@ -64,9 +64,9 @@ fn a_guest_finds_type_and_configuration_of_a_device_that_is_added() {
         .pci_wait(PORT, 0x5a, 1 << 6, 1 << 6)
         .pci_write(PORT, 0x58, 0)
         .pci_wait(DEVICE, 2, 0xffff, 0x1040 + 44)
-        .virtio_submit(PORT, DEVICE, 1, Access::Writes, 64)
+        .virtio_submit(PORT, DEVICE, 1, &[(BUFFER, 64, Access::Writes)])
         .virtio_complete()
-        .wait32(0xc800_2000, 2048)
+        .wait32(CONFIG, 2048)
         .print("found\n")
         .halt();
     let guest = Guest::start_with(&code, &["--platform", "hotplug_ports=1"]);

@@ -5,66 +5,12 @@
 
 mod support;
 
-use std::fs::File;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
+use support::daemons::{daemon, has_daemons, image, is_gone, kill, parent, processes};
 use support::{Code, Guest, eventually, has_kvm, run};
 use vmm_sys_util::tempdir::TempDir;
-
-/// Whether berth-blk was built beside the program under test; says so where it was not.
-fn has_blk() -> bool {
-    let vmm = Path::new(env!("CARGO_BIN_EXE_berth-vmm"));
-    let has = vmm.with_file_name("berth-blk").is_file();
-    if !has {
-        eprintln!("skipped: berth-blk is not built (cargo build -p berth-blk)");
-    }
-    has && has_kvm()
-}
-
-fn image(path: &Path) -> String {
-    File::create(path).unwrap().set_len(16 << 20).unwrap();
-    format!("path={}", path.display())
-}
-
-/// Process ids of programs with that text in their arguments.
-fn processes(text: &str) -> Vec<i32> {
-    let all = std::fs::read_dir("/proc").unwrap().flatten();
-    let pids = all.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
-    pids.filter(|pid: &i32| {
-        let line = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
-        String::from_utf8_lossy(&line).contains(text)
-    })
-    .collect()
-}
-
-/// The daemon of an image; not the VMM, which has its path among its arguments too.
-fn daemon(image: &Path) -> Option<i32> {
-    let pids = processes(&format!("--blk-file={}", image.display()));
-    pids.first().copied()
-}
-
-fn kill(pid: i32) {
-    let status = std::process::Command::new("kill")
-        .args(["-9", &pid.to_string()])
-        .status();
-    assert!(status.unwrap().success());
-}
-
-/// Whether a process has ended, be it that nobody has asked how.
-fn is_gone(pid: i32) -> bool {
-    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
-    // The state follows the name, which is in parentheses.
-    stat.rsplit(") ")
-        .next()
-        .is_none_or(|rest| rest.is_empty() || rest.starts_with('Z'))
-}
-
-fn parent(pid: i32) -> i32 {
-    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
-    let parent = status.lines().find_map(|line| line.strip_prefix("PPid:"));
-    parent.unwrap().trim().parse().unwrap()
-}
 
 /// Runs a guest that cannot start; its exit code and the last line.
 fn refused(args: &[&str]) -> (Option<i32>, String) {
@@ -125,7 +71,7 @@ fn a_program_that_is_not_there_is_said() {
 
 #[test]
 fn an_image_that_is_missing_or_in_use_keeps_the_guest_from_starting() {
-    if !has_blk() {
+    if !has_daemons() {
         return;
     }
     let (code, line) = refused(&["--disk", "path=/nowhere/disk.raw"]);
@@ -159,7 +105,7 @@ fn with_disk() -> (Guest, TempDir, PathBuf) {
 
 #[test]
 fn a_daemon_that_is_killed_is_started_again() {
-    if !has_blk() {
+    if !has_daemons() {
         return;
     }
     let (guest, _dir, image) = with_disk();
@@ -189,7 +135,7 @@ fn a_daemon_that_is_killed_is_started_again() {
 
 #[test]
 fn a_vmm_that_is_killed_takes_launcher_and_daemon_along() {
-    if !has_blk() {
+    if !has_daemons() {
         return;
     }
     let (guest, _dir, image) = with_disk();
@@ -225,7 +171,7 @@ fn a_daemon_that_does_not_listen_to_anybody_ends_too() {
 
 #[test]
 fn a_reboot_has_a_daemon_of_its_own() {
-    if !has_blk() {
+    if !has_daemons() {
         return;
     }
     let (guest, _dir, image) = with_disk();

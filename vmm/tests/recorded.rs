@@ -13,28 +13,16 @@ use std::fs::File;
 use std::io::{self, Read};
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
-use std::path::Path;
 use std::thread;
 
 use serde_json::Value;
-use support::{Code, Guest, PATIENCE, eventually, has_kvm};
+use support::daemons::has_daemons;
+use support::{Code, Guest, PATIENCE, eventually};
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
 const TUNSETIFF: libc::c_ulong = 0x4004_54ca;
 /// A tap, without a header of its own, with virtio's.
 const TAP_FLAGS: u16 = 0x0002 | 0x1000 | 0x4000;
-
-/// Whether the daemons were built beside the program under test; says so where they were not.
-fn has_daemons() -> bool {
-    let vmm = Path::new(env!("CARGO_BIN_EXE_berth-vmm"));
-    let has = ["berth-blk", "berth-net"]
-        .iter()
-        .all(|name| vmm.with_file_name(name).is_file());
-    if !has {
-        eprintln!("skipped: the daemons are not built (cargo build -p berth-blk -p berth-net)");
-    }
-    has
-}
 
 /// A tap in a network that goes with its last descriptor; an error where this user may not make one.
 fn tap() -> io::Result<File> {
@@ -104,7 +92,7 @@ fn place(text: &str, guest: &Guest) -> String {
 }
 
 fn replay(recorded: &str) {
-    if !has_kvm() || !has_daemons() {
+    if !has_daemons() {
         return;
     }
     let guest = Guest::none(&Code::new().halt());

@@ -5,6 +5,7 @@
     reason = "a test that cannot start its process has failed"
 )]
 
+pub(crate) mod daemons;
 pub(crate) mod virtio;
 
 use std::io::{Read, Write};

@@ -1,11 +1,11 @@
-//! A driver of a virtio device in a few instructions (virtio 1.3, 3.1 and 2.7): one queue, one buffer, no interrupts.
+//! A driver of a virtio device in a few instructions (virtio 1.3, 3.1 and 2.7): one queue, one chain, no interrupts.
 //!
 //! The function's BAR is put into the 32-bit window first, with the window of the root port around it, as code
-//! without paging reaches no other. [`STRUCTURES`] follow the transport's own layout, which its capabilities say.
+//! without paging reaches no other. Where the structures are in it is what the transport's capabilities say.
 
 use super::Code;
 
-/// Where the BAR goes, the queue, and the buffer.
+/// Where the BAR goes, the queue, and what is free for buffers.
 const BAR: u32 = 0xc800_0000;
 const DESC: u32 = 0x30_0000;
 const AVAIL: u32 = 0x30_1000;
@@ -15,7 +15,10 @@ pub(crate) const BUFFER: u32 = 0x30_4000;
 const NOTIFY: u32 = 0x1_0000;
 const NOTIFY_STEP: u32 = 4;
 
-/// What the device does with the buffer.
+/// Where the device's own configuration is seen.
+pub(crate) const CONFIG: u32 = BAR + 0x2000;
+
+/// What the device does with a buffer.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Access {
     Reads,
@@ -23,14 +26,13 @@ pub(crate) enum Access {
 }
 
 impl Code {
-    /// Sets up that queue of the device behind `port`, and gives it `len` bytes at [`BUFFER`].
+    /// Sets up that queue of the device behind `port`, and gives it a chain of buffers: address, length, access.
     pub(crate) fn virtio_submit(
         self,
         port: (u8, u8),
         device: (u8, u8),
         queue: u16,
-        access: Access,
-        len: u32,
+        chain: &[(u32, u32, Access)],
     ) -> Self {
         let window = (BAR >> 16) as u16;
         let placed = self
@@ -42,7 +44,6 @@ impl Code {
             .pci_write(device, 0x14, 0)
             .pci_write(device, 0x16, 0)
             .pci_write(device, 4, 6);
-        let flags = if access == Access::Writes { 2 } else { 0 };
         placed
             .store8(BAR + 0x14, 0) // device_status
             .store8(BAR + 0x14, 1)
@@ -61,10 +62,7 @@ impl Code {
             .store32(BAR + 0x30, USED)
             .store32(BAR + 0x34, 0)
             .store16(BAR + 0x1c, 1) // queue_enable
-            .store32(DESC, BUFFER)
-            .store32(DESC + 4, 0)
-            .store32(DESC + 8, len)
-            .store32(DESC + 12, flags)
+            .virtio_chain(chain)
             .store32(USED, 0)
             .store32(AVAIL + 4, 0)
             .store32(AVAIL, 1 << 16 | 1) // one buffer, no interrupts
@@ -72,7 +70,21 @@ impl Code {
             .store16(BAR + NOTIFY + NOTIFY_STEP * u32::from(queue), queue)
     }
 
-    /// Waits until the device has given the buffer back.
+    /// Descriptors of the queue from the first on.
+    fn virtio_chain(mut self, chain: &[(u32, u32, Access)]) -> Self {
+        for ((desc, next), &(gpa, len, access)) in (DESC..).step_by(16).zip(1_u32..).zip(chain) {
+            let write = if access == Access::Writes { 2 } else { 0 };
+            let more = u32::from((next as usize) < chain.len());
+            self = self
+                .store32(desc, gpa)
+                .store32(desc + 4, 0)
+                .store32(desc + 8, len)
+                .store32(desc + 12, (more * next) << 16 | write | more);
+        }
+        self
+    }
+
+    /// Waits until the device has given the chain back.
     pub(crate) fn virtio_complete(self) -> Self {
         self.wait32(USED, 1 << 16)
     }
