@@ -10,8 +10,12 @@ mod support;
 use std::fs::File;
 use std::io::{Read, Write};
 use std::os::fd::AsRawFd;
+use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::process::Command;
 
+use support::daemons::{has_daemons, image};
 use support::{Code, Guest, eventually, has_kvm, run};
 
 /// Names of events, `source.event`, once the last one is there.
@@ -70,6 +74,120 @@ fn events_tell_the_life_of_a_guest() {
         "vm.shutdown",
         "vm.deleted",
         "vmm.shutdown",
+    ];
+    assert_eq!(names, expected);
+}
+
+/// Reads events from a FIFO until that one; of each the name, `id` and `bdf`.
+fn read_until(fifo: &mut File, last: &str) -> Vec<String> {
+    let mut text = String::new();
+    eventually(last, || {
+        let mut bytes = [0; 4096];
+        // EAGAIN while there is nothing, and 0 where nobody writes, which would be a fault here.
+        if let Ok(count) = fifo.read(&mut bytes) {
+            assert_ne!(count, 0, "the VMM has let go of the FIFO");
+            text.push_str(std::str::from_utf8(&bytes[..count]).unwrap());
+        }
+        let (whole, _) = text.rsplit_once("\n\n")?;
+        let names: Vec<String> = whole.split("\n\n").map(in_short).collect();
+        let is_last = |name: &String| name.split(' ').next() == Some(last);
+        names.iter().any(is_last).then_some(names)
+    })
+}
+
+fn in_short(event: &str) -> String {
+    let event: serde_json::Value = serde_json::from_str(event).unwrap();
+    let properties = &event["properties"];
+    let parts = [&event["event"], &properties["id"], &properties["bdf"]];
+    let words: Vec<_> = parts.iter().filter_map(|part| part.as_str()).collect();
+    words.join(" ")
+}
+
+fn fifo_reader(path: &Path) -> File {
+    let mut options = File::options();
+    options.read(true).custom_flags(libc::O_NONBLOCK);
+    options.open(path).unwrap()
+}
+
+#[test]
+fn a_reader_of_a_fifo_comes_late_goes_and_comes_back() {
+    if !has_kvm() {
+        return;
+    }
+    let dir = vmm_sys_util::tempdir::TempDir::new().unwrap();
+    let path = dir.as_path().join("events");
+    assert!(
+        Command::new("mkfifo")
+            .arg(&path)
+            .status()
+            .unwrap()
+            .success()
+    );
+    let guest = Guest::start_with(
+        &Code::new().print("boot\n").halt(),
+        &["--event-monitor", &format!("path={}", path.display())],
+    );
+    // Nobody reads, and nobody waits for that.
+    eventually("the guest runs", || {
+        (guest.state() == "Running").then_some(())
+    });
+    let mut reader = fifo_reader(&path);
+    let names = read_until(&mut reader, "booted");
+    assert_eq!(names, ["starting", "booting", "booted"], "kept for it");
+    drop(reader);
+    // SIGPIPE or an error would end the VMM, or the events, here.
+    assert_eq!(guest.api("PUT", "vm.pause").0, 204);
+    let mut reader = fifo_reader(&path);
+    assert_eq!(read_until(&mut reader, "paused"), ["pausing", "paused"]);
+    assert_eq!(guest.api("PUT", "vm.resume").0, 204);
+    assert_eq!(read_until(&mut reader, "resumed"), ["resuming", "resumed"]);
+    // More than a FIFO holds while nobody reads: the first are kept, and the VMM goes on.
+    drop(reader);
+    for _ in 0..400 {
+        assert_eq!(guest.api("PUT", "vm.pause").0, 204);
+        assert_eq!(guest.api("PUT", "vm.resume").0, 204);
+    }
+    let mut reader = fifo_reader(&path);
+    let names = read_until(&mut reader, "resumed");
+    assert_eq!(names[..2], ["pausing", "paused"]);
+    assert_eq!(guest.state(), "Running");
+}
+
+#[test]
+fn events_tell_of_devices_that_come_and_go() {
+    if !has_daemons() {
+        return;
+    }
+    let dir = vmm_sys_util::tempdir::TempDir::new().unwrap();
+    let path = dir.as_path().join("events");
+    File::create(&path).unwrap();
+    let disk = image(&dir.as_path().join("image")).replace("path=", "");
+    // It gives no power to what comes, which may be taken out at once then.
+    let guest = Guest::start_with(
+        &Code::new().halt(),
+        &["--event-monitor", &format!("path={}", path.display())],
+    );
+    eventually("the guest runs", || {
+        (guest.state() == "Running").then_some(())
+    });
+    let body = format!(r#"{{"path": "{disk}", "id": "data"}}"#);
+    assert_eq!(guest.put("vm.add-disk", &body).0, 200);
+    assert_eq!(guest.put("vm.remove-device", r#"{"id": "data"}"#).0, 204);
+    let mut file = File::open(&path).unwrap();
+    let mut text = String::new();
+    let names = eventually("device-removed", || {
+        file.read_to_string(&mut text).unwrap();
+        let (whole, _) = text.rsplit_once("\n\n")?;
+        let names: Vec<_> = whole.split("\n\n").map(in_short).collect();
+        names.last()?.starts_with("device-removed").then_some(names)
+    });
+    let expected = [
+        "starting",
+        "booting",
+        "booted",
+        "connected data",
+        "device-added data 0000:01:00.0",
+        "device-removed data 0000:01:00.0",
     ];
     assert_eq!(names, expected);
 }

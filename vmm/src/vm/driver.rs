@@ -12,6 +12,7 @@
 
 #![forbid(unsafe_code)]
 
+use std::collections::BTreeMap;
 use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -105,6 +106,8 @@ pub struct Driver {
     booting_for: Option<ReplyTo>,
     /// Devices whose backends are waited for.
     pub(super) plugging: Vec<Plugging>,
+    /// Devices that the guest was asked to let go of, and where they are.
+    pub(super) leaving: BTreeMap<String, String>,
     /// Tells the boot thread that nobody waits for its machine any more.
     cancel: Arc<AtomicBool>,
     /// Set once the process is to end.
@@ -140,6 +143,7 @@ impl Driver {
             stays_if_unbuilt: false,
             booting_for: None,
             plugging: Vec::new(),
+            leaving: BTreeMap::new(),
             cancel: Arc::default(),
             exit: None,
         })

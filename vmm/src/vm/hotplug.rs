@@ -27,6 +27,7 @@ use crate::devices::virtio::device::VirtioDevice;
 use crate::memory::Mode;
 use crate::pci::DeviceInfo;
 use crate::sandbox::{self, ThreadKind};
+use crate::telemetry::events::event;
 use crate::vhost_user::{Kind, Watch};
 
 /// How long a backend may take to serve a device that is added; libvirt and Kata start it first.
@@ -147,11 +148,13 @@ impl Driver {
         let plugged = machine.pci.plug(id, device);
         let info = plugged.map_err(|error| failed(&error))?;
         tracing::info!(device = id, bdf = info.bdf, "a device was added");
+        event("vm", "device-added", &[("id", id), ("bdf", &info.bdf)]);
         Ok(info)
     }
 
     /// The machine goes while devices are being added to it.
     pub(super) fn give_up_plugging(&mut self) {
+        self.leaving.clear();
         for Plugging { id, client, .. } in std::mem::take(&mut self.plugging) {
             self.take_back(&id);
             let text = format!("the machine went while {id} was added to it");
@@ -175,8 +178,15 @@ impl Driver {
         }
         let config = self.config.as_mut().ok_or(Refusal::NotCreated)?;
         let was_configured = devices::remove(Arc::make_mut(config), id);
-        let machine = self.machine.as_deref();
-        let was_asked = machine.is_some_and(|machine| machine.pci.request_removal(id));
+        let mut was_asked = false;
+        if let Some(machine) = self.machine.as_deref() {
+            let mut devices = machine.devices().into_iter();
+            let device = devices.find(|device| device.id == id);
+            was_asked = machine.pci.request_removal(id);
+            if let Some(device) = device.filter(|_| was_asked) {
+                self.leaving.insert(device.id, device.bdf);
+            }
+        }
         if !was_configured && !was_asked {
             return Err(Failure::NotFound(format!("there is no device {id}")));
         }
@@ -187,6 +197,8 @@ impl Driver {
     /// The guest let go of a device.
     pub(super) fn ejected(&mut self, id: &str) {
         tracing::info!(device = id, "a device was removed");
+        let bdf = self.leaving.remove(id).unwrap_or_default();
+        event("vm", "device-removed", &[("id", id), ("bdf", &bdf)]);
         self.forget(id);
     }
 
