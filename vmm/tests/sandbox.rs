@@ -17,7 +17,7 @@ use std::process::{Command, Output};
 
 use berth_vmm::args;
 use berth_vmm::sandbox::{self, Mode, Settings, ThreadKind};
-use support::{Code, Guest, eventually, has_kvm, vmm};
+use support::{Code, Guest, ask_with, eventually, has_kvm, vmm};
 use vmm_sys_util::tempdir::TempDir;
 
 const CHILD: &str = "BERTH_SANDBOX_CHILD";
@@ -274,4 +274,37 @@ fn a_backend_that_is_to_connect_finds_a_socket_each_time() {
     assert_eq!(guest.api("PUT", "vmm.shutdown").0, 204);
     let (status, stderr) = guest.wait();
     assert_eq!(status, 0, "{stderr}");
+}
+
+#[test]
+fn a_guest_that_comes_later_needs_a_rule_for_its_kernel_and_no_more() {
+    if !has_kvm() {
+        return;
+    }
+    let dir = TempDir::new().unwrap();
+    let at = |name: &str| dir.as_path().join(name).display().to_string();
+    for name in ["kernel", "other"] {
+        fs::write(at(name), Code::new().halt().elf()).unwrap();
+    }
+    let mut child = vmm()
+        .args(["--api-socket", &format!("path={}", at("api"))])
+        .args([
+            "--landlock-rules",
+            &format!("path={},access=r", at("kernel")),
+        ])
+        .spawn()
+        .unwrap();
+    let put = |name: &str, body: &str| {
+        let stream = eventually("the API", || UnixStream::connect(at("api")).ok());
+        ask_with(stream, "PUT", name, body)
+    };
+    for (kernel, booted) in [("other", 500), ("kernel", 204)] {
+        let body = format!(r#"{{"payload": {{"kernel": "{}"}}}}"#, at(kernel));
+        assert_eq!(put("vm.create", &body).0, 204);
+        let (status, body) = put("vm.boot", "");
+        assert_eq!(status, booted, "{kernel}: {body}");
+        assert_eq!(put("vm.delete", "").0, 204);
+    }
+    assert_eq!(put("vmm.shutdown", "").0, 204);
+    assert!(child.wait().unwrap().success());
 }

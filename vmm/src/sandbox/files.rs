@@ -52,8 +52,9 @@ impl FileRule {
     }
 }
 
-/// What no configuration needs to name: the host's limits.
-const ALWAYS_READ: [&str; 2] = ["/proc/cpuinfo", "/proc/meminfo"];
+/// What no configuration needs to name: the host's limits, and the source of entropy of a guest that is created
+/// later and names none.
+const ALWAYS_READ: [&str; 3] = ["/proc/cpuinfo", "/proc/meminfo", "/dev/urandom"];
 
 /// Confines the calling thread and those it starts later to the files of the guest and of the rules.
 pub(super) fn confine(
