@@ -9,7 +9,7 @@
 //! `--memory mergeable=on` makes memory eligible and has nothing merged. A request must name the VM's own trust domain
 //! (`--platform trust_domain=`), so that a tuner of another domain, or one that knows of none, is refused. Why: docs/threat-model.md.
 //!
-//! Threads: `advice` does what takes long, one thread for each request; the lock of `offered` is held while the kernel is
+//! Threads: `advice` serves, one thread for each request and a few at a time; the lock of `offered` is held while the kernel is
 //! told, so that the list says what was done. The memory stays mapped for as long as a request needs it. Linux:
 //! admin-guide/mm/ksm.rst, madvise(2).
 #![forbid(unsafe_code)]
@@ -17,7 +17,7 @@
 mod hashes;
 mod ranges;
 
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use berth_vmm_api_types::v1 as wire;
 
@@ -29,6 +29,8 @@ use crate::memory::{Advice, GuestRam};
 const PAGE: u64 = 4096;
 /// Most bytes that are hashed at a time.
 const MOST_HASHED: u64 = 1 << 30;
+/// Most requests that are served at a time, each by a thread.
+const MOST_AT_A_TIME: usize = 8;
 /// Least pages of which one is chosen, at most.
 const MOST_OF: u32 = 4096;
 
@@ -68,6 +70,9 @@ pub enum Refusal {
     /// How many pages.
     #[error("one_of={0} is not from 1 to 4096")]
     OneOf(u32),
+    /// Too many requests.
+    #[error("{MOST_AT_A_TIME} requests of tuners are under way")]
+    Busy,
     /// It was tried.
     #[error("{0}")]
     Failed(String),
@@ -119,7 +124,16 @@ impl Tuning {
         }
     }
 
-    /// Does what is wanted. Only [`Request::Look`] is quick.
+    /// For one more request, unless there are too many: a client that hangs up leaves what it asked for behind.
+    pub fn one_more(self: &Arc<Self>) -> Result<Arc<Self>, Refusal> {
+        // One is the machine's.
+        match Arc::strong_count(self) <= MOST_AT_A_TIME {
+            true => Ok(Arc::clone(self)),
+            false => Err(Refusal::Busy),
+        }
+    }
+
+    /// Does what is wanted. All of it may take long: also to look, while the kernel is told something.
     pub fn serve(&self, request: &Request) -> Result<Outcome, Refusal> {
         match request {
             Request::Look => Ok(Outcome::Seen(self.look())),

@@ -215,3 +215,15 @@ fn a_sample_that_makes_no_sense_is_refused() {
     assert_eq!(refusal(KEY, 0), Refusal::OneOf(0));
     assert_eq!(refusal(KEY, 5000), Refusal::OneOf(5000));
 }
+
+#[test]
+fn clients_that_hang_up_leave_no_more_than_a_few_requests_behind() {
+    let (_ram, tuning) = tuning(Some("farm"));
+    let machines = Arc::new(tuning);
+    let mut under_way: Vec<_> = (0..MOST_AT_A_TIME)
+        .map(|_| machines.one_more().unwrap())
+        .collect();
+    assert_eq!(machines.one_more().unwrap_err(), Refusal::Busy);
+    under_way.pop();
+    machines.one_more().unwrap();
+}

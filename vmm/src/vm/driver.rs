@@ -265,21 +265,16 @@ impl Driver {
         Ok(())
     }
 
-    /// What takes long has a thread of its own, which answers by itself.
+    /// It may take long, so it has a thread of its own, which answers by itself.
     fn tune(&self, request: tuning::Request, reply: ReplyTo) {
         let Some(machine) = &self.machine else {
             let why = "there is no guest memory: the guest is not booted";
             return reply.send(Err(Failure::Failed(why.to_owned())));
         };
-        let tuning = Arc::clone(&machine.tuning);
-        if let tuning::Request::Look = request {
-            return reply.send(
-                tuning
-                    .serve(&request)
-                    .map(Reply::Tuned)
-                    .map_err(Failure::from),
-            );
-        }
+        let tuning = match machine.tuning.one_more() {
+            Ok(tuning) => tuning,
+            Err(busy) => return reply.send(Err(busy.into())),
+        };
         let serve = move || {
             let outcome = tuning.serve(&request);
             reply.send(outcome.map(Reply::Tuned).map_err(Failure::from));

@@ -174,7 +174,7 @@ impl From<tuning::Refusal> for Failure {
             Refusal::Range { .. } | Refusal::TooMuch { .. } | Refusal::Key | Refusal::OneOf(_) => {
                 Self::Invalid(text)
             }
-            Refusal::Failed(_) => Self::Failed(text),
+            Refusal::Busy | Refusal::Failed(_) => Self::Failed(text),
         }
     }
 }
