@@ -8,9 +8,10 @@
 mod support;
 
 use std::os::unix::process::CommandExt;
+use std::path::Path;
 
 use berth_queue_worker::testing::{FakeDriver, Setup};
-use support::{Daemon, TempDir, Watchdog, command, refused, write_and_read};
+use support::{Daemon, TempDir, Watchdog, refused, serving, write_and_read};
 
 const MIB: u64 = 1 << 20;
 
@@ -145,26 +146,13 @@ fn forbid(call: libc::c_long, second: Option<u32>) -> std::io::Result<()> {
     Ok(())
 }
 
-#[test]
-fn system_calls_take_over_with_one_warning_where_io_uring_is_forbidden() {
-    let _watchdog = Watchdog::new("no io_uring");
-    let dir = TempDir::new();
-    let image = dir.image("disk.img", MIB);
-    let socket = dir.path("disk.sock");
-    let mut command = command();
-    command
-        .arg(format!("--socket-path={}", socket.display()))
-        .arg(format!("--blk-file={}", image.display()))
-        .arg("--num-queues=2");
-    // SAFETY: the closure makes system calls only, which is what may be done after fork.
-    unsafe { command.pre_exec(forbid_io_uring) };
-    let mut daemon = Daemon::spawn(command);
-    daemon.wait_for("ready for a frontend");
+/// Has a daemon of two queues serve and end; the one warning that it gave.
+fn only_warning(mut daemon: Daemon, socket: &Path) -> String {
     let setup = Setup {
         num_queues: 2,
         ..Setup::default()
     };
-    let mut driver = FakeDriver::connect(&socket, setup);
+    let mut driver = FakeDriver::connect(socket, setup);
     write_and_read(&mut driver, 8, 0x5a);
     driver.finish();
     daemon.signal("TERM");
@@ -172,13 +160,27 @@ fn system_calls_take_over_with_one_warning_where_io_uring_is_forbidden() {
     let warnings = daemon.log.iter().filter(|line| line.contains("WARN"));
     let warnings: Vec<_> = warnings.collect();
     assert_eq!(warnings.len(), 1, "{:#?}", daemon.log);
-    assert!(warnings[0].contains("falling back to pread and pwrite"));
+    warnings[0].clone()
+}
+
+#[test]
+fn system_calls_take_over_with_one_warning_where_io_uring_is_forbidden() {
+    let _watchdog = Watchdog::new("no io_uring");
+    let dir = TempDir::new();
+    let image = dir.image("disk.img", MIB);
+    let socket = dir.path("disk.sock");
+    let mut command = serving(&socket, &image, &["--num-queues=2"]);
+    // SAFETY: the closure makes system calls only, which is what may be done after fork.
+    unsafe { command.pre_exec(forbid_io_uring) };
+    let mut daemon = Daemon::spawn(command);
+    daemon.wait_for("ready for a frontend");
+    let warning = only_warning(daemon, &socket);
+    assert!(
+        warning.contains("falling back to pread and pwrite"),
+        "{warning}"
+    );
     // Asked for by name, it is an error.
-    let mut command = support::command();
-    command
-        .arg(format!("--socket-path={}", socket.display()))
-        .arg(format!("--blk-file={}", image.display()))
-        .arg("--sqpoll");
+    let mut command = serving(&socket, &image, &["--sqpoll"]);
     // SAFETY: as above.
     unsafe { command.pre_exec(forbid_io_uring) };
     let mut daemon = Daemon::spawn(command);
@@ -193,28 +195,16 @@ fn memory_that_cannot_be_registered_is_served_with_one_warning() {
     let dir = TempDir::new();
     let image = dir.image("disk.img", MIB);
     let socket = dir.path("disk.sock");
-    let mut command = command();
-    command
-        .arg(format!("--socket-path={}", socket.display()))
-        .arg(format!("--blk-file={}", image.display()))
-        .arg("--fixed-buffers=guest-never-discards")
-        .arg("--num-queues=2");
+    let flags = ["--fixed-buffers=guest-never-discards", "--num-queues=2"];
+    let mut command = serving(&socket, &image, &flags);
     // SAFETY: the closure makes system calls only, which is what may be done after fork.
     unsafe { command.pre_exec(forbid_registered_buffers) };
     let mut daemon = Daemon::spawn(command);
     daemon.wait_for("nobody may discard pages of it");
     daemon.wait_for("ready for a frontend");
-    let setup = Setup {
-        num_queues: 2,
-        ..Setup::default()
-    };
-    let mut driver = FakeDriver::connect(&socket, setup);
-    write_and_read(&mut driver, 8, 0x5a);
-    driver.finish();
-    daemon.signal("TERM");
-    assert_eq!(daemon.wait().code(), Some(0));
-    let warnings = daemon.log.iter().filter(|line| line.contains("WARN"));
-    let warnings: Vec<_> = warnings.collect();
-    assert_eq!(warnings.len(), 1, "{:#?}", daemon.log);
-    assert!(warnings[0].contains("guest memory cannot be registered"));
+    let warning = only_warning(daemon, &socket);
+    assert!(
+        warning.contains("guest memory cannot be registered"),
+        "{warning}"
+    );
 }

@@ -73,6 +73,16 @@ pub fn command() -> Command {
     piped(Command::new(env!("CARGO_BIN_EXE_berth-blk")))
 }
 
+/// The daemon that is to serve `image` on `socket`.
+pub fn serving(socket: &Path, image: &Path, more: &[&str]) -> Command {
+    let mut command = command();
+    command
+        .arg(format!("--socket-path={}", socket.display()))
+        .arg(format!("--blk-file={}", image.display()))
+        .args(more);
+    command
+}
+
 /// With its log to be read.
 pub fn piped(mut command: Command) -> Command {
     command
@@ -112,12 +122,7 @@ impl Daemon {
 
     /// Serves `image` on `socket`; returns when frontends may come.
     pub fn serve(socket: &Path, image: &Path, more: &[&str]) -> Daemon {
-        let mut command = command();
-        command
-            .arg(format!("--socket-path={}", socket.display()))
-            .arg(format!("--blk-file={}", image.display()))
-            .args(more);
-        let mut daemon = Daemon::spawn(command);
+        let mut daemon = Daemon::spawn(serving(socket, image, more));
         daemon.wait_for("ready for a frontend");
         daemon
     }
