@@ -83,7 +83,7 @@ struct Flags {
         allow_hyphen_values = true
     )]
     cmdline: String,
-    /// Virtual CPUs, 1 to 64, features to add or take away (docs/cpu.md), the host's CPUs that each may run on
+    /// Virtual CPUs, 1 to 255 (1024 with --platform irqchip=split), features to add or take away (docs/cpu.md), the host's CPUs that each may run on
     #[arg(
         long,
         value_name = "boot=N,features=+NAME,-NAME,affinity=[VCPU@[CPU,CPU-CPU],...]",

@@ -5,7 +5,7 @@
 use std::io;
 
 use berth_irqchip::Mode;
-use kvm_ioctls::{Cap, Kvm};
+use kvm_ioctls::{Cap, Kvm, VmFd};
 
 use crate::config::validate::Host;
 use crate::cpu::affinity;
@@ -53,6 +53,16 @@ pub enum Error {
     /// Too old, or made for something else.
     #[error("this host's KVM lacks {0}")]
     Lacks(&'static str),
+    /// More vCPUs than it takes.
+    #[error("--cpus: boot={boot} is more than this host's KVM takes: {most} ({limit})")]
+    TooManyVcpus {
+        /// As asked.
+        boot: u16,
+        /// As many as can be.
+        most: usize,
+        /// What says so.
+        limit: &'static str,
+    },
 }
 
 /// Opens /dev/kvm and checks that it can do what a machine needs; one with these interrupt controllers, if
@@ -78,6 +88,36 @@ pub fn open(irqchip: Option<Mode>) -> Result<Kvm, Error> {
         }
     }
     Ok(kvm)
+}
+
+/// vCPUs whose APIC ids have eight bits, of which 255 is everybody's.
+const VCPUS_OF_8_BITS: usize = 255;
+
+/// Checks that a VM can have so many vCPUs, whose APIC ids are their numbers.
+pub fn check_vcpus(vm: &VmFd, boot: u16, extended_destinations: bool) -> Result<(), Error> {
+    let known = |cap| usize::try_from(vm.check_extension_int(cap)).unwrap_or(0);
+    let limits = [
+        (known(Cap::MaxVcpus), "KVM_CAP_MAX_VCPUS"),
+        (known(Cap::MaxVcpuId), "KVM_CAP_MAX_VCPU_ID"),
+    ];
+    within_limits(boot, &limits, extended_destinations)
+}
+
+/// A limit of 0 is one that KVM is too old to tell.
+fn within_limits(
+    boot: u16,
+    limits: &[(usize, &'static str)],
+    extended_destinations: bool,
+) -> Result<(), Error> {
+    let ids = (VCPUS_OF_8_BITS, "APIC ids of 8 bits");
+    let ids = Some(ids).filter(|_| !extended_destinations);
+    let told = limits.iter().copied().filter(|(most, _)| *most > 0);
+    match told.chain(ids).min_by_key(|(most, _)| *most) {
+        Some((most, limit)) if usize::from(boot) > most => {
+            Err(Error::TooManyVcpus { boot, most, limit })
+        }
+        _ => Ok(()),
+    }
 }
 
 /// The host's limits.
@@ -122,5 +162,22 @@ mod tests {
         assert_eq!(physical_bits("flags : none"), 36);
         let meminfo = "MemTotal:       1024 kB\nMemFree: 5 kB\nSwapTotal:         1 kB\n";
         assert_eq!(memory_bytes(meminfo), 1025 << 10);
+    }
+
+    #[test]
+    fn the_lowest_limit_is_the_one_in_the_message() {
+        let host = [(288, "KVM_CAP_MAX_VCPUS"), (4096, "KVM_CAP_MAX_VCPU_ID")];
+        assert!(within_limits(288, &host, true).is_ok());
+        assert_eq!(
+            within_limits(289, &host, true).unwrap_err().to_string(),
+            "--cpus: boot=289 is more than this host's KVM takes: 288 (KVM_CAP_MAX_VCPUS)"
+        );
+        assert!(within_limits(255, &host, false).is_ok());
+        assert_eq!(
+            within_limits(256, &host, false).unwrap_err().to_string(),
+            "--cpus: boot=256 is more than this host's KVM takes: 255 (APIC ids of 8 bits)"
+        );
+        let silent = [(0, "KVM_CAP_MAX_VCPUS"), (0, "KVM_CAP_MAX_VCPU_ID")];
+        assert!(within_limits(1024, &silent, true).is_ok());
     }
 }

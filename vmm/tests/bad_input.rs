@@ -61,9 +61,17 @@ fn wrong_usage_is_exit_2_and_names_the_nearest() {
 fn what_cannot_be_done_is_exit_1() {
     let k = ["--kernel", "/k", "--serial", "null"];
     let cannot = |args: &[&str], parts: &[&str]| refused(&[&k, args].concat(), 1, parts);
-    for boot in ["0", "65", "999"] {
-        cannot(&["--cpus", &format!("boot={boot}")], &["--cpus", "1 to 64"]);
+    for boot in ["0", "256", "70000"] {
+        cannot(
+            &["--cpus", &format!("boot={boot}")],
+            &["--cpus", "1 to 255"],
+        );
     }
+    let split = ["--platform", "irqchip=split", "--cpus"];
+    cannot(
+        &[&split[..], &["boot=1025"]].concat(),
+        &["--cpus", "1024 with --platform"],
+    );
     cannot(&["--memory", "size=0"], &["too small"]);
     cannot(
         &["--memory", "size=536870913"],

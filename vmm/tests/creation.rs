@@ -91,7 +91,7 @@ fn a_configuration_that_makes_no_sense_is_refused_and_forgotten() {
         (
             good.replace(r#""boot_vcpus": 1"#, r#""boot_vcpus": 999"#),
             400,
-            "1 to 64",
+            "1 to 255",
         ),
         (format!("{{{twice}}}"), 409, "used by two devices"),
         (

@@ -56,6 +56,27 @@ fn a_guest_of_the_split_irqchip_programmes_an_ioapic_that_is_ours() {
     assert_eq!(code, 0, "{stderr}");
 }
 
+/// vCPU 299 is there, with its thread, and is paused and resumed with the others.
+#[test]
+fn a_guest_of_300_vcpus_runs_with_the_split_irqchip() {
+    if !has_kvm() {
+        return;
+    }
+    let args = ["--platform", "irqchip=split", "--cpus", "boot=300"];
+    let guest = Guest::start_with(&Code::new().print("boot\n").echo(), &args);
+    eventually("the guest's text", || {
+        (guest.lines() == ["boot"]).then_some(())
+    });
+    let last = |name| guest.counter(name, "exits_mmio_write");
+    assert!(last("vcpu299").is_some(), "it has counters");
+    assert!(last("vcpu300").is_none());
+    assert_eq!(guest.api("PUT", "vm.pause").0, 204);
+    assert_eq!(guest.api("PUT", "vm.resume").0, 204);
+    assert_eq!(guest.api("PUT", "vmm.shutdown").0, 204);
+    let (code, stderr) = guest.wait();
+    assert_eq!(code, 0, "{stderr}");
+}
+
 #[test]
 fn a_triple_fault_ends_with_the_exit_and_the_registers() {
     if !has_kvm() {

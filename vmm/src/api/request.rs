@@ -90,7 +90,7 @@ pub(super) fn vm_config(config: wire::VmConfig) -> Result<VmConfig, Error> {
     Ok(VmConfig {
         cpus: CpusConfig {
             // More than fits is refused by validation, which knows the limit.
-            boot: u8::try_from(config.cpus.boot_vcpus).unwrap_or(u8::MAX),
+            boot: u16::try_from(config.cpus.boot_vcpus).unwrap_or(u16::MAX),
             features: Features::parse(config.cpus.feature_flags.iter().map(String::as_str))
                 .map_err(ArgError::Features)?,
         },
@@ -131,7 +131,7 @@ pub(super) fn vm_config(config: wire::VmConfig) -> Result<VmConfig, Error> {
 fn affinity(of: &wire::CpuAffinity) -> VcpuAffinity {
     VcpuAffinity {
         // As with the number of vCPUs.
-        vcpu: u8::try_from(of.vcpu).unwrap_or(u8::MAX),
+        vcpu: u16::try_from(of.vcpu).unwrap_or(u16::MAX),
         host_cpus: of.host_cpus.clone(),
     }
 }

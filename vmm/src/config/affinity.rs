@@ -14,7 +14,7 @@ pub const MAX_HOST_CPUS: usize = 1024;
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct VcpuAffinity {
     /// The vCPU.
-    pub vcpu: u8,
+    pub vcpu: u16,
     /// Where it may run.
     pub host_cpus: Vec<usize>,
 }
@@ -97,21 +97,21 @@ pub enum Error {
     #[error("--cpus: affinity names vCPU {vcpu} of a guest with {boot}")]
     NoVcpu {
         /// As named.
-        vcpu: u8,
+        vcpu: u16,
         /// vCPUs that there are.
-        boot: u8,
+        boot: u16,
     },
     /// The same vCPU twice.
     #[error("--cpus: affinity names vCPU {vcpu} twice")]
     Twice {
         /// Which.
-        vcpu: u8,
+        vcpu: u16,
     },
     /// No CPU at all.
     #[error("--cpus: affinity names no CPU for vCPU {vcpu}")]
     Nowhere {
         /// Which.
-        vcpu: u8,
+        vcpu: u16,
     },
     /// No such CPU.
     #[error("--cpus: affinity: CPU {cpu} is not on this host, or not for this process")]
@@ -122,7 +122,7 @@ pub enum Error {
 }
 
 /// Holds the list against the guest's vCPUs and the host's CPUs.
-pub fn validate(list: &[VcpuAffinity], boot: u8, host: &HostCpus) -> Result<(), Error> {
+pub fn validate(list: &[VcpuAffinity], boot: u16, host: &HostCpus) -> Result<(), Error> {
     for (index, VcpuAffinity { vcpu, host_cpus }) in list.iter().enumerate() {
         let vcpu = *vcpu;
         if vcpu >= boot {

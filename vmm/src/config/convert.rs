@@ -38,7 +38,7 @@ pub fn cpus(text: &str) -> Result<CpusConfig, ArgError> {
     };
     Ok(CpusConfig {
         // More than fits is refused by validation, which knows the limit.
-        boot: u8::try_from(boot).unwrap_or(u8::MAX),
+        boot: u16::try_from(boot).unwrap_or(u16::MAX),
         features: match keys.text("features") {
             None => Features::default(),
             Some(list) => Features::parse(list.split(','))?,

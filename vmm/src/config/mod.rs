@@ -160,15 +160,15 @@ pub struct VmConfig {
 /// `--cpus`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct CpusConfig {
-    /// vCPUs present at boot, 1 to 64.
-    pub boot: u8,
+    /// vCPUs present at boot, 1 to 255 with KVM's interrupt controllers, to 1024 with the split ones.
+    pub boot: u16,
     /// Changes to the features that a guest gets.
     pub features: Features,
 }
 
 impl CpusConfig {
     /// So many vCPUs, with the features that a guest gets anyway.
-    pub fn of(boot: u8) -> Self {
+    pub fn of(boot: u16) -> Self {
         Self {
             boot,
             features: Features::default(),

@@ -13,8 +13,10 @@ use super::{Link, VhostUserConfig, VmConfig};
 use crate::memory::layout::{MMIO64_LEN, mmio64_start};
 use crate::memory::{Mode, ModeError};
 
-/// vCPUs of a guest, at most.
-pub const MAX_VCPUS: u8 = 64;
+/// vCPUs of a guest with KVM's interrupt controllers, at most: APIC ids end at 254, as 255 is everybody.
+pub const MAX_VCPUS: u16 = 255;
+/// The same with the split irqchip, whose messages have destinations of 15 bits. What KVM takes may be less.
+pub const MAX_VCPUS_SPLIT: u16 = 1024;
 /// Guest RAM comes in pieces of this size.
 pub const MEMORY_UNIT: u64 = 2 << 20;
 /// Least RAM that a guest can have: boot structures and ACPI lie in the first MiB, a kernel above.
@@ -42,7 +44,9 @@ pub struct Host {
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 pub enum Error {
     /// Too few or too many vCPUs.
-    #[error("--cpus: boot must be 1 to {MAX_VCPUS}")]
+    #[error(
+        "--cpus: boot must be 1 to {MAX_VCPUS}, or to {MAX_VCPUS_SPLIT} with --platform irqchip=split"
+    )]
     Vcpus,
     /// Where vCPUs are to run.
     #[error(transparent)]
@@ -162,7 +166,11 @@ pub enum Error {
 
 /// Checks everything that the configuration alone and the host's limits decide.
 pub fn validate(config: &VmConfig, api_socket: Option<&Path>, host: Host) -> Result<(), Error> {
-    if config.cpus.boot == 0 || config.cpus.boot > MAX_VCPUS {
+    let most = match config.platform.irqchip {
+        berth_irqchip::Mode::Kernel => MAX_VCPUS,
+        berth_irqchip::Mode::Split => MAX_VCPUS_SPLIT,
+    };
+    if !(1..=most).contains(&config.cpus.boot) {
         return Err(Error::Vcpus);
     }
     affinity::validate(&config.affinity, config.cpus.boot, &host.cpus)?;
@@ -344,6 +352,8 @@ fn sockets(config: &VmConfig, api_socket: Option<&Path>) -> Result<(), Error> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use berth_irqchip::Mode;
+
     use crate::config::{DiskConfig, SerialConfig, device_flags, testing};
 
     const HOST: Host = Host {
@@ -375,13 +385,24 @@ mod tests {
     fn an_ordinary_guest_passes() {
         assert_eq!(check(|_| ()), Ok(()));
         assert_eq!(check(|c| c.memory.size_bytes = 5 << 30), Ok(()));
-        assert_eq!(check(|c| c.cpus.boot = 64), Ok(()));
+        assert_eq!(check(|c| c.cpus.boot = 255), Ok(()));
     }
 
     #[test]
     fn vcpu_counts() {
-        for boot in [0, 65, 255] {
-            assert!(check(|c| c.cpus.boot = boot).is_err(), "{boot}");
+        for (boot, irqchip, fits) in [
+            (0, Mode::Kernel, false),
+            (256, Mode::Kernel, false),
+            (0, Mode::Split, false),
+            (256, Mode::Split, true),
+            (1024, Mode::Split, true),
+            (1025, Mode::Split, false),
+        ] {
+            let checked = check(|c| {
+                c.cpus.boot = boot;
+                c.platform.irqchip = irqchip;
+            });
+            assert_eq!(checked.is_ok(), fits, "{boot} {irqchip:?}");
         }
     }
 

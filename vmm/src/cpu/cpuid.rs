@@ -60,7 +60,7 @@ struct Host {
 }
 
 /// CPUID of vCPU `id` in a guest with these CPUs, for `KVM_SET_CPUID2`.
-pub fn for_vcpu(kvm: &Kvm, cpus: &CpusConfig, id: u8) -> Result<CpuId, Error> {
+pub fn for_vcpu(kvm: &Kvm, cpus: &CpusConfig, id: u16) -> Result<CpuId, Error> {
     let supported = kvm
         .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
         .map_err(Error::Supported)?;
@@ -82,7 +82,7 @@ fn adjust(
     supported: &[kvm_cpuid_entry2],
     host: Host,
     topology: Topology,
-    id: u8,
+    id: u16,
 ) -> Vec<kvm_cpuid_entry2> {
     let amd = is_amd(supported);
     // Leaves that are made whole, or that would contradict the others.
@@ -103,13 +103,15 @@ fn adjust(
             0x8000_0001 => leaf_8000_0001(entry, amd, topology),
             0x8000_0008 if amd => {
                 let bits = topology.core_bits();
-                entry.ecx = (entry.ecx & !0xf0ff) | bits << 12 | (u32::from(topology.cores()) - 1);
+                entry.ecx = (entry.ecx & !0xf0ff)
+                    | bits << 12
+                    | (u32::from(topology.cores()) - 1).min(0xff);
             }
             0x8000_001d => cache_sharing(entry, topology, false),
             0x8000_001e => {
                 // Extended APIC id; core id, one thread a core; node 0 of 1.
                 entry.eax = apic_id(id).into();
-                entry.ebx = id.into();
+                entry.ebx = u32::from(id) & 0xff;
                 entry.ecx = 0;
             }
             _ => {}
@@ -134,9 +136,10 @@ fn is_amd(entries: &[kvm_cpuid_entry2]) -> bool {
     })
 }
 
-fn leaf_1(entry: &mut kvm_cpuid_entry2, host: Host, topology: Topology, id: u8) {
-    let ids = topology.addressable_ids();
-    entry.ebx = (entry.ebx & 0xffff) | ids << 16 | u32::from(apic_id(id)) << 24;
+fn leaf_1(entry: &mut kvm_cpuid_entry2, host: Host, topology: Topology, id: u16) {
+    // Eight bits each: past them the topology leaf says more.
+    let ids = topology.addressable_ids().min(0xff);
+    entry.ebx = (entry.ebx & 0xffff) | ids << 16 | (u32::from(apic_id(id)) & 0xff) << 24;
     entry.ecx |= ECX_HYPERVISOR | ECX_X2APIC;
     entry.ecx &= !(ECX_VMX | ECX_TSC_DEADLINE);
     if host.tsc_deadline {
@@ -170,12 +173,12 @@ fn cache_sharing(entry: &mut kvm_cpuid_entry2, topology: Topology, intel: bool) 
     let sharing = if level < 3 { 0 } else { last_id };
     entry.eax = (entry.eax & 0x3fff) | sharing << 14;
     if intel {
-        entry.eax |= last_id << 26;
+        entry.eax |= last_id.min(0x3f) << 26;
     }
 }
 
 /// The extended topology leaf: threads of a core, cores of the socket, end.
-fn topology_leaf(function: u32, topology: Topology, id: u8) -> [kvm_cpuid_entry2; 3] {
+fn topology_leaf(function: u32, topology: Topology, id: u16) -> [kvm_cpuid_entry2; 3] {
     let level = |index: u32, shift: u32, count: u32, kind: u32| kvm_cpuid_entry2 {
         function,
         index,
@@ -257,13 +260,13 @@ mod tests {
         entry
     }
 
-    fn vcpu(supported: &[kvm_cpuid_entry2], boot: u8, id: u8) -> Vec<kvm_cpuid_entry2> {
+    fn vcpu(supported: &[kvm_cpuid_entry2], boot: u16, id: u16) -> Vec<kvm_cpuid_entry2> {
         adjust(supported, HOST, Topology::new(&CpusConfig::of(boot)), id)
     }
 
     #[test]
     fn every_vcpu_has_its_own_apic_id_everywhere() {
-        for id in 0..4u8 {
+        for id in 0..4 {
             let entries = vcpu(&intel(), 4, id);
             let apic_id = u32::from(id);
             assert_eq!(find(&entries, 1, 0).ebx >> 24, apic_id);
@@ -307,6 +310,24 @@ mod tests {
         assert_eq!(features, ECX_TOPOLOGY_EXTENSIONS | ECX_CMP_LEGACY);
         assert!(entries.iter().all(|e| e.function != 0x8000_0026));
         assert!(entries.iter().all(|e| e.function != 0x1f));
+    }
+
+    #[test]
+    fn fields_that_are_too_narrow_for_many_cores_say_their_most() {
+        let entries = vcpu(&intel(), 1024, 1023);
+        let ebx = find(&entries, 1, 0).ebx;
+        assert_eq!(
+            (ebx >> 24, ebx >> 16 & 0xff, ebx & 0xffff),
+            (0xff, 0xff, 0x0800)
+        );
+        let level3 = find(&entries, 4, 3).eax;
+        assert_eq!((level3 >> 14 & 0xfff, level3 >> 26), (1023, 63));
+        let core = find(&entries, 0xb, 1);
+        assert_eq!((core.eax, core.ebx, core.edx), (10, 1024, 1023));
+        let entries = vcpu(&amd(), 300, 299);
+        assert_eq!(find(&entries, 0x8000_0008, 0).ecx, 0x90ff);
+        assert_eq!(find(&entries, 0x8000_001e, 0).eax, 299);
+        assert_eq!(find(&entries, 0x8000_001e, 0).ebx, 299 & 0xff);
     }
 
     #[test]

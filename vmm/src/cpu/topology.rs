@@ -8,7 +8,7 @@ use crate::config::CpusConfig;
 /// The guest's processors.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Topology {
-    cores: u8,
+    cores: u16,
 }
 
 impl Topology {
@@ -20,7 +20,7 @@ impl Topology {
     }
 
     /// Cores in the socket.
-    pub fn cores(self) -> u8 {
+    pub fn cores(self) -> u16 {
         self.cores
     }
 
@@ -36,7 +36,7 @@ impl Topology {
 }
 
 /// APIC id of a vCPU.
-pub fn apic_id(vcpu: u8) -> u8 {
+pub fn apic_id(vcpu: u16) -> u16 {
     vcpu
 }
 
@@ -53,6 +53,9 @@ mod tests {
             (4, 2, 4),
             (5, 3, 8),
             (64, 6, 64),
+            (255, 8, 256),
+            (257, 9, 512),
+            (1024, 10, 1024),
         ] {
             let topology = Topology::new(&CpusConfig::of(boot));
             assert_eq!(topology.core_bits(), bits, "{boot}");

@@ -265,6 +265,7 @@ fn create_vcpus(
     ram: &GuestRam,
     entry: &Entry,
 ) -> Result<Vec<VcpuFd>, Error> {
+    kvm::check_vcpus(vm, config.cpus.boot, chip.has_extended_destinations())?;
     let mut fds = Vec::new();
     for id in 0..config.cpus.boot {
         let fd = vm

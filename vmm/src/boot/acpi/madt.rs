@@ -3,6 +3,8 @@
 //! ISA interrupts are the IOAPIC pin of their number, interrupt 0 too: the GSI table of `berth-irqchip`
 //! leads the PIT to pin 0, so there is no override to pin 2 as on most boards. With the split irqchip there is
 //! neither PIT nor PIC, and PCAT_COMPAT is clear: the guest looks for neither.
+//!
+//! A vCPU whose APIC id does not fit a local APIC's entry, from 255 up, has an x2APIC one (5.2.12.12).
 
 use acpi_tables::Aml;
 use acpi_tables::madt::{EnabledStatus, IoApic, ProcessorLocalApic};
@@ -16,6 +18,8 @@ const REVISION: u8 = 5;
 /// The board has a PIC pair too.
 const PCAT_COMPAT: u32 = 1;
 const IOAPIC_ID: u8 = 0;
+/// The APIC id of eight bits that is everybody's.
+const BROADCAST: u8 = 0xff;
 /// MPS INTI flags: active high, level triggered.
 const ACTIVE_HIGH_LEVEL: u16 = 0b1101;
 
@@ -26,12 +30,19 @@ pub(super) fn build(topology: Topology, pic: bool) -> Sdt {
     let flags = if pic { PCAT_COMPAT } else { 0 };
     body.extend(flags.to_le_bytes());
     for vcpu in 0..topology.cores() {
-        ProcessorLocalApic::new(vcpu, apic_id(vcpu), EnabledStatus::Enabled)
-            .to_aml_bytes(&mut body);
+        match (u8::try_from(vcpu), u8::try_from(apic_id(vcpu))) {
+            (Ok(uid), Ok(id)) if id != BROADCAST => {
+                ProcessorLocalApic::new(uid, id, EnabledStatus::Enabled).to_aml_bytes(&mut body);
+            }
+            _ => body.extend(local_x2apic(vcpu)),
+        }
     }
     IoApic::new(IOAPIC_ID, IOAPIC_START as u32, 0).to_aml_bytes(&mut body);
     body.extend(sci_override());
     body.extend(local_nmi());
+    if topology.cores() > u16::from(BROADCAST) {
+        body.extend(local_x2apic_nmi());
+    }
     table(*b"APIC", REVISION, &body)
 }
 
@@ -45,4 +56,17 @@ fn sci_override() -> [u8; 10] {
 /// Local APIC NMI: type 4, all processors, flags as the bus has them, LINT1.
 fn local_nmi() -> [u8; 6] {
     [4, 6, 0xff, 0, 0, 1]
+}
+
+/// Processor local x2APIC: type 9, enabled.
+fn local_x2apic(vcpu: u16) -> Vec<u8> {
+    let words = [u32::from(apic_id(vcpu)), 1, vcpu.into()];
+    let mut entry = vec![9, 16, 0, 0];
+    entry.extend(words.iter().flat_map(|word| word.to_le_bytes()));
+    entry
+}
+
+/// Local x2APIC NMI: type 10, flags as the bus has them, all processors, LINT1.
+fn local_x2apic_nmi() -> [u8; 12] {
+    [10, 12, 0, 0, 0xff, 0xff, 0xff, 0xff, 1, 0, 0, 0]
 }

@@ -38,7 +38,7 @@ const ALIGNMENT: u64 = 64;
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct AcpiInput {
     /// vCPUs.
-    pub vcpus: u8,
+    pub vcpus: u16,
     /// Whether there is a serial port at COM1.
     pub serial: bool,
     /// Whether there is a PIC pair.
@@ -208,7 +208,7 @@ mod tests {
     #[test]
     fn every_table_is_reached_from_the_rsdp_with_a_good_checksum() {
         let ram = testing::ram(512 << 20);
-        for vcpus in [1, 64] {
+        for vcpus in [1, 64, 255, 1024] {
             let input = AcpiInput {
                 vcpus,
                 serial: true,
@@ -242,6 +242,44 @@ mod tests {
         assert_eq!(apics, (0..5).map(|i| (i, i, 1)).collect::<Vec<_>>());
     }
 
+    /// Id 255 is everybody's in the old kind of entry.
+    #[test]
+    fn vcpus_from_255_up_are_x2apic_entries_of_the_madt() {
+        let ram = testing::ram(512 << 20);
+        let input = AcpiInput {
+            vcpus: 300,
+            serial: true,
+            pic: false,
+        };
+        let rsdp = build(&ram, &input).unwrap();
+        let tables = walk(&ram, rsdp);
+        let (mut entries, mut ids, mut kinds) = (&tables[1].1[44..], Vec::new(), Vec::new());
+        while let [kind, len, ..] = *entries {
+            match kind {
+                0 => ids.push((u32::from(entries[3]), u32::from(entries[2]))),
+                9 => {
+                    assert_eq!((len, u32_at(entries, 8)), (16, 1), "enabled");
+                    ids.push((u32_at(entries, 4), u32_at(entries, 12)));
+                }
+                _ => kinds.push(kind),
+            }
+            entries = &entries[len.into()..];
+        }
+        assert_eq!(ids, (0..300).map(|id| (id, id)).collect::<Vec<_>>());
+        assert_eq!(kinds, [1, 2, 4, 10], "and NMI for both kinds");
+        let small = AcpiInput {
+            vcpus: 255,
+            ..input
+        };
+        let rsdp = build(&ram, &small).unwrap();
+        let madt = &walk(&ram, rsdp)[1].1;
+        assert_eq!(
+            madt.len(),
+            44 + 255 * 8 + 12 + 10 + 6,
+            "none of the new kind"
+        );
+    }
+
     #[test]
     fn a_pic_is_promised_where_there_is_one() {
         let ram = testing::ram(512 << 20);
@@ -272,7 +310,7 @@ mod tests {
         }
         let ram = testing::ram(5 << 30);
         let input = AcpiInput {
-            vcpus: 64,
+            vcpus: 300,
             serial: true,
             pic: true,
         };
