@@ -21,6 +21,7 @@ pub mod irqchip;
 pub mod kill_storm;
 pub mod kvm_unit_tests;
 mod memory;
+pub mod merging;
 pub mod migration;
 pub mod net;
 pub mod net_control;
@@ -57,6 +58,7 @@ pub fn stories() -> Vec<Story> {
         upgrade::STORIES,
         any_device::STORIES,
         window::STORIES,
+        merging::STORIES,
         own_daemons::STORIES,
         bad_input::STORIES,
     ]
