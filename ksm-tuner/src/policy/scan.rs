@@ -21,7 +21,7 @@ const MUCH_BYTES: u64 = 64 << 20;
 /// Of a budget; the rest is for error.
 const AIM: f64 = 0.95;
 /// `pages_to_scan` changes when it is off by more than this part.
-const TOLERANCE: f64 = 0.25;
+const TOLERANCE: f64 = 0.5;
 
 /// What is remembered of the scanner.
 #[derive(Debug, Clone)]
@@ -132,7 +132,7 @@ impl Scanner {
             let pages = now.saturating_sub(before);
             if pages >= 1000 && used_us > 0.0 {
                 let cost = (used_us / pages as f64).clamp(0.2, 200.0);
-                self.cost_us += 0.3 * (cost - self.cost_us);
+                self.cost_us += 0.1 * (cost - self.cost_us);
             }
         }
     }

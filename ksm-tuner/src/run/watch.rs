@@ -12,9 +12,9 @@ use signal_hook::iterator::Signals;
 use super::Event;
 use crate::sample::Roots;
 
-/// Wakes us when some task has waited 100 ms of a second for memory (accounting/psi.rst). The kernel takes the last byte for
-/// the end of the text.
-const TRIGGER: &str = "some 100000 1000000\0";
+/// Wakes us when some task has waited a tenth of two seconds for memory (accounting/psi.rst): whoever has no
+/// CAP_SYS_RESOURCE must ask for whole multiples of two seconds. The kernel takes the last byte for the end of the text.
+const TRIGGER: &str = "some 200000 2000000\0";
 
 /// SIGTERM and SIGINT end the daemon, SIGHUP has it read its configuration.
 pub(super) fn signals(to: Sender<Event>) -> io::Result<()> {

@@ -19,6 +19,7 @@ pub mod interop_qemu;
 pub mod interop_qemu_img;
 pub mod irqchip;
 pub mod kill_storm;
+pub mod ksm;
 pub mod kvm_unit_tests;
 mod memory;
 pub mod merging;
@@ -51,6 +52,7 @@ pub fn stories() -> Vec<Story> {
         storm::STORIES,
         kill_storm::STORIES,
         kvm_unit_tests::STORIES,
+        ksm::STORIES,
         interop_qemu::STORIES,
         interop_dpdk::STORIES,
         interop_qemu_img::STORIES,
