@@ -45,14 +45,16 @@ impl Row {
 #[must_use]
 pub fn text(rows: &[Row]) -> String {
     let mut text = String::new();
-    let _ = write!(text, "{:<24}", "test");
+    let longest = rows.iter().map(|row| row.test.len()).max();
+    let width = longest.unwrap_or_default().max("test".len()) + 2;
+    let _ = write!(text, "{:<width$}", "test");
     for (machine, _) in rows.first().map_or(&[][..], |row| &row.outcomes) {
         let _ = write!(text, "{:<18}", machine.name());
     }
     text.truncate(text.trim_end().len());
     text.push('\n');
     for row in rows {
-        let _ = write!(text, "{:<24}", row.test);
+        let _ = write!(text, "{:<width$}", row.test);
         for (_, outcome) in &row.outcomes {
             let _ = write!(text, "{:<18}", cell(outcome));
         }
@@ -189,7 +191,7 @@ mod tests {
         rows[1].outcomes[1].1 = outcome(Verdict::Fail, 2, &[]);
         let text = text(&rows);
         assert!(
-            text.contains("tsc                     pass 3            pass 3"),
+            text.contains("\ntsc       pass 3            pass 3"),
             "{text}"
         );
         assert!(text.contains("fail 1/3"), "{text}");
