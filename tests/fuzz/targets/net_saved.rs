@@ -4,10 +4,11 @@
 //! Input: one byte (bits 0-1 queue pairs, bit 2 the settings lie in a region), 8 of features, then the
 //! settings, or what the region has where settings are kept: two slots with sequence, length and check.
 //!
-//! Settings that are not taken change nothing. Those that are taken can be saved and taken again, and a
+//! Settings that are not taken change nothing. Those that are taken hold, can be saved and taken again, and a
 //! reset of the device forgets them.
 #![no_main]
 
+use std::ops::Range;
 use std::rc::Rc;
 use std::sync::Arc;
 
@@ -25,6 +26,10 @@ use libfuzzer_sys::fuzz_target;
 const RING_SIZE: u16 = 16;
 /// Bytes of both slots, which are the last of a queue's part.
 const SLOTS: usize = 4096;
+/// Where things are in settings: version and features, then whether there is an address.
+const MAC_FLAG: usize = 9;
+const MAC: Range<usize> = 10..16;
+const OFFLOADS_AND_PAIRS: Range<usize> = 16..26;
 const OWN: Mac = Mac([2, 0, 0, 0, 0, 1]);
 
 fn device(pairs: u16, features: u64) -> DeviceState {
@@ -89,6 +94,13 @@ fuzz_target!(|data: &[u8]| {
         return;
     }
     let taken = state.saved();
+    assert_eq!(taken[..MAC_FLAG], settings[..MAC_FLAG]);
+    if settings[MAC_FLAG] == 0 {
+        assert_eq!(taken[MAC_FLAG], 0);
+    } else {
+        assert_eq!(taken[MAC], settings[MAC]);
+    }
+    assert_eq!(taken[OFFLOADS_AND_PAIRS], settings[OFFLOADS_AND_PAIRS]);
     let successor = device(pairs, features);
     assert!(successor.restore(&taken), "what was saved is not taken");
     assert_eq!(successor.saved(), taken);
