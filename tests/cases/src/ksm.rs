@@ -182,7 +182,7 @@ impl<'a> Farm<'a> {
     fn tune(&mut self, domain: Option<&str>) -> Result<()> {
         let merge = domain.map_or_else(String::new, |domain| format!("domain = \"{domain}\"\n"));
         let text = format!(
-            "[general]\nvms = \"{}\"\nrun_dir = \"{}\"\ninterval_ms = 200\n[merge]\n{merge}",
+            "[general]\nvms = \"{}\"\nrun_dir = \"{}\"\ninterval_ms = 500\n[merge]\n{merge}",
             self.vms.display(),
             self.run_dir.display()
         );
@@ -251,7 +251,7 @@ impl<'a> Farm<'a> {
             table.contains("domain farm") && table.contains("PROFIT KiB"),
             "{table}"
         );
-        let why = self.ask(&["explain", "100"])?;
+        let why = self.ask(&["explain", "500"])?;
         for part in ["BURST", "offer", "have equals", "scanner runs", "new"] {
             ensure!(why.contains(part), "no {part:?} in\n{why}");
         }
