@@ -11,6 +11,7 @@ use berth_tests_framework::image;
 use berth_tests_framework::net::PageServer;
 use berth_tests_framework::story::{Context, Story, Tier};
 use berth_tests_framework::vmm::{Vm, VmBuilder};
+use berth_tests_framework::wait::{seconds, until};
 
 /// Stories of this file.
 pub(crate) const STORIES: &[Story] = &[Story {
@@ -25,6 +26,7 @@ const CHECKS: &[&str] = &[
     "fs.mount_and_read",
     "fs.write_and_read_outside",
     "fs.unmount_and_mount_again",
+    "fs.killed_under_a_mount",
     "generic.fs_by_its_type",
     "passt.address_by_dhcp",
     "passt.fetches_a_file",
@@ -52,7 +54,7 @@ fn any_device(context: &Context) -> Result<()> {
         image::random(&folder.join("from-outside"), 4 << 20, 31)?;
     }
     context.step("start the daemons");
-    let fs = virtiofsd(context, "virtiofsd", &shared, &[])?;
+    let mut fs = virtiofsd(context, "virtiofsd", &shared, &[])?;
     let generic = virtiofsd(context, "virtiofsd-other", &other, &["--tag=other"])?;
     let passt = passt(context)?;
     context.step("boot");
@@ -70,6 +72,7 @@ fn any_device(context: &Context) -> Result<()> {
         .boot(context)?;
 
     shared_folder(context, &mut vm, &shared)?;
+    killed_under_a_mount(context, &mut vm, &mut fs, &shared)?;
     context.check("generic.fs_by_its_type", || {
         vm.sh("mkdir -p /other && mount -t virtiofs other /other")?;
         same(&mut vm, "/other/from-outside", &other.join("from-outside"))?;
@@ -117,6 +120,43 @@ fn shared_folder(context: &Context, vm: &mut Vm, shared: &Path) -> Result<()> {
         vm.sh("umount /home && mount -t virtiofs home /home")?;
         same(vm, "/home/from-guest", &shared.join("from-guest"))?;
         vm.sh("umount /home").map(drop)
+    })
+}
+
+/// virtiofsd knows nothing of what its predecessor had open, nor that the guest has mounted it: the VMM gives it
+/// the rings again, the guest's requests are answered, be it with errors, and after a new mount all is well.
+fn killed_under_a_mount(
+    context: &Context,
+    vm: &mut Vm,
+    fs: &mut Daemon,
+    shared: &Path,
+) -> Result<()> {
+    context.check("fs.killed_under_a_mount", || {
+        vm.sh("mount -t virtiofs home /home && ls /home >/dev/null")?;
+        fs.kill();
+        connected(vm, 0)?;
+        // Nobody serves it: this one waits.
+        vm.sh("(stat /home/from-guest >/tmp/stat 2>&1; echo done >>/tmp/stat) >/dev/null 2>&1 &")?;
+        fs.start_again()?;
+        connected(vm, 1)?;
+        until("an answer to what waited", seconds(60), || {
+            let text = vm.sh("cat /tmp/stat")?;
+            Ok(text.contains("done").then_some(()))
+        })?;
+        vm.sh("umount /home && mount -t virtiofs home /home")?;
+        same(vm, "/home/from-outside", &shared.join("from-outside"))?;
+        vm.sh("echo again >/home/again && sync")?;
+        ensure!(shared.join("again").exists(), "nothing was written");
+        vm.sh("umount /home").map(drop)
+    })
+}
+
+/// Waits until the VMM says whether virtiofsd serves the folder.
+fn connected(vm: &mut Vm, whether: u64) -> Result<()> {
+    until("virtiofsd's connection", seconds(60), || {
+        let counters = vm.counters()?;
+        let now = counters["_fs0"]["backend_connected"].as_u64();
+        Ok((now == Some(whether)).then_some(()))
     })
 }
 
