@@ -5,7 +5,11 @@
 
 mod support;
 
+use std::path::Path;
+use std::process::{Child, Command};
+
 use serde_json::{Value, json};
+use support::daemons::{has_daemons, image};
 use support::{Code, Guest, has_kvm};
 
 fn info(guest: &Guest) -> Value {
@@ -92,4 +96,52 @@ fn what_cannot_be_resized_says_why() {
     assert_eq!(status, 400);
     assert!(text.contains("the guest has no balloon"), "{text}");
     assert_eq!(balloon(&plain), None);
+}
+
+/// `berth-blk --fixed-buffers`, which ends with the test.
+struct PinningDisk(Child);
+
+impl PinningDisk {
+    fn start(dir: &Path) -> Self {
+        let _ = image(&dir.join("image"));
+        let vmm = Path::new(env!("CARGO_BIN_EXE_berth-vmm"));
+        let child = Command::new(vmm.with_file_name("berth-blk"))
+            .arg(format!("--socket-path={}", dir.join("disk").display()))
+            .arg(format!("--blk-file={}", dir.join("image").display()))
+            .arg("--fixed-buffers=guest-never-discards")
+            .spawn()
+            .unwrap();
+        support::eventually("its socket", || dir.join("disk").exists().then_some(()));
+        Self(child)
+    }
+}
+
+impl Drop for PinningDisk {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+#[test]
+fn a_disk_that_pins_guest_memory_is_not_taken_beside_it() {
+    if !has_daemons() {
+        return;
+    }
+    for (args, code) in [(&["--balloon", "size=0"][..], 500), (&[], 200)] {
+        let guest = Guest::start_with(&Code::new().halt(), args);
+        support::eventually("it runs", || (guest.state() == "Running").then_some(()));
+        let socket = guest.path("disk");
+        let _disk = PinningDisk::start(socket.parent().unwrap());
+        let added = format!(
+            r#"{{"vhost_user": true, "vhost_socket": "{}"}}"#,
+            socket.display()
+        );
+        let (status, text) = guest.put("vm.add-disk", &added);
+        assert_eq!(status, code, "{args:?}: {text}");
+        assert_eq!(guest.api("PUT", "vmm.shutdown").0, 204);
+        let (_, stderr) = guest.wait();
+        let says = stderr.contains("pinned (berth-blk --fixed-buffers)");
+        assert_eq!(says, code == 500, "{stderr}");
+    }
 }

@@ -10,6 +10,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use berth_queue_worker::control_socket::Command;
+use berth_queue_worker::device::protocol;
 use berth_queue_worker::sandbox::syscalls::IO_URING;
 use berth_queue_worker::{Device, QueueStart, RateLimit, RateLimiter, SessionHandle, Syscall};
 use virtio_bindings::virtio_blk::{
@@ -169,6 +170,14 @@ impl Device for BlkDevice {
             bits |= 1 << VIRTIO_BLK_F_DISCARD;
         }
         bits | 1 << VIRTIO_BLK_F_WRITE_ZEROES
+    }
+
+    fn protocol_features(&self) -> u64 {
+        if self.shared.engine.fixed_buffers {
+            protocol::PINS_MEMORY
+        } else {
+            0
+        }
     }
 
     fn syscalls(&self) -> Vec<Syscall> {

@@ -29,6 +29,9 @@ pub mod protocol {
     pub const RARP: u64 = 1 << 2;
     /// VHOST_USER_PROTOCOL_F_NET_MTU: [`Device::set_mtu`](super::Device::set_mtu) is called.
     pub const NET_MTU: u64 = 1 << 4;
+    /// Of our own, far from those that the specification counts: pages of guest memory stay pinned while no request
+    /// uses them, so a frontend whose guest gives pages back must not go on. Others know no such bit.
+    pub const PINS_MEMORY: u64 = 1 << 63;
 }
 
 /// A device type: what it offers, its configuration space, and its queue workers.

@@ -90,7 +90,7 @@ pub(crate) fn fuzz_backend(bytes: &[u8]) {
     let Ok(deadlines) = FUZZ_DEADLINES.as_ref().map(Arc::clone) else {
         return;
     };
-    if let Ok((_, found)) = peer::Peer::handshake(ours, &kind, &deadlines, OPERATION_LIMIT) {
+    if let Ok((_, found)) = peer::Peer::handshake(ours, &kind, &deadlines, OPERATION_LIMIT, true) {
         // Unfit is an answer too.
         let _ = kind.offer(&found);
     }
@@ -185,6 +185,7 @@ pub struct Frontends {
     operation_limit: Duration,
     launcher: Option<Launcher>,
     window: Option<Window>,
+    discards: bool,
 }
 
 impl Frontends {
@@ -203,6 +204,7 @@ impl Frontends {
             sessions: Vec::new(),
             launcher: None,
             window: None,
+            discards: false,
         })
     }
 
@@ -210,6 +212,14 @@ impl Frontends {
     #[must_use]
     pub fn within(mut self, window: Option<GuestMemoryMmap>) -> Self {
         self.window = window.map(Window::new);
+        self
+    }
+
+    /// The same, of a guest whose pages may be discarded while devices use them: a backend that says that it pins
+    /// guest memory is refused.
+    #[must_use]
+    pub fn discarding(mut self, discards: bool) -> Self {
+        self.discards = discards;
         self
     }
 
@@ -258,7 +268,9 @@ impl Frontends {
             Arc::clone(&self.roster),
         ));
         let deadlines = Arc::clone(&self.deadlines);
-        let session = Session::new(Arc::clone(&shared), dialer, deadlines, self.operation_limit)?;
+        let mut session =
+            Session::new(Arc::clone(&shared), dialer, deadlines, self.operation_limit)?;
+        session.discards = self.discards;
         // Counted before the thread can leave.
         self.roster.change(|counts| {
             counts.threads += 1;

@@ -4,6 +4,7 @@
 //! ([`super::deadline`]) and the reply flag that it needs: requests that have an answer of their own go
 //! without NEED_REPLY, all others with it where the backend negotiated REPLY_ACK.
 
+use std::io::{Read as _, Write as _};
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
@@ -23,6 +24,17 @@ use super::kind::{ConfigLen, Found, Kind};
 const MAX_QUEUES: u64 = 256;
 /// `VHOST_USER_F_PROTOCOL_FEATURES`.
 pub(super) const PROTOCOL_FEATURES: u64 = 1 << 30;
+/// A protocol feature of berth-blk's own, far from those that the specification counts: it keeps pages of guest memory
+/// pinned. [`Frontend`] knows no such bit and drops it, so it is asked for beside.
+const PINS_MEMORY: u64 = 1 << 63;
+const GET_PROTOCOL_FEATURES: u32 = 15;
+/// Version 1, and that it is a reply.
+const REQUEST_FLAGS: u32 = 1;
+const REPLY_FLAGS: u32 = 1 | 1 << 2;
+
+/// Why a backend with [`PINS_MEMORY`] is refused.
+const PINS: &str = "it keeps guest memory pinned (berth-blk --fixed-buffers), and what the balloon gives back would be \
+                    written to where the guest no longer is: leave out one of the two";
 
 /// Why an exchange failed. The connection is of no more use, but for `Refused`.
 #[derive(Debug, thiserror::Error)]
@@ -70,12 +82,14 @@ fn wanted_protocol() -> VhostUserProtocolFeatures {
 }
 
 impl Peer {
-    /// Negotiates, and asks the backend what it is.
+    /// Negotiates, and asks the backend what it is. Where the guest's pages may be discarded, one that pins them
+    /// will not do.
     pub(super) fn handshake(
         stream: UnixStream,
         kind: &Kind,
         deadlines: &Arc<Deadlines>,
         limit: Duration,
+        discards: bool,
     ) -> Result<(Self, Found), Error> {
         let io = |what| move |source| Error::Io { what, source };
         let ours = Arc::new(
@@ -93,7 +107,7 @@ impl Peer {
             protocol: VhostUserProtocolFeatures::empty(),
             requests: None,
         };
-        let found = peer.negotiate(kind)?;
+        let found = peer.negotiate(kind, discards)?;
         Ok((peer, found))
     }
 
@@ -103,13 +117,16 @@ impl Peer {
         self.until = Instant::now() + limit;
     }
 
-    fn negotiate(&mut self, kind: &Kind) -> Result<Found, Error> {
+    fn negotiate(&mut self, kind: &Kind, discards: bool) -> Result<Found, Error> {
         self.tell("SET_OWNER", |frontend| frontend.set_owner())?;
         self.features = self.ask("GET_FEATURES", |frontend| frontend.get_features())?;
         if self.features & PROTOCOL_FEATURES != 0 {
             let offered = self.ask("GET_PROTOCOL_FEATURES", |frontend| {
                 frontend.get_protocol_features()
             })?;
+            if discards && self.all_protocol_features()? & PINS_MEMORY != 0 {
+                return Err(Error::Unfit(PINS.to_owned()));
+            }
             let chosen = offered & wanted_protocol();
             self.ask("SET_PROTOCOL_FEATURES", |frontend| {
                 frontend.set_protocol_features(chosen)
@@ -127,6 +144,28 @@ impl Peer {
             config: self.read_config(kind)?,
             queues,
         })
+    }
+
+    /// GET_PROTOCOL_FEATURES with the bits that [`Frontend`] does not know.
+    fn all_protocol_features(&self) -> Result<u64, Error> {
+        let what = "GET_PROTOCOL_FEATURES";
+        let failed = |source| Error::Io { what, source };
+        let guard = self.deadlines.arm(&self.stream, self.until);
+        let header = [GET_PROTOCOL_FEATURES, REQUEST_FLAGS, 0];
+        let mut reply = [0; 20];
+        let exchanged = (&*self.stream)
+            .write_all(&header.map(u32::to_ne_bytes).concat())
+            .and_then(|()| (&*self.stream).read_exact(&mut reply));
+        let limit = self.limit;
+        exchanged.map_err(|source| match guard.expired() {
+            true => Error::Silent { what, limit },
+            false => failed(source),
+        })?;
+        let expected = [GET_PROTOCOL_FEATURES, REPLY_FLAGS, 8].map(u32::to_ne_bytes);
+        match reply.split_last_chunk() {
+            Some((header, bits)) if header == expected.concat() => Ok(u64::from_ne_bytes(*bits)),
+            _ => Err(failed(std::io::ErrorKind::InvalidData.into())),
+        }
     }
 
     fn open_requests(&mut self) -> Result<(), Error> {

@@ -70,6 +70,8 @@ pub(super) struct Session {
     dialer: Dialer,
     deadlines: Arc<Deadlines>,
     pub(super) limit: Duration,
+    /// Whether the guest's pages may be discarded.
+    pub(super) discards: bool,
     /// For pauses, while no backend is connected.
     idle: Waiter,
     /// Rings that some backend has run, so that the next one resumes them.
@@ -103,6 +105,7 @@ impl Session {
             dialer,
             deadlines,
             limit,
+            discards: false,
             idle,
             begun: None,
             inflight: None,
@@ -261,7 +264,8 @@ impl Session {
             self.forget_driver();
         }
         let kind = &self.shared.kind;
-        let (mut peer, mut found) = Peer::handshake(stream, kind, &self.deadlines, self.limit)?;
+        let (mut peer, mut found) =
+            Peer::handshake(stream, kind, &self.deadlines, self.limit, self.discards)?;
         if let Some(config) = &mut found.config {
             for (&offset, data) in &self.written {
                 peer.write_config(offset, data)?;

@@ -71,6 +71,12 @@ fn bench_after(limit: Duration, before: impl FnOnce(&Path)) -> Bench {
 
 /// The same, of a guest with this memory.
 fn bench_with(limit: Duration, ram: GuestRam, before: impl FnOnce(&Path)) -> Bench {
+    let frontends = Frontends::with_operation_limit(limit).unwrap();
+    bench_on(frontends, ram, before)
+}
+
+/// The same, with sessions that are made here.
+fn bench_on(frontends: Frontends, ram: GuestRam, before: impl FnOnce(&Path)) -> Bench {
     let dir = TempDir::new().unwrap();
     let path = dir.as_path().join("disk.sock");
     before(&path);
@@ -87,7 +93,6 @@ fn bench_with(limit: Duration, ram: GuestRam, before: impl FnOnce(&Path)) -> Ben
         config: eventfd(),
         reset: eventfd(),
     });
-    let frontends = Frontends::with_operation_limit(limit).unwrap();
     let mut frontends = frontends.within(ram.window().cloned());
     let mut device = frontends.connect(kind).unwrap();
     device.attach(Arc::clone(&notes) as _);
@@ -455,6 +460,28 @@ fn a_region_that_cannot_be_made_is_asked_for_again_with_the_next_connection() {
         let [kick, _] = bench.activate();
         wait(&kick, "kick after the restart");
         assert_eq!(order(&backend.seen, &[GET_INFLIGHT_FD]).len(), 2);
+    }
+}
+
+/// As `berth-blk --fixed-buffers` says it. A guest that gives nothing back may have such a disk.
+#[test]
+fn a_backend_that_pins_memory_is_refused_beside_a_balloon_only() {
+    let pinning = Script {
+        protocol: GOOD.protocol | 1 << 63,
+        ..GOOD
+    };
+    for (discards, script, served) in [
+        (true, &pinning, false),
+        (true, &GOOD, true),
+        (false, &pinning, true),
+    ] {
+        let frontends = Frontends::with_operation_limit(PATIENCE).unwrap();
+        let ram = GuestRam::new(&MemoryConfig::of(2 << 20)).unwrap();
+        let bench = bench_on(frontends.discarding(discards), ram, |_| ());
+        let _backend = Backend::listen(&bench.path, std::slice::from_ref(script));
+        assert!(bench.frontends.wait_settled(PATIENCE));
+        let settled = bench.frontends.watch("_disk0").unwrap().wait(PATIENCE);
+        assert_eq!(settled.is_ok(), served, "{discards} {settled:?}");
     }
 }
 

@@ -194,7 +194,8 @@ pub fn build(parts: &Parts) -> Result<Machine, Error> {
     let mut frontends = Frontends::new().map_err(Error::Frontends)?;
     frontends = frontends
         .starting(parts.launcher.clone())
-        .within(ram.window().cloned());
+        .within(ram.window().cloned())
+        .discarding(config.balloon.is_some());
     let mut host = pci_host(&buses, &chip, &ram, &parts.events);
     let balloon = add_devices(&mut host, config, &ram, &mut frontends)?;
     let pci = host.finish()?;

@@ -197,7 +197,7 @@ pub struct Plan {
     choice: EngineChoice,
     /// Reads, writes: done on the spot while that is faster.
     on_the_spot: [bool; 2],
-    fixed_buffers: bool,
+    pub(crate) fixed_buffers: bool,
 }
 
 impl Plan {

@@ -391,7 +391,7 @@ impl<D: Device> Session<D> {
     }
 
     fn protocol_features(&self) -> u64 {
-        let own = protocol::RARP | protocol::NET_MTU;
+        let own = protocol::RARP | protocol::NET_MTU | protocol::PINS_MEMORY;
         offered::ALL | self.device.protocol_features() & own
     }
 
