@@ -157,7 +157,7 @@ fn cpus_and_memory(context: &Context) -> Result<()> {
     let kernel = kernel(context);
     for (flag, value) in [
         ("--cpus", "boot=0"),
-        ("--cpus", "boot=65"),
+        ("--cpus", "boot=256"),
         ("--cpus", "boot=many"),
         ("--memory", "size=0"),
         ("--memory", "size=1"),
