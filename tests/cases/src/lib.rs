@@ -8,6 +8,7 @@
 mod any_device;
 pub mod backend_loss;
 pub mod bad_input;
+pub mod balloon;
 pub mod blocks;
 pub mod boot;
 pub mod counters;
@@ -62,6 +63,7 @@ pub fn stories() -> Vec<Story> {
         window::STORIES,
         merging::STORIES,
         own_daemons::STORIES,
+        balloon::STORIES,
         bad_input::STORIES,
     ]
     .concat()
