@@ -11,11 +11,7 @@ use berth_vmm::memory::GuestRam;
 use libfuzzer_sys::fuzz_target;
 
 static RAM: LazyLock<GuestRam> = LazyLock::new(|| {
-    let config = MemoryConfig {
-        size_bytes: 4 << 20,
-        hugepages: false,
-    };
-    GuestRam::new(&config).expect("4 MiB of guest memory")
+    GuestRam::new(&MemoryConfig::of(4 << 20)).expect("4 MiB of guest memory")
 });
 
 fuzz_target!(|data: &[u8]| {
