@@ -15,20 +15,12 @@ use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 
 use support::daemons::{daemon, has_daemons, image, is_gone, kill, processes};
+use support::slot::{BELOW, BUTTON, CONTROL, PORT, POWER_OFF, PRESENT, STATUS};
 use support::virtio::{Access, BUFFER};
 use support::{Code, Guest, PATIENCE, eventually};
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 use vmm_sys_util::tempdir::TempDir;
 
-/// The first empty root port, where nothing else is external, and what is below it.
-const PORT: (u8, u8) = (0, 2);
-const BELOW: (u8, u8) = (1, 0);
-/// Slot control and status in the port's first capability.
-const CONTROL: u8 = 0x58;
-const STATUS: u8 = 0x5a;
-const BUTTON: u16 = 1;
-const PRESENT: u16 = 1 << 6;
-const POWER_OFF: u16 = 1 << 10;
 /// Virtio's types as PCI device ids.
 const NET: u16 = 0x1041;
 const BLK: u16 = 0x1042;

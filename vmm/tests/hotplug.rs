@@ -9,18 +9,9 @@ mod support;
 use std::path::Path;
 
 use stock::Stock;
+use support::slot::{BELOW, BUTTON, CONTROL, PORT, POWER_OFF, PRESENT, STATUS};
 use support::{Code, Guest, eventually, has_kvm};
 use vhost::vhost_user::message::VhostUserProtocolFeatures as Protocol;
-
-/// The first empty root port, where nothing else is external, and what is below it.
-const PORT: (u8, u8) = (0, 2);
-const BELOW: (u8, u8) = (1, 0);
-/// Slot control and status in the port's first capability.
-const CONTROL: u8 = 0x58;
-const STATUS: u8 = 0x5a;
-const BUTTON: u16 = 1;
-const PRESENT: u16 = 1 << 6;
-const POWER_OFF: u16 = 1 << 10;
 
 /// Switches on what comes, and off what is to go.
 fn driver() -> Code {

@@ -6,6 +6,7 @@
 )]
 
 pub(crate) mod daemons;
+pub(crate) mod slot;
 pub(crate) mod virtio;
 
 use std::io::{Read, Write};
