@@ -8,10 +8,13 @@ use serde_json::Value;
 
 /// Every crate of the workspace with all of our crates that it may depend on.
 const ARROWS: [(&str, &[&str]); 10] = [
-    ("berth-bench", &[]),
     ("berth-blk", &["berth-queue-worker"]),
     ("berth-irqchip", &[]),
     ("berth-net", &["berth-queue-worker"]),
+    (
+        "berth-perf",
+        &["berth-tests-framework", "berth-vmm-api-types"],
+    ),
     ("berth-queue-worker", &[]),
     (
         "berth-tests-cases",

@@ -50,7 +50,7 @@ pub(super) fn environment(cpu: usize, prefix: &str) -> Vec<String> {
         "--no-pci".to_owned(),
         "--no-telemetry".to_owned(),
         // Unlike others that run now, and others of ours that did not clear up.
-        format!("--file-prefix=berth-bench-{prefix}-{}", std::process::id()),
+        format!("--file-prefix=berth-perf-{prefix}-{}", std::process::id()),
     ]
 }
 

@@ -1,10 +1,10 @@
-//! `berth-bench`: see the library.
+//! `berth-perf`: see the library.
 #![forbid(unsafe_code)]
 
 use std::process::ExitCode;
 
-use berth_bench::args::{Args, What};
-use berth_bench::{blk, janitor, net};
+use berth_perf::args::{Args, What};
+use berth_perf::{blk, janitor, net};
 use clap::Parser;
 
 fn main() -> ExitCode {
@@ -16,7 +16,7 @@ fn main() -> ExitCode {
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("berth-bench: {error:#}");
+            eprintln!("berth-perf: {error:#}");
             ExitCode::FAILURE
         }
     }

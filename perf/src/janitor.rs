@@ -70,7 +70,7 @@ pub fn run() -> Result<()> {
     let mut failed = false;
     for thing in things.iter().rev() {
         if let Err(error) = remove(thing) {
-            eprintln!("berth-bench: cannot remove {thing}: {error:#}");
+            eprintln!("berth-perf: cannot remove {thing}: {error:#}");
             failed = true;
         }
     }

@@ -37,7 +37,7 @@ impl Drop for TempDir {
 }
 
 fn bench(args: &[&str]) -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_berth-bench"));
+    let mut command = Command::new(env!("CARGO_BIN_EXE_berth-perf"));
     command.args(args).stdin(Stdio::null());
     command
 }

@@ -1,4 +1,4 @@
-//! `berth-bench` measures vhost-user daemons against each other and against the limit.
+//! `berth-perf` measures vhost-user daemons against each other and against the limit.
 //!
 //! ```text
 //!  CPU 0: client thread ─ target/virtio ─▶ socket, rings, eventfds ─▶ CPU 1: daemon ─▶ disk

@@ -16,23 +16,23 @@ use crate::target::Window;
 const EXAMPLES: &str = "\
 Examples:
   The whole table, as root (zram needs it), with a copy for machines:
-    backends/bench/run blk --json=/tmp/table.json
+    perf/run blk --json=/tmp/table.json
 
   Four cells in about a minute, while working on the daemon:
-    backends/bench/run blk --quick
+    perf/run blk --quick
 
   One cell, our daemon with more polling and an older build beside the current one:
-    backends/bench/run blk --cell=zram-randread-4k-qd1 --subject=berth-blk \\
+    perf/run blk --cell=zram-randread-4k-qd1 --subject=berth-blk \\
       --variant='poll=--poll-us 200' --variant='old=/tmp/berth-blk-old'
 
   Frames from guest to tap, 64 bytes each:
-    backends/bench/run net --cell=to-tap-64
+    perf/run net --cell=to-tap-64
 
 Close what else runs: two cores are measured, and a third party on them is measured too.";
 
 /// Measures Berth's daemons against their peers and against the limit with no virtio between
 #[derive(Debug, clap::Parser)]
-#[command(name = "berth-bench", version, about, after_help = EXAMPLES)]
+#[command(name = "berth-perf", version, about, after_help = EXAMPLES)]
 pub struct Args {
     /// What to measure
     #[command(subcommand)]
@@ -133,7 +133,7 @@ impl Common {
 
     /// A directory for this run, which `janitor` removes.
     pub fn make_directory(&self, janitor: &mut Janitor) -> Result<PathBuf> {
-        let directory = self.dir.join(format!("berth-bench-{}", std::process::id()));
+        let directory = self.dir.join(format!("berth-perf-{}", std::process::id()));
         fs::create_dir(&directory)
             .with_context(|| format!("cannot create {}", directory.display()))?;
         janitor.directory(&directory)?;
