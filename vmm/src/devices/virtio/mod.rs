@@ -7,5 +7,7 @@ pub mod balloon;
 pub mod device;
 #[cfg(test)]
 pub(crate) mod fake;
+#[cfg(test)]
+pub(crate) mod fake_driver;
 pub mod rng;
 pub mod transport_pci;

@@ -10,8 +10,9 @@ use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::virtio_ids::VIRTIO_ID_BALLOON;
 use vmm_sys_util::eventfd::EventFd;
 
+use super::rings::Lent;
 use super::shared::{Handle, Polling, Shared};
-use super::worker::{self, Command, Lent, Start};
+use super::worker::{self, Command, Start};
 use super::{F_DEFLATE_ON_OOM, F_PAGE_POISON, F_REPORTING, F_STATS_VQ};
 use crate::config::BalloonConfig;
 use crate::devices::virtio::device::{

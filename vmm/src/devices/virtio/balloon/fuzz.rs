@@ -7,8 +7,8 @@ use std::sync::atomic::Ordering;
 use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
+use super::rings::{Lent, Rings};
 use super::shared::{Handle, Polling, Shared};
-use super::worker::{Lent, Rings};
 use super::{F_PAGE_POISON, F_REPORTING, F_STATS_VQ, PAGE};
 use crate::config::MemoryConfig;
 use crate::devices::virtio::device::{Activation, QueueSetup};

@@ -22,6 +22,7 @@ mod device;
 mod fuzz;
 mod pages;
 mod request;
+mod rings;
 mod shared;
 mod state;
 #[cfg(test)]

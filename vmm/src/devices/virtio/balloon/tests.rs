@@ -1,24 +1,20 @@
 //! The device over rings that a test writes by hand.
 
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use virtio_bindings::virtio_ring::{VRING_DESC_F_NEXT, VRING_DESC_F_WRITE};
 use vm_memory::{ByteValued, Bytes, GuestAddress, GuestMemoryMmap};
-use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
-use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
+use super::rings::Lent;
 use super::shared::Polling;
-use super::worker::Lent;
 use super::{Balloon, F_PAGE_POISON, F_REPORTING, Handle, PAGE};
 use crate::config::{MemoryConfig, convert};
-use crate::devices::virtio::device::{
-    Activation, QueueSetup, ResetProgress, TransportNotify, VirtioDevice,
-};
+use crate::devices::virtio::device::{Activation, ResetProgress, VirtioDevice};
+use crate::devices::virtio::fake_driver::{self, FakeQueue, FakeTransport, SIZE, eventfd, wait};
 use crate::memory::GuestRam;
 
 const HUGE_PAGE: u64 = 2 << 20;
-const SIZE: u16 = 8;
 const MEMORY: usize = 16 << 20;
 /// Rings of each queue, and buffers after all of them.
 const RINGS: u64 = 0x1_0000;
@@ -30,44 +26,12 @@ const INFLATE: usize = 0;
 const DEFLATE: usize = 1;
 const STATS: usize = 2;
 
-struct Notes {
-    changed: EventFd,
-    needs_reset: EventFd,
-}
-
-impl TransportNotify for Notes {
-    fn config_changed(&self) {
-        self.changed.write(1).unwrap();
-    }
-
-    fn needs_reset(&self) {
-        self.needs_reset.write(1).unwrap();
-    }
-}
-
-struct Queue {
-    index: u16,
-    kick: EventFd,
-    call: EventFd,
-    avail: u16,
-}
-
-impl Queue {
-    fn at(&self, offset: u64) -> u64 {
-        u64::from(self.index) * RINGS + offset
-    }
-}
-
 struct Bench {
     balloon: Balloon,
     handle: Handle,
     memory: GuestMemoryMmap,
-    notes: Arc<Notes>,
-    queues: Vec<Queue>,
-}
-
-fn eventfd() -> EventFd {
-    EventFd::new(EFD_NONBLOCK).unwrap()
+    notes: Arc<FakeTransport>,
+    queues: Vec<FakeQueue>,
 }
 
 /// A balloon with these flags, whose driver uses the queues of these numbers.
@@ -81,40 +45,24 @@ fn bench(flags: &str, granule: u64, indices: &[u16]) -> Bench {
     let memory = ram.memory().clone();
     let lent = Lent { ram, granule };
     let mut balloon = Balloon::polling("_balloon", &config, lent, polling).unwrap();
-    let notes = Arc::new(Notes {
-        changed: eventfd(),
-        needs_reset: eventfd(),
-    });
+    let notes = Arc::new(FakeTransport::new());
     balloon.attach(Arc::clone(&notes) as _);
-    let queue = |index: &u16| Queue {
-        index: *index,
-        kick: eventfd(),
-        call: eventfd(),
-        avail: 0,
-    };
+    let queue = |index: &u16| FakeQueue::new(*index, &memory, u64::from(*index) * RINGS);
+    let queues = indices.iter().map(queue).collect();
     Bench {
         handle: balloon.handle(),
         balloon,
         memory,
         notes,
-        queues: indices.iter().map(queue).collect(),
+        queues,
     }
 }
 
 impl Bench {
     fn start(&mut self, features: u64) {
-        let queues = self.queues.iter().map(|queue| QueueSetup {
-            index: queue.index,
-            size: SIZE,
-            desc: queue.at(0x1000),
-            avail: queue.at(0x2000),
-            used: queue.at(0x3000),
-            kick: queue.kick.try_clone().unwrap(),
-            call: queue.call.try_clone().unwrap(),
-        });
         let activation = Activation {
             features,
-            queues: queues.collect(),
+            queues: self.queues.iter().map(FakeQueue::setup).collect(),
             memory: self.memory.clone(),
         };
         self.balloon.activate(activation).unwrap();
@@ -124,37 +72,15 @@ impl Bench {
         self.memory.write_obj(value, GuestAddress(at)).unwrap();
     }
 
-    fn desc(&self, queue: usize, index: u16, (address, len): (u64, u32), flags: u32, next: u16) {
-        let at = self.queues[queue].at(0x1000) + 16 * u64::from(index);
-        self.put(at, address);
-        self.put(at + 8, len);
-        self.put(at + 12, flags as u16);
-        self.put(at + 14, next);
-    }
-
-    fn submit(&mut self, place: usize, head: u16) {
-        let avail = self.queues[place].avail;
-        let at = self.queues[place].at(0x2000);
-        self.put(at + 4 + 2 * u64::from(avail % SIZE), head);
-        self.put(at + 2, avail + 1);
-        self.queues[place].avail += 1;
-        self.queues[place].kick.write(1).unwrap();
-    }
-
-    fn used(&self, place: usize) -> u16 {
-        let at = GuestAddress(self.queues[place].at(0x3002));
-        self.memory.read_obj(at).unwrap()
-    }
-
     /// Gives a buffer of page frame numbers and waits until it is back.
     fn pages(&mut self, place: usize, pfns: &[u32]) {
         for (at, pfn) in (BUFFERS..).step_by(4).zip(pfns) {
             self.put(at, *pfn);
         }
-        self.desc(place, 0, (BUFFERS, 4 * pfns.len() as u32), 0, 0);
-        self.submit(place, 0);
+        self.queues[place].desc(0, (BUFFERS, 4 * pfns.len() as u32), 0, 0);
+        self.queues[place].submit(0);
         wait(&self.queues[place].call);
-        assert_eq!(self.used(place), self.queues[place].avail);
+        assert_eq!(self.queues[place].used(), self.queues[place].avail);
     }
 
     /// Fills pages from `PAGES` on.
@@ -177,12 +103,7 @@ impl Bench {
     }
 
     fn stop(&mut self) {
-        self.balloon.reset();
-        let begin = Instant::now();
-        while self.balloon.reset_progress() == ResetProgress::Pending {
-            assert!(begin.elapsed() < Duration::from_secs(60));
-            std::thread::yield_now();
-        }
+        fake_driver::stop(&mut self.balloon);
     }
 
     fn config(&self, offset: u64) -> u32 {
@@ -190,17 +111,6 @@ impl Bench {
         self.balloon.read_config(offset, &mut bytes);
         u32::from_le_bytes(bytes)
     }
-}
-
-fn wait(event: &EventFd) {
-    use std::os::fd::AsRawFd;
-    let epoll = Epoll::new().unwrap();
-    let interest = EpollEvent::new(EventSet::IN, 0);
-    epoll
-        .ctl(ControlOperation::Add, event.as_raw_fd(), interest)
-        .unwrap();
-    assert_eq!(epoll.wait(60_000, &mut [EpollEvent::default()]).unwrap(), 1);
-    event.read().unwrap();
 }
 
 fn pfn(page: u64) -> u32 {
@@ -234,7 +144,7 @@ fn a_target_is_an_interrupt_and_the_guest_says_what_it_gave() {
     let features = bench.balloon.features();
     bench.start(features);
     bench.handle.set_target(3 * PAGE + 5);
-    wait(&bench.notes.changed);
+    wait(&bench.notes.config_changed);
     assert_eq!((bench.config(0), bench.config(4)), (3, 0));
     bench.balloon.write_config(4, &2u32.to_le_bytes());
     let info = bench.handle.info();
@@ -269,8 +179,8 @@ fn a_guest_may_give_the_ring_that_it_gives_with() {
     for (at, pfn) in (BUFFERS..).step_by(4).zip(&pfns) {
         bench.put(at, *pfn);
     }
-    bench.desc(INFLATE, 0, (BUFFERS, 4 * pfns.len() as u32), 0, 0);
-    bench.submit(INFLATE, 0);
+    bench.queues[INFLATE].desc(0, (BUFFERS, 4 * pfns.len() as u32), 0, 0);
+    bench.queues[INFLATE].submit(0);
     wait(&bench.queues[INFLATE].call);
     assert_eq!(bench.counter("discards"), 1);
     bench.stop();
@@ -310,23 +220,23 @@ fn statistics_are_asked_for_while_somebody_wants_to_know() {
     let features = bench.balloon.features();
     bench.start(features);
     bench.put(BUFFERS + 0x100, [4u8, 0, 9, 0, 0, 0, 0, 0, 0, 0]);
-    bench.desc(STATS, 0, (BUFFERS + 0x100, 10), 0, 0);
-    bench.submit(STATS, 0);
+    bench.queues[STATS].desc(0, (BUFFERS + 0x100, 10), 0, 0);
+    bench.queues[STATS].submit(0);
     // Nobody wants to know: the buffer stays, whatever else goes on.
     bench.pages(INFLATE, &[pfn(0)]);
     while bench.counter("stats_updates") == 0 {
         std::thread::yield_now();
     }
     bench.pages(INFLATE, &[pfn(1)]);
-    assert_eq!(bench.used(STATS), 0);
+    assert_eq!(bench.queues[STATS].used(), 0);
     for round in 1..4 {
         let (stats, _) = bench.handle.info().stats.unwrap();
         let value = 8 + u64::from(round);
         assert_eq!(stats.named().collect::<Vec<_>>(), [("free_memory", value)]);
         wait(&bench.queues[STATS].call);
-        assert_eq!(bench.used(STATS), round);
+        assert_eq!(bench.queues[STATS].used(), round);
         bench.put(BUFFERS + 0x102, value + 1);
-        bench.submit(STATS, 0);
+        bench.queues[STATS].submit(0);
         while bench.counter("stats_updates") <= u64::from(round) {
             std::thread::yield_now();
         }
@@ -339,10 +249,10 @@ fn statistics_are_asked_for_while_somebody_wants_to_know() {
 fn report(bench: &mut Bench, place: usize) {
     let half = (PAGES + PAGE, (8 * PAGE + PAGE / 2) as u32);
     let flags = VRING_DESC_F_WRITE | VRING_DESC_F_NEXT;
-    bench.desc(place, 0, half, flags, 1);
+    bench.queues[place].desc(0, half, flags, 1);
     // And what is not RAM.
-    bench.desc(place, 1, (1 << 40, 0x2000), VRING_DESC_F_WRITE, 0);
-    bench.submit(place, 0);
+    bench.queues[place].desc(1, (1 << 40, 0x2000), VRING_DESC_F_WRITE, 0);
+    bench.queues[place].submit(0);
     wait(&bench.queues[place].call);
 }
 
@@ -389,27 +299,26 @@ fn rings_that_make_no_sense_need_a_reset() {
     type Break = fn(&mut Bench);
     let breaks: [(&str, Break); 6] = [
         ("a head that is no descriptor", |bench| {
-            bench.submit(INFLATE, SIZE);
+            bench.queues[INFLATE].submit(SIZE);
         }),
         ("more available than the ring holds", |bench| {
-            bench.put(bench.queues[DEFLATE].at(0x2002), SIZE + 1);
-            bench.queues[DEFLATE].kick.write(1).unwrap();
+            bench.queues[DEFLATE].announce(SIZE + 1);
         }),
         ("a buffer outside memory", |bench| {
-            bench.desc(INFLATE, 0, (MEMORY as u64 - 8, 64), 0, 0);
-            bench.submit(INFLATE, 0);
+            bench.queues[INFLATE].desc(0, (MEMORY as u64 - 8, 64), 0, 0);
+            bench.queues[INFLATE].submit(0);
         }),
         ("a buffer too long", |bench| {
-            bench.desc(INFLATE, 0, (0, 8 << 20), 0, 0);
-            bench.submit(INFLATE, 0);
+            bench.queues[INFLATE].desc(0, (0, 8 << 20), 0, 0);
+            bench.queues[INFLATE].submit(0);
         }),
         ("statistics without end", |bench| {
-            bench.desc(STATS, 0, (0, 1 << 20), 0, 0);
-            bench.submit(STATS, 0);
+            bench.queues[STATS].desc(0, (0, 1 << 20), 0, 0);
+            bench.queues[STATS].submit(0);
         }),
         ("free pages that cannot be written", |bench| {
-            bench.desc(3, 0, (PAGES, 0x1000), 0, 0);
-            bench.submit(3, 0);
+            bench.queues[3].desc(0, (PAGES, 0x1000), 0, 0);
+            bench.queues[3].submit(0);
         }),
     ];
     for (what, hurt) in breaks {
@@ -421,10 +330,8 @@ fn rings_that_make_no_sense_need_a_reset() {
         bench.stop();
         // And it serves again.
         for queue in &mut bench.queues {
-            queue.avail = 0;
+            queue.clear();
         }
-        let zeros = vec![0; BUFFERS as usize];
-        bench.memory.write_slice(&zeros, GuestAddress(0)).unwrap();
         bench.start(features);
         bench.pages(INFLATE, &[pfn(0)]);
         assert_eq!(bench.counter("inflated_pages"), 1, "{what}");
@@ -437,8 +344,8 @@ fn a_chain_that_loops_ends() {
     let mut bench = bench("size=1M", PAGE, &[0, 1, 2]);
     let features = bench.balloon.features();
     bench.start(features);
-    bench.desc(INFLATE, 0, (BUFFERS, 4), VRING_DESC_F_NEXT, 0);
-    bench.submit(INFLATE, 0);
+    bench.queues[INFLATE].desc(0, (BUFFERS, 4), VRING_DESC_F_NEXT, 0);
+    bench.queues[INFLATE].submit(0);
     wait(&bench.queues[INFLATE].call);
     bench.stop();
 }
@@ -453,11 +360,7 @@ fn resets_before_and_without_a_start_are_over_at_once_and_harm_nothing() {
         bench.start(features);
         bench.pages(INFLATE, &[pfn(0)]);
         bench.stop();
-        bench
-            .memory
-            .write_slice(&[0; 0x4000], GuestAddress(0))
-            .unwrap();
-        bench.queues[INFLATE].avail = 0;
+        bench.queues[INFLATE].clear();
     }
 }
 
