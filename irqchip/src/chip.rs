@@ -3,8 +3,7 @@
 //! Which controllers KVM has is the [`Mode`]; everything else is the same in both: a line, a vector
 //! and a doorbell are eventfds, and KVM listens to them.
 
-use std::collections::BTreeMap;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use kvm_bindings::{
@@ -16,9 +15,9 @@ use kvm_ioctls::{Cap, VmFd};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::line::Ends;
-use crate::msi::Change;
 use crate::pins::Pins;
-use crate::routing::{Table, Vector};
+use crate::routing::Table;
+use crate::wires::Wires;
 use crate::{Batch, Doorbell, Error, IOAPIC_PINS, Line, Msi, MsiMessage, Trigger};
 
 /// Who has which interrupt controller.
@@ -61,9 +60,10 @@ pub struct Chip {
     table: Mutex<Table>,
     /// Our own IOAPIC; none, KVM has it. Taken before `table`, never after.
     pins: Option<Mutex<Pins>>,
-    /// Pins of KVM's IOAPIC that [`Chip::drive`] holds high, which KVM does not say; held while KVM is told. A
-    /// leaf. The split mode's are in `pins`.
-    driven: Mutex<u32>,
+    /// Lines and driven pins of KVM's IOAPIC; the split mode's are in `pins`. A leaf.
+    wires: Mutex<Wires>,
+    /// A [`Held`](crate::Held) exists.
+    held: AtomicBool,
     counts: Counts,
 }
 
@@ -96,7 +96,8 @@ impl Chip {
             vm,
             table: Mutex::new(table),
             pins: (mode == Mode::Split).then(|| Mutex::new(Pins::new())),
-            driven: Mutex::default(),
+            wires: Mutex::default(),
+            held: AtomicBool::new(false),
             counts: Counts::default(),
         };
         chip.write_routes(&mut chip.table(), Vec::new())?;
@@ -160,21 +161,9 @@ impl Chip {
         }
         let driven = match self.pins() {
             Some(mut pins) => pins.drive(self, pin, high),
-            None => self.drive_kernel_pin(pin, high),
+            None => self.wires().drive(self, pin, high),
         };
         driven.map_err(|source| Error::Drive { pin, source })
-    }
-
-    fn drive_kernel_pin(&self, pin: u32, high: bool) -> Result<(), kvm_ioctls::Error> {
-        let mut driven = self.kernel_driven();
-        self.vm.set_irq_line(pin, high)?;
-        *driven = *driven & !(1 << pin) | u32::from(high) << pin;
-        Ok(())
-    }
-
-    /// Pins of KVM's IOAPIC that are driven high.
-    pub(crate) fn kernel_driven(&self) -> MutexGuard<'_, u32> {
-        self.driven.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// An MSI vector. It raises nothing before it has a message; until then, and while it is
@@ -251,18 +240,19 @@ impl Chip {
         self.vm.signal_msi(msi).map(|_| ())
     }
 
+    pub(crate) fn wires(&self) -> MutexGuard<'_, Wires> {
+        self.wires.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Says that the chip is held, or is not; returns what it was.
+    pub(crate) fn set_held(&self, held: bool) -> bool {
+        self.held.swap(held, Ordering::SeqCst)
+    }
+
     pub(crate) fn attach_line(&self, ends: &Arc<Ends>) -> Result<(), Error> {
-        let gsi = ends.pin;
-        match (self.pins(), &ends.resample) {
-            (Some(mut pins), _) => pins.add(self, ends)?,
-            (None, Some(resample)) => self
-                .vm
-                .register_irqfd_with_resample(&ends.event, resample, gsi)
-                .map_err(|source| Error::Attach { gsi, source })?,
-            (None, None) => self
-                .vm
-                .register_irqfd(&ends.event, gsi)
-                .map_err(|source| Error::Attach { gsi, source })?,
+        match self.pins() {
+            Some(mut pins) => pins.add(self, ends)?,
+            None => self.wires().add(self, ends)?,
         }
         self.counts.lines.fetch_add(1, Ordering::Relaxed);
         Ok(())
@@ -270,13 +260,9 @@ impl Chip {
 
     pub(crate) fn detach_line(&self, ends: &Arc<Ends>) -> Result<(), Error> {
         self.counts.lines.fetch_sub(1, Ordering::Relaxed);
-        let gsi = ends.pin;
         match self.pins() {
             Some(mut pins) => pins.remove(self, ends),
-            None => self
-                .vm
-                .unregister_irqfd(&ends.event, gsi)
-                .map_err(|source| Error::Detach { gsi, source }),
+            None => self.wires().remove(self, ends),
         }
     }
 
@@ -289,105 +275,12 @@ impl Chip {
         Ok(())
     }
 
-    pub(crate) fn allocate_vector(&self) -> Result<u32, Error> {
-        let mut table = self.table();
-        let vectors = table.vectors().len();
-        table.allocate().ok_or(Error::NoGsi { vectors })
-    }
-
-    /// Detaches and forgets a vector. Its route stays in KVM's table until the next update: no
-    /// irqfd leads there, and whoever gets the GSI next is attached after an update only.
-    pub(crate) fn release_vector(&self, gsi: u32, event: &EventFd) {
-        let mut table = self.table();
-        if let Err(error) = self.set_attached(&mut table, gsi, event, false) {
-            tracing::warn!(gsi, %error, "cannot detach an MSI vector");
-        }
-        table.release(gsi);
-    }
-
-    /// A vector's message, and whether it is masked.
-    pub(crate) fn vector_setting(&self, gsi: u32) -> (Option<MsiMessage>, bool) {
-        let table = self.table();
-        let vector = table.vector(gsi);
-        vector.map_or((None, false), |vector| (vector.message, vector.masked))
-    }
-
-    pub(crate) fn is_attached(&self, gsi: u32) -> bool {
-        self.table()
-            .vector(gsi)
-            .is_some_and(|vector| vector.attached)
-    }
-
-    fn table(&self) -> MutexGuard<'_, Table> {
+    pub(crate) fn table(&self) -> MutexGuard<'_, Table> {
         // Every change is complete or undone before anything here could panic.
         self.table.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn apply(&self, batch: &Batch<'_>) -> Result<(), Error> {
-        let mut table = self.table();
-        let mut touched = BTreeMap::new();
-        for (msi, change) in batch.changes() {
-            debug_assert!(msi.belongs_to(self), "a vector of another VM");
-            let Some(now) = table.vector(msi.gsi()).copied() else {
-                continue;
-            };
-            let (_, wanted) = touched.entry(msi.gsi()).or_insert((*msi, now));
-            match *change {
-                Change::Message(message) => wanted.message = Some(message),
-                Change::Masked(masked) => wanted.masked = masked,
-            }
-        }
-        self.detach_masked(&mut table, &touched)?;
-        self.change_routes(&mut table, &touched)?;
-        for (gsi, (msi, wanted)) in &touched {
-            if wanted.wants_irqfd() {
-                self.set_attached(&mut table, *gsi, msi.event(), true)?;
-            }
-        }
-        Ok(())
-    }
-
-    fn detach_masked(&self, table: &mut Table, touched: &Touched<'_>) -> Result<(), Error> {
-        for (gsi, (msi, _)) in touched.iter().filter(|(_, (_, wanted))| wanted.masked) {
-            if let Some(vector) = table.vector_mut(*gsi) {
-                vector.masked = true;
-            }
-            self.set_attached(table, *gsi, msi.event(), false)?;
-        }
-        Ok(())
-    }
-
-    /// Takes over what is wanted and tells KVM if a route differs; takes it back if KVM refuses.
-    fn change_routes(&self, table: &mut Table, touched: &Touched<'_>) -> Result<(), Error> {
-        let mut before = Vec::with_capacity(touched.len());
-        for (gsi, (_, wanted)) in touched {
-            if let Some(vector) = table.vector_mut(*gsi) {
-                before.push((*gsi, *vector));
-                vector.message = wanted.message;
-                vector.masked = wanted.masked;
-            }
-        }
-        let written = self.write_stale_routes(table);
-        if written.is_err() {
-            for (gsi, old) in before {
-                if let Some(vector) = table.vector_mut(gsi) {
-                    *vector = old;
-                }
-            }
-        }
-        written
-    }
-
-    fn write_stale_routes(&self, table: &mut Table) -> Result<(), Error> {
-        let changed = table.stale();
-        if changed.is_empty() {
-            Ok(())
-        } else {
-            self.write_routes(table, changed)
-        }
-    }
-
-    fn write_routes(&self, table: &mut Table, changed: Vec<u32>) -> Result<(), Error> {
+    pub(crate) fn write_routes(&self, table: &mut Table, changed: Vec<u32>) -> Result<(), Error> {
         let entries = table.entries();
         let refused = |source| Error::SetRoutes {
             routes: entries.len(),
@@ -403,36 +296,7 @@ impl Chip {
         self.counts.routing_updates.fetch_add(1, Ordering::Relaxed);
         Ok(())
     }
-
-    fn set_attached(
-        &self,
-        table: &mut Table,
-        gsi: u32,
-        event: &EventFd,
-        attached: bool,
-    ) -> Result<(), Error> {
-        let Some(vector) = table.vector_mut(gsi) else {
-            return Ok(());
-        };
-        if vector.attached == attached {
-            return Ok(());
-        }
-        if attached {
-            self.vm
-                .register_irqfd(event, gsi)
-                .map_err(|source| Error::Attach { gsi, source })?;
-        } else {
-            self.vm
-                .unregister_irqfd(event, gsi)
-                .map_err(|source| Error::Detach { gsi, source })?;
-        }
-        vector.attached = attached;
-        Ok(())
-    }
 }
-
-/// Vectors that a batch changes, by GSI, each with the state it is to have.
-type Touched<'a> = BTreeMap<u32, (&'a Msi, Vector)>;
 
 /// Bookkeeping for [`Counters`].
 impl Chip {

@@ -88,6 +88,9 @@ pub enum Error {
         /// KVM's answer.
         source: kvm_ioctls::Error,
     },
+    /// Somebody is saving the chip.
+    #[error("the interrupt controllers are held already")]
+    Held,
     /// KVM gave or took no state.
     #[error("cannot save or restore the {what}")]
     State {

@@ -19,7 +19,7 @@ use std::sync::Arc;
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::chip::{Chip, new_event};
-use crate::{Error, IOAPIC_PINS};
+use crate::{Error, IOAPIC_PINS, Mode, sys};
 
 /// How a pin is to be driven; the guest must programme its IOAPIC entry the same way.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -47,7 +47,73 @@ pub(crate) struct Ends {
     pub(crate) resample: Option<EventFd>,
 }
 
+/// A line at its pin, and whether KVM listens to its eventfd.
+#[derive(Debug)]
+pub(crate) struct AttachedLine {
+    pub(crate) ends: Arc<Ends>,
+    attached: bool,
+}
+
+impl AttachedLine {
+    pub(crate) fn new(ends: &Arc<Ends>) -> Self {
+        Self {
+            ends: Arc::clone(ends),
+            attached: false,
+        }
+    }
+
+    /// Raised while KVM was not listening.
+    pub(crate) fn is_pending(&self) -> bool {
+        !self.attached && sys::is_readable(&self.ends.event)
+    }
+
+    pub(crate) fn set_attached(&mut self, chip: &Chip, attached: bool) -> Result<(), Error> {
+        if self.attached == attached {
+            return Ok(());
+        }
+        let (event, gsi, vm) = (&self.ends.event, self.ends.pin, chip.vm());
+        // With the split irqchip the end of an interrupt comes to us.
+        let resample = self.ends.resample.as_ref();
+        let resample = resample.filter(|_| chip.mode() == Mode::Kernel);
+        match (attached, resample) {
+            (true, Some(resample)) => vm
+                .register_irqfd_with_resample(event, resample, gsi)
+                .map_err(|source| Error::Attach { gsi, source })?,
+            (true, None) => vm
+                .register_irqfd(event, gsi)
+                .map_err(|source| Error::Attach { gsi, source })?,
+            (false, _) => vm
+                .unregister_irqfd(event, gsi)
+                .map_err(|source| Error::Detach { gsi, source })?,
+        }
+        self.attached = attached;
+        Ok(())
+    }
+}
+
+/// The first line on each of these pins. Who raises one raises its pin, and all of them are resampled.
+pub(crate) fn first_lines(
+    lines: &[AttachedLine],
+    pins: u32,
+) -> impl Iterator<Item = &AttachedLine> {
+    let named = (0..IOAPIC_PINS).filter(move |pin| pins >> pin & 1 != 0);
+    named.filter_map(|pin| lines.iter().find(|line| line.ends.pin == pin))
+}
+
 impl Ends {
+    pub(crate) fn new(pin: u32, trigger: Trigger) -> Result<Arc<Self>, Error> {
+        let resample = match trigger {
+            Trigger::Edge => None,
+            Trigger::Level => Some(new_event()?),
+        };
+        Ok(Arc::new(Self {
+            pin,
+            trigger,
+            event: new_event()?,
+            resample,
+        }))
+    }
+
     pub(crate) fn is_level(&self) -> bool {
         self.trigger == Trigger::Level
     }
@@ -58,16 +124,7 @@ impl Line {
         if pin >= IOAPIC_PINS {
             return Err(Error::NoPin { pin });
         }
-        let resample = match trigger {
-            Trigger::Edge => None,
-            Trigger::Level => Some(new_event()?),
-        };
-        let ends = Arc::new(Ends {
-            pin,
-            trigger,
-            event: new_event()?,
-            resample,
-        });
+        let ends = Ends::new(pin, trigger)?;
         chip.attach_line(&ends)?;
         Ok(Self {
             chip: Arc::clone(chip),

@@ -23,12 +23,10 @@
 
 use std::sync::Arc;
 
-use vmm_sys_util::eventfd::EventFd;
-
 use crate::chip::Chip;
 use crate::ioapic::{Effect, Entry, Ioapic};
-use crate::line::Ends;
-use crate::{Error, Trigger, VcpuState, sys};
+use crate::line::{AttachedLine, Ends, first_lines};
+use crate::{Error, Trigger, VcpuState};
 
 /// IOAPIC and lines; one lock around both.
 #[derive(Debug)]
@@ -37,13 +35,8 @@ pub(crate) struct Pins {
     lines: Vec<AttachedLine>,
     /// Pins that [`Chip::drive`] holds high.
     driven: u32,
-}
-
-#[derive(Debug)]
-struct AttachedLine {
-    ends: Arc<Ends>,
-    /// Whether KVM listens to its eventfd.
-    attached: bool,
+    /// KVM listens to none of the lines, whatever their pins want.
+    held: bool,
 }
 
 impl Pins {
@@ -52,20 +45,31 @@ impl Pins {
             ioapic: Ioapic::new(),
             lines: Vec::new(),
             driven: 0,
+            held: false,
         }
     }
 
     /// Adds a line to its pin.
     pub(crate) fn add(&mut self, chip: &Chip, ends: &Arc<Ends>) -> Result<(), Error> {
-        let mut line = AttachedLine {
-            ends: Arc::clone(ends),
-            attached: false,
-        };
-        if !self.ioapic.entry(ends.pin).is_masked() {
-            line.set_attached(chip, true)?;
-        }
+        let mut line = AttachedLine::new(ends);
+        line.set_attached(chip, self.listens(ends.pin))?;
         self.lines.push(line);
         Ok(())
+    }
+
+    /// Whether KVM is to listen to a pin's lines.
+    fn listens(&self, pin: u32) -> bool {
+        !self.held && !self.ioapic.entry(pin).is_masked()
+    }
+
+    /// Detaches all lines, or attaches them again as their pins want; the first error, after all were tried.
+    pub(crate) fn set_held(&mut self, chip: &Chip, held: bool) -> Result<(), Error> {
+        self.held = held;
+        let mut done = Ok(());
+        for pin in 0..crate::IOAPIC_PINS {
+            done = done.and(self.settle_attached(chip, pin));
+        }
+        done
     }
 
     /// Takes a line off its pin.
@@ -175,28 +179,29 @@ impl Pins {
             if !entry.is_masked() || entry.remote_irr() {
                 chip.set_pin_route(pin, entry.message())?;
             }
-            for line in self.lines.iter_mut().filter(|line| line.ends.pin == pin) {
-                line.set_attached(chip, !entry.is_masked())?;
-            }
+            self.settle_attached(chip, pin)?;
         }
         Ok(())
     }
 
-    /// Pins of which a level line is raised and waits to be unmasked.
+    /// Pins of which a line was raised that KVM was not listening to. An edge at a masked pin is none.
     pub(crate) fn pending(&self) -> u32 {
-        let waits = |line: &&AttachedLine| line.ends.is_level() && line.is_pending();
+        let waits = |line: &&AttachedLine| {
+            let masked = self.ioapic.entry(line.ends.pin).is_masked();
+            line.is_pending() && (line.ends.is_level() || !masked)
+        };
         let pins = self.lines.iter().filter(waits).map(|line| line.ends.pin);
         pins.fold(0, |pins, pin| pins | 1 << pin)
     }
 
-    /// Raises a level line again that waited on each of these pins.
+    /// Raises a line on each of these pins, past remote IRR: that was set by who raised it before.
     pub(crate) fn set_pending(&mut self, pins: u32) -> std::io::Result<()> {
-        for pin in (0..crate::IOAPIC_PINS).filter(|pin| pins >> pin & 1 != 0) {
-            let on_pin = |line: &&AttachedLine| line.ends.pin == pin && line.ends.is_level();
-            if let Some(line) = self.lines.iter().find(on_pin) {
-                let ends = Arc::clone(&line.ends);
-                self.raise(&ends)?;
+        for line in first_lines(&self.lines, pins) {
+            let entry = self.ioapic.entry(line.ends.pin);
+            if entry.is_level() && !entry.is_masked() {
+                self.ioapic.set_remote_irr(line.ends.pin);
             }
+            line.ends.event.write(1)?;
         }
         Ok(())
     }
@@ -234,12 +239,12 @@ impl Pins {
     fn update(&mut self, chip: &Chip, pin: u32, before: Entry) -> Result<(), Error> {
         let entry = self.ioapic.entry(pin);
         if entry.is_masked() {
-            return self.set_attached(chip, pin, false);
+            return self.settle_attached(chip, pin);
         }
         chip.set_pin_route(pin, entry.message())?;
         if before.is_masked() {
             self.settle_before_unmask(pin);
-            self.set_attached(chip, pin, true)?;
+            self.settle_attached(chip, pin)?;
         }
         self.deliver_driven(chip, pin)
             .map_err(|source| Error::Drive { pin, source })
@@ -262,33 +267,13 @@ impl Pins {
         }
     }
 
-    fn set_attached(&mut self, chip: &Chip, pin: u32, attached: bool) -> Result<(), Error> {
-        let mut lines = self.lines.iter_mut().filter(|line| line.ends.pin == pin);
-        lines.try_for_each(|line| line.set_attached(chip, attached))
-    }
-}
-
-impl AttachedLine {
-    /// Raised while KVM was not listening.
-    fn is_pending(&self) -> bool {
-        !self.attached && sys::is_readable(&self.ends.event)
-    }
-
-    fn set_attached(&mut self, chip: &Chip, attached: bool) -> Result<(), Error> {
-        if self.attached == attached {
-            return Ok(());
+    /// Has KVM listen to a pin's lines or not, as it should.
+    fn settle_attached(&mut self, chip: &Chip, pin: u32) -> Result<(), Error> {
+        let listens = self.listens(pin);
+        let mut done = Ok(());
+        for line in self.lines.iter_mut().filter(|line| line.ends.pin == pin) {
+            done = done.and(line.set_attached(chip, listens));
         }
-        let (event, gsi): (&EventFd, u32) = (&self.ends.event, self.ends.pin);
-        if attached {
-            chip.vm()
-                .register_irqfd(event, gsi)
-                .map_err(|source| Error::Attach { gsi, source })?;
-        } else {
-            chip.vm()
-                .unregister_irqfd(event, gsi)
-                .map_err(|source| Error::Detach { gsi, source })?;
-        }
-        self.attached = attached;
-        Ok(())
+        done
     }
 }

@@ -45,6 +45,8 @@ pub(crate) struct Vector {
     pub(crate) masked: bool,
     /// Whether its irqfd is attached right now.
     pub(crate) attached: bool,
+    /// Whether it is kept detached while the machine is saved.
+    pub(crate) held: bool,
     /// The message that KVM has. It lags behind while the vector is masked: what a guest writes
     /// into its table until it unmasks costs nothing, and a message that KVM would refuse does not
     /// get in the way of other vectors.

@@ -1,5 +1,7 @@
 //! Takes a VM's interrupt state out of KVM, and puts it into another VM.
 //!
+//! Order of a save: no vCPU runs; [`Chip::hold`]; [`VcpuState::save`] of each vCPU; [`Held::save`].
+//!
 //! Order of a restore, as each step is looked at by the next: lines and vectors are made; each vCPU has its
 //! CPUID and registers; [`VcpuState::restore`] of each vCPU; [`Chip::restore`], which may deliver what was
 //! pending. Within a vCPU: APIC base, TSC, local APIC, then the deadline, which the local APIC's mode gives
@@ -22,7 +24,7 @@ use crate::state::{
     CONTROLLER_LEN, ChipState, Controllers, EVENTS_LEN, LAPIC_LEN, PIT_LEN, StateError, VcpuState,
     VectorState,
 };
-use crate::{Chip, Error, IOAPIC_PINS, Msi};
+use crate::{Chip, Error, Held, IOAPIC_PINS, Msi, pit, sys};
 
 const IA32_TSC: u32 = 0x10;
 const IA32_APIC_BASE: u32 = 0x1b;
@@ -79,36 +81,38 @@ unsafe impl Plain<LAPIC_LEN> for kvm_lapic_state {}
 // SAFETY: u8 and u32 with what would be padding named as fields, 64 bytes (KVM api.rst).
 unsafe impl Plain<EVENTS_LEN> for kvm_vcpu_events {}
 
-impl Chip {
-    /// What the chip, its vectors and the clock are now. To be called while no vCPU runs, with the states of
-    /// all of them, which were saved before.
-    ///
-    /// A [`Line`](crate::Line) that was raised a moment before may not be in it with KVM's own IOAPIC: a
-    /// kernel thread of irqfd's carries the news there. A device raises again after the restore what it has
-    /// not seen answered.
-    pub fn save(&self, vcpus: &[VcpuState], msis: &[&Msi]) -> Result<ChipState, Error> {
-        let (controllers, driven) = match self.pins() {
+impl Held<'_> {
+    /// What the chip, its vectors and the clock are now, with the states of all vCPUs, which were saved since
+    /// the chip is held.
+    pub fn save(&self, vcpus: &[VcpuState]) -> Result<ChipState, Error> {
+        let chip = self.chip;
+        let (controllers, driven, pending) = match chip.pins() {
             Some(pins) => {
                 let controllers = Controllers::Split {
                     ioapic: Box::new(pins.ioapic.clone()),
-                    pending: pins.pending(),
                     ended: pins.ended(vcpus),
                 };
-                (controllers, pins.driven())
+                (controllers, pins.driven(), pins.pending())
             }
-            None => (self.save_kernel()?, *self.kernel_driven()),
+            None => {
+                let wires = chip.wires();
+                (chip.save_kernel()?, wires.driven(), wires.pending())
+            }
         };
-        let mut vectors: Vec<_> = msis.iter().map(|msi| self.save_vector(msi)).collect();
+        let mut vectors: Vec<_> = self.msis.iter().map(|msi| chip.save_vector(msi)).collect();
         vectors.sort_by_key(|vector| vector.gsi);
-        let clock = self.vm().get_clock().map_err(kvm("KVM clock"))?;
+        let clock = chip.vm().get_clock().map_err(kvm("KVM clock"))?;
         Ok(ChipState {
             controllers,
             driven,
+            pending,
             vectors,
             clock_ns: clock.clock,
         })
     }
+}
 
+impl Chip {
     /// Puts saved state into a new VM's chip, whose lines and vectors have been made in the same order. To
     /// be called after all vCPUs are restored, before any runs.
     ///
@@ -141,13 +145,16 @@ impl Chip {
             }
         }
         self.restore_vectors(&state.vectors, msis)?;
-        if let (Controllers::Split { pending, ended, .. }, Some(mut pins)) =
+        if let (Controllers::Split { ended, .. }, Some(mut pins)) =
             (&state.controllers, self.pins())
         {
             pins.end(self, *ended);
-            pins.set_pending(*pending).map_err(Error::EventFd)?;
         }
-        Ok(())
+        match self.pins() {
+            Some(mut pins) => pins.set_pending(state.pending),
+            None => self.wires().set_pending(state.pending),
+        }
+        .map_err(Error::EventFd)
     }
 
     fn save_vector(&self, msi: &Msi) -> VectorState {
@@ -202,7 +209,8 @@ impl Chip {
             // SAFETY: the member is the whole union as bytes, which `default` has zeroed.
             *bytes = unsafe { chip.chip.dummy }.map(|byte| byte as u8);
         }
-        let pit = self.vm().get_pit2().map_err(kvm("PIT"))?;
+        let mut pit = self.vm().get_pit2().map_err(kvm("PIT"))?;
+        pit::keep_counting(&mut pit, sys::monotonic_ns());
         Ok(Controllers::Kernel {
             chips,
             pit: Box::new(pit.to_array()),

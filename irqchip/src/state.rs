@@ -4,7 +4,7 @@
 //!  device ─▶ eventfd ─▶ IOAPIC, PIC, MSI route ─▶ local APIC IRR ─▶ ISR ─▶ end of interrupt
 //!              │             │                        │              │
 //!         VectorState    Controllers, driven      VcpuState: local APIC, events, deadline
-//!         Split.pending  PIT, clock
+//!         pending        PIT, clock
 //! ```
 //!
 //! [`ChipState`] is one VM's, [`VcpuState`] one vCPU's; both are taken while no vCPU runs. The binary form
@@ -20,8 +20,8 @@
 use crate::ioapic::{Entry, Ioapic};
 use crate::{IOAPIC_PINS, Mode, MsiMessage};
 
-/// The only version that is read. 1 had neither `driven` nor `ioapic.ended`.
-pub const STATE_VERSION: u16 = 2;
+/// The only version that is read. 1 had neither `driven` nor `ioapic.ended`, 2 `pending` in split mode only.
+pub const STATE_VERSION: u16 = 3;
 const MAGIC: [u8; 4] = *b"BIRQ";
 const KIND_CHIP: u16 = 1;
 const KIND_VCPU: u16 = 2;
@@ -62,6 +62,8 @@ pub struct ChipState {
     pub(crate) controllers: Controllers,
     /// Pins that [`Chip::drive`](crate::Chip::drive) holds high.
     pub(crate) driven: u32,
+    /// Pins of which a line was raised that KVM did not listen to.
+    pub(crate) pending: u32,
     pub(crate) vectors: Vec<VectorState>,
     /// KVM clock, in nanoseconds.
     pub(crate) clock_ns: u64,
@@ -74,13 +76,9 @@ pub(crate) enum Controllers {
         chips: Box<[[u8; CONTROLLER_LEN]; 3]>,
         pit: Box<[u8; PIT_LEN]>,
     },
-    /// Our IOAPIC; pins of which a level line waits to be unmasked; and level pins of which no local APIC has
-    /// the interrupt, so that its end, if it had one, was on its way to us.
-    Split {
-        ioapic: Box<Ioapic>,
-        pending: u32,
-        ended: u32,
-    },
+    /// Our IOAPIC, and level pins of which no local APIC has the interrupt, so that its end, if it had one, was
+    /// on its way to us.
+    Split { ioapic: Box<Ioapic>, ended: u32 },
 }
 
 /// One MSI vector.
@@ -120,21 +118,17 @@ impl ChipState {
                 bytes.extend(chips.iter().flatten());
                 bytes.extend(pit.iter());
             }
-            Controllers::Split {
-                ioapic,
-                pending,
-                ended,
-            } => {
+            Controllers::Split { ioapic, ended } => {
                 bytes.push(1);
                 bytes.push(ioapic.select());
                 bytes.extend(ioapic.id().to_le_bytes());
                 let entries = ioapic.entries().iter();
                 bytes.extend(entries.flat_map(|entry| entry.bits().to_le_bytes()));
-                bytes.extend(pending.to_le_bytes());
                 bytes.extend(ended.to_le_bytes());
             }
         }
         bytes.extend(self.driven.to_le_bytes());
+        bytes.extend(self.pending.to_le_bytes());
         bytes.extend(self.clock_ns.to_le_bytes());
         bytes.extend((self.vectors.len() as u32).to_le_bytes());
         for vector in &self.vectors {
@@ -164,6 +158,7 @@ impl ChipState {
             }
         };
         let driven = reader.pins("driven")?;
+        let pending = reader.pins("pending")?;
         let clock_ns = reader.u64("clock")?;
         let count = reader.count("vectors", MAX_VECTORS)?;
         let mut vectors: Vec<VectorState> = Vec::new();
@@ -179,6 +174,7 @@ impl ChipState {
         Ok(Self {
             controllers,
             driven,
+            pending,
             vectors,
             clock_ns,
         })
@@ -215,7 +211,6 @@ fn split_controllers(reader: &mut Reader<'_>) -> Result<Controllers, StateError>
     })?;
     Ok(Controllers::Split {
         ioapic: Box::new(ioapic),
-        pending: reader.pins("ioapic.pending")?,
         ended: reader.pins("ioapic.ended")?,
     })
 }

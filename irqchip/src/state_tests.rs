@@ -17,7 +17,6 @@ fn chip(mode: Mode) -> ChipState {
             ioapic.set_remote_irr(0);
             Controllers::Split {
                 ioapic: Box::new(ioapic),
-                pending: 1 << 23,
                 ended: 1 << 22,
             }
         }
@@ -35,6 +34,7 @@ fn chip(mode: Mode) -> ChipState {
     ChipState {
         controllers,
         driven: 1 << 10,
+        pending: 1 << 23,
         vectors: vec![vector(24, Some(message)), vector(25, None)],
         clock_ns: 123_456_789,
     }
@@ -82,7 +82,7 @@ fn every_shorter_and_longer_state_is_refused() {
 #[test]
 fn an_error_names_its_field() {
     let good = chip(Mode::Split).to_bytes();
-    // magic 0, version 4, kind 6, mode 8, select 9, id 10, entries 14, pending 206, ended 210, driven 214,
+    // magic 0, version 4, kind 6, mode 8, select 9, id 10, entries 14, ended 206, driven 210, pending 214,
     // clock 218, count 226, then the first vector: gsi 230, flags 234.
     for (at, value, field) in [
         (0, b'X', "magic"),
@@ -91,9 +91,9 @@ fn an_error_names_its_field() {
         (8, 2, "mode"),
         (10, 1, "ioapic.id"),
         (15, 0x10, "ioapic.entry"),
-        (209, 1, "ioapic.pending"),
-        (213, 1, "ioapic.ended"),
-        (217, 1, "driven"),
+        (209, 1, "ioapic.ended"),
+        (213, 1, "driven"),
+        (217, 1, "pending"),
         (228, 1, "vectors"),
         (230, 23, "vectors.gsi"),
         (230, 25, "vectors.gsi"),

@@ -1,7 +1,7 @@
-//! The two system calls that no crate we use offers safely.
+//! The three system calls that no crate we use offers safely.
 #![allow(
     unsafe_code,
-    reason = "an ioctl and a poll on file descriptors that we own"
+    reason = "an ioctl and a poll on file descriptors that we own, and a clock"
 )]
 
 use kvm_bindings::{KVMIO, kvm_ioeventfd};
@@ -34,4 +34,15 @@ pub(crate) fn is_readable(event: &EventFd) -> bool {
     // SAFETY: `poll` is one valid pollfd and 1 is its count; a timeout of 0 returns at once.
     let ready = unsafe { libc::poll(&raw mut poll, 1, 0) };
     ready == 1 && poll.revents & libc::POLLIN != 0
+}
+
+/// The host's monotonic clock, by which KVM says when a PIT channel was loaded.
+pub(crate) fn monotonic_ns() -> i64 {
+    let mut now = libc::timespec {
+        tv_sec: 0,
+        tv_nsec: 0,
+    };
+    // SAFETY: `now` is one valid timespec, which the call writes; this clock always exists.
+    unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC, &raw mut now) };
+    now.tv_sec * 1_000_000_000 + now.tv_nsec
 }

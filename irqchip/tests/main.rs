@@ -21,6 +21,7 @@ mod doorbell;
 mod edge_msi;
 #[allow(dead_code, reason = "examples/costs.rs uses all of it")]
 mod guest;
+mod hold;
 mod ipi;
 mod level_line;
 mod msi_mask;

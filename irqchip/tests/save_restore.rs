@@ -9,22 +9,22 @@ use crate::guest::{
     LVT_TIMER, Machine, TSC_DEADLINE, TSC_DEADLINE_MODE, is_signalled, note, to_cpu0, wait_for,
 };
 
-const LEVEL_PIN: u32 = 10;
-const MASKED_PIN: u32 = 11;
-const EDGE_PIN: u32 = 4;
+pub(crate) const LEVEL_PIN: u32 = 10;
+pub(crate) const MASKED_PIN: u32 = 11;
+pub(crate) const EDGE_PIN: u32 = 4;
 /// No line leads to it.
-const FREE_PIN: u32 = 12;
+pub(crate) const FREE_PIN: u32 = 12;
 
 /// What the VMM would have: lines and vectors, made in this order.
-struct Devices {
-    level: Line,
-    masked: Line,
-    edge: Line,
-    msis: [Msi; 3],
+pub(crate) struct Devices {
+    pub(crate) level: Line,
+    pub(crate) masked: Line,
+    pub(crate) edge: Line,
+    pub(crate) msis: [Msi; 3],
 }
 
 impl Devices {
-    fn new(chip: &Arc<Chip>) -> Self {
+    pub(crate) fn new(chip: &Arc<Chip>) -> Self {
         let line = |pin, trigger| chip.line(pin, trigger).unwrap();
         Self {
             level: line(LEVEL_PIN, Trigger::Level),
@@ -36,19 +36,19 @@ impl Devices {
 
     /// KVM since 6.3 does not believe a line that was raised while its pin was masked: it asks the device,
     /// whose condition still holds.
-    fn answer_resample(&self) {
+    pub(crate) fn answer_resample(&self) {
         if is_signalled(self.masked.resample().unwrap()) {
             self.masked.raise().unwrap();
         }
     }
 
-    fn msis(&self) -> Vec<&Msi> {
+    pub(crate) fn msis(&self) -> Vec<&Msi> {
         self.msis.iter().collect()
     }
 }
 
 /// Saves the machine, lets it and its devices go, and restores it.
-fn moved(machine: Machine, devices: Devices) -> (Machine, Devices) {
+pub(crate) fn moved(machine: Machine, devices: Devices) -> (Machine, Devices) {
     let saved = machine.save(&devices.msis());
     drop(devices);
     Machine::restored(&saved, Devices::new, Devices::msis)
@@ -354,7 +354,7 @@ fn another_modes_state_and_a_missing_vector_are_refused() {
         return;
     };
     let msi = machine.msi(0x41);
-    let state = machine.chip.save(&[], &[&msi]).unwrap();
+    let state = machine.chip.hold(&[&msi]).unwrap().save(&[]).unwrap();
     let error = machine.chip.restore(&state, &[]).unwrap_err();
     assert_eq!(
         error.to_string(),

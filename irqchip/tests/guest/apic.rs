@@ -23,6 +23,11 @@ const LVT_EXTINT: u64 = 7 << 8;
 pub(crate) const LVT_TIMER: u32 = 0x832;
 /// Timer mode bits of `LVT_TIMER`.
 pub(crate) const TSC_DEADLINE_MODE: u64 = 2 << 17;
+const TIMER_INITIAL: u32 = 0x838;
+const TIMER_CURRENT: u32 = 0x839;
+const TIMER_DIVIDE: u32 = 0x83e;
+/// The divider's 1.
+const DIVIDE_BY_1: u64 = 0xb;
 /// IA32_TSC_DEADLINE.
 pub(crate) const TSC_DEADLINE: u32 = 0x6e0;
 
@@ -37,6 +42,7 @@ const IOAPIC_REMOTE_IRR: u32 = 1 << 14;
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Ipi {
     Fixed(u8),
+    Nmi,
     Init,
     /// Start in real mode on this page.
     Startup(u8),
@@ -57,6 +63,18 @@ impl Cpu {
     /// Ends the interrupt that was taken last.
     pub(crate) fn eoi(&self) {
         self.write_msr(EOI, 0);
+    }
+
+    /// Has the timer count down once, and interrupt with `vector` then. KVM's counts are nanoseconds.
+    pub(crate) fn start_timer_once(&self, vector: u8, count: u32) {
+        self.write_msr(TIMER_DIVIDE, DIVIDE_BY_1);
+        self.write_msr(LVT_TIMER, vector.into());
+        self.write_msr(TIMER_INITIAL, count.into());
+    }
+
+    /// What the timer has left.
+    pub(crate) fn timer_count(&self) -> u32 {
+        self.read_msr(TIMER_CURRENT) as u32
     }
 
     /// Whether `vector` was taken and not yet ended.
@@ -97,6 +115,7 @@ impl Cpu {
         const ASSERT: u64 = 1 << 14;
         let command = match ipi {
             Ipi::Fixed(vector) => u64::from(vector),
+            Ipi::Nmi => 4 << 8,
             Ipi::Init => 5 << 8,
             Ipi::Startup(page) => 6 << 8 | u64::from(page),
         };

@@ -15,7 +15,7 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread::JoinHandle;
 
 use berth_irqchip::{Chip, IOAPIC_LEN, VcpuState};
-use kvm_bindings::{KVM_MAX_CPUID_ENTRIES, kvm_regs, kvm_sregs};
+use kvm_bindings::{KVM_MAX_CPUID_ENTRIES, kvm_regs, kvm_sregs, kvm_vcpu_events};
 use kvm_ioctls::{Kvm, VcpuExit, VcpuFd};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 use vmm_sys_util::signal::{SIGRTMIN, register_signal_handler};
@@ -35,6 +35,7 @@ pub(crate) struct Cpu {
     tsc_khz: u32,
     commands: Option<Sender<Command>>,
     results: Receiver<Result<Mailbox, String>>,
+    arrived: Receiver<u32>,
     stop: Arc<AtomicBool>,
     runs: Arc<AtomicU64>,
     thread: Option<JoinHandle<()>>,
@@ -47,14 +48,15 @@ impl Cpu {
         if id == 0 {
             start_in_real_mode(&vcpu);
         }
-        Self::start(host, index, id, vcpu)
+        Self::start(host, index, id, (vcpu, false))
     }
 
-    /// Runs a vCPU that has its registers.
-    pub(super) fn start(host: &Host, index: u8, id: u16, vcpu: VcpuFd) -> Self {
+    /// Runs a vCPU that has its registers, and perhaps a command that it has not done.
+    pub(super) fn start(host: &Host, index: u8, id: u16, (vcpu, busy): (VcpuFd, bool)) -> Self {
         let tsc_khz = vcpu.get_tsc_khz().unwrap();
         let (commands, next) = channel();
         let (done, results) = channel();
+        let (arriving, arrived) = channel();
         let stop = Arc::new(AtomicBool::new(false));
         let runs = Arc::new(AtomicU64::new(0));
         let mut runner = Runner {
@@ -67,6 +69,8 @@ impl Cpu {
             runs: Arc::clone(&runs),
             next,
             done,
+            arriving,
+            busy,
         };
         register_signal_handler(SIGRTMIN(), leave_kvm).unwrap();
         let thread = std::thread::Builder::new()
@@ -78,17 +82,60 @@ impl Cpu {
             tsc_khz,
             commands: Some(commands),
             results,
+            arrived,
             stop,
             runs,
             thread: Some(thread),
         }
     }
 
+    /// Takes the vCPU out of KVM, whatever it does there, for good: what is left to do is to look and to save.
+    pub(crate) fn park(&self) {
+        let (ack, parked) = channel();
+        self.send_command(Command::Park(ack));
+        self.kick();
+        parked.recv_timeout(DEADLINE).expect("it leaves KVM");
+    }
+
+    /// What the vCPU, which does nothing, is about to take.
+    pub(crate) fn events(&self) -> kvm_vcpu_events {
+        self.change_events(|_| {})
+    }
+
+    /// Changes it; returns what it was.
+    pub(crate) fn change_events(&self, change: fn(&mut kvm_vcpu_events)) -> kvm_vcpu_events {
+        let (reply, events) = channel();
+        self.send_command(Command::Events(change, reply));
+        events.recv_timeout(DEADLINE).expect("the vCPU is idle")
+    }
+
+    /// What a vCPU that did nothing when it was saved took before its first command.
+    pub(crate) fn taken_on_arrival(&self) -> Option<u8> {
+        let vector = self.arrived.recv_timeout(DEADLINE).expect("it arrives");
+        u8::try_from(vector).ok()
+    }
+
     /// What the vCPU is; it runs no more.
     pub(super) fn save(&self) -> SavedCpu {
+        self.saved(false)
+    }
+
+    /// What the vCPU, which does nothing, is; it goes on.
+    pub(super) fn look(&self) -> SavedCpu {
+        self.saved(true)
+    }
+
+    fn saved(&self, goes_on: bool) -> SavedCpu {
         let (reply, saved) = channel();
-        self.send_command(Command::Save(reply));
-        saved.recv_timeout(DEADLINE).expect("the vCPU is idle")
+        self.send_command(Command::Save { reply, goes_on });
+        saved.recv_timeout(DEADLINE).expect("the vCPU is parked")
+    }
+
+    fn kick(&self) {
+        if let Some(thread) = &self.thread {
+            // SAFETY: the thread is not joined yet, so its id is valid, and it has a handler.
+            unsafe { libc::pthread_kill(thread.as_pthread_t(), SIGRTMIN()) };
+        }
     }
 
     /// Writes `value` to a guest physical address.
@@ -146,6 +193,15 @@ impl Cpu {
     pub(crate) fn interrupt(&self) -> u8 {
         self.halt();
         self.woken_by()
+    }
+
+    /// Lets the guest run with interrupts on; [`woken_by`](Self::woken_by) must be next.
+    pub(crate) fn spin(&self) {
+        self.send(Operation::SpinForInterrupt, 0, 0, 1);
+    }
+
+    pub(crate) fn in8(&self, port: u16) -> u8 {
+        self.execute(Operation::In8, port.into(), 0, 1) as u8
     }
 
     /// Lets the guest halt; [`woken_by`](Self::woken_by) must be next.
@@ -235,23 +291,28 @@ impl Drop for Cpu {
     fn drop(&mut self) {
         self.commands = None;
         self.stop.store(true, Ordering::SeqCst);
-        let Some(thread) = self.thread.take() else {
-            return;
-        };
-        // SAFETY: the thread is not joined yet, so its id is valid, and it has a handler.
-        unsafe { libc::pthread_kill(thread.as_pthread_t(), SIGRTMIN()) };
-        let _ = thread.join();
+        self.kick();
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
     }
 }
 
 /// What the test side asks for.
 enum Command {
     Do(Mailbox),
-    Save(Sender<SavedCpu>),
+    Park(Sender<()>),
+    Events(fn(&mut kvm_vcpu_events), Sender<kvm_vcpu_events>),
+    Save {
+        reply: Sender<SavedCpu>,
+        goes_on: bool,
+    },
 }
 
-/// A vCPU between two commands.
+/// A vCPU that was taken apart, between two commands or in the middle of one.
 pub(super) struct SavedCpu {
+    /// The command's result is still to come.
+    busy: bool,
     regs: kvm_regs,
     sregs: kvm_sregs,
     state: Vec<u8>,
@@ -264,12 +325,12 @@ impl SavedCpu {
     }
 
     /// The same vCPU in another VM.
-    pub(super) fn restore(&self, host: &Host, id: u16) -> VcpuFd {
+    pub(super) fn restore(&self, host: &Host, id: u16) -> (VcpuFd, bool) {
         let vcpu = create(host, id);
         vcpu.set_sregs(&self.sregs).unwrap();
         vcpu.set_regs(&self.regs).unwrap();
         self.state().restore(&vcpu).unwrap();
-        vcpu
+        (vcpu, self.busy)
     }
 }
 
@@ -292,6 +353,10 @@ struct Runner {
     runs: Arc<AtomicU64>,
     next: Receiver<Command>,
     done: Sender<Result<Mailbox, String>>,
+    /// What interrupted a vCPU on its way to the first command.
+    arriving: Sender<u32>,
+    /// The guest has a command whose result is still to come.
+    busy: bool,
 }
 
 impl Runner {
@@ -299,30 +364,30 @@ impl Runner {
         let run = self.vcpu.get_kvm_run();
         IMMEDIATE_EXIT.set(&raw mut run.immediate_exit);
         // From here on a signal counts; one that came before has left the flag.
-        let mut busy = false;
         while !self.stop.load(Ordering::SeqCst) {
             self.runs.fetch_add(1, Ordering::SeqCst);
             let exit = match self.vcpu.run() {
                 Ok(exit) => exit,
-                // EAGAIN: a vCPU that waited to be started has been, by a startup IPI.
-                Err(error) if matches!(error.errno(), libc::EINTR | libc::EAGAIN) => continue,
+                // A vCPU that waited to be started has been, by a startup IPI.
+                Err(error) if error.errno() == libc::EAGAIN => continue,
+                Err(error) if error.errno() == libc::EINTR => {
+                    if self.obey(false) {
+                        continue;
+                    }
+                    break;
+                }
                 Err(error) => return self.fail(format!("KVM_RUN: {error}")),
             };
             match exit {
                 VcpuExit::IoIn(COMMAND_PORT, _) => {
                     let result = self.memory.read_obj(self.mailbox).unwrap();
-                    if std::mem::replace(&mut busy, true) && self.done.send(Ok(result)).is_err() {
-                        break;
+                    if std::mem::replace(&mut self.busy, false) {
+                        let _ = self.done.send(Ok(result));
+                    } else {
+                        let _ = self.arriving.send(result.vector);
                     }
-                    match self.next.recv() {
-                        Ok(Command::Do(command)) => {
-                            self.memory.write_obj(command, self.mailbox).unwrap();
-                        }
-                        Ok(Command::Save(reply)) => {
-                            let _ = reply.send(self.save());
-                            break;
-                        }
-                        Err(_) => break,
+                    if !self.obey(true) {
+                        break;
                     }
                 }
                 VcpuExit::IoIn(MAILBOX_PORT, data) => {
@@ -360,9 +425,40 @@ impl Runner {
         IMMEDIATE_EXIT.set(std::ptr::null_mut());
     }
 
-    /// Lets KVM finish the read of the command port, and takes what the vCPU is. What it does next, here or
-    /// elsewhere, is to read its clock and ask for a command.
-    fn save(&mut self) -> SavedCpu {
+    /// Does what the test side asks for while the vCPU is not in KVM, until there is a command for the guest,
+    /// which stands at its command port or was taken out of KVM. `false` is the end.
+    fn obey(&mut self, at_port: bool) -> bool {
+        loop {
+            match self.next.recv() {
+                Ok(Command::Do(command)) => {
+                    self.memory.write_obj(command, self.mailbox).unwrap();
+                    self.busy = true;
+                    return true;
+                }
+                Ok(Command::Park(ack)) => drop(ack.send(())),
+                Ok(Command::Events(change, reply)) => {
+                    let before = self.vcpu.get_vcpu_events().unwrap();
+                    let mut events = before;
+                    change(&mut events);
+                    self.vcpu.set_vcpu_events(&events).unwrap();
+                    let _ = reply.send(before);
+                }
+                Ok(Command::Save { reply, goes_on }) => {
+                    if at_port {
+                        self.finish_read();
+                    }
+                    let _ = reply.send(self.save());
+                    self.vcpu.get_kvm_run().immediate_exit = 0;
+                    return goes_on;
+                }
+                Err(_) => return false,
+            }
+        }
+    }
+
+    /// Lets KVM finish the read of the command port. What the vCPU does next, here or elsewhere, is to read its
+    /// clock and ask for a command.
+    fn finish_read(&mut self) {
         let nothing = Mailbox {
             operation: Operation::ReadTsc as u32,
             count: 1,
@@ -373,9 +469,16 @@ impl Runner {
         self.vcpu.get_kvm_run().immediate_exit = 1;
         let error = self.vcpu.run().expect_err("the guest may not run");
         assert_eq!(error.errno(), libc::EINTR);
+    }
+
+    fn save(&self) -> SavedCpu {
+        let mut sregs = self.vcpu.get_sregs().unwrap();
+        // An interrupt that is being injected is here too: `VcpuState` is to have it.
+        sregs.interrupt_bitmap = [0; 4];
         SavedCpu {
+            busy: self.busy,
             regs: self.vcpu.get_regs().unwrap(),
-            sregs: self.vcpu.get_sregs().unwrap(),
+            sregs,
             state: VcpuState::save(&self.vcpu).unwrap().to_bytes(),
         }
     }

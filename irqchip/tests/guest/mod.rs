@@ -10,10 +10,10 @@ use std::io::Write;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use berth_irqchip::{Chip, ChipState, Mode, Msi, MsiMessage};
+use berth_irqchip::{Chip, ChipState, Held, Mode, Msi, MsiMessage};
 use kvm_bindings::{
-    KVM_CAP_X2APIC_API, KVM_IRQCHIP_IOAPIC, KVM_X2APIC_API_USE_32BIT_IDS, kvm_enable_cap,
-    kvm_irqchip, kvm_userspace_memory_region,
+    KVM_CAP_X2APIC_API, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_X2APIC_API_USE_32BIT_IDS,
+    kvm_enable_cap, kvm_irqchip, kvm_userspace_memory_region,
 };
 use kvm_ioctls::{Kvm, VmFd};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
@@ -55,9 +55,9 @@ pub(crate) struct Machine {
     host: Host,
 }
 
-/// A machine of one vCPU that was taken apart.
+/// A machine that was taken apart.
 pub(crate) struct Saved {
-    cpu: cpu::SavedCpu,
+    cpus: Vec<cpu::SavedCpu>,
     memory: Vec<u8>,
     chip: Vec<u8>,
 }
@@ -118,17 +118,28 @@ impl Machine {
         std::mem::take(&mut *self.host.exits.lock().unwrap())
     }
 
-    /// Takes the machine apart. Its devices go with it, when the caller drops them.
+    /// Takes the machine apart, whatever its vCPUs do. Its devices go with it, when the caller drops them.
     pub(crate) fn save(self, msis: &[&Msi]) -> Saved {
-        let cpu = self.cpu(0).save();
+        self.cpus.iter().for_each(Cpu::park);
+        let held = self.chip.hold(msis).unwrap();
+        self.saved(&held, Cpu::save)
+    }
+
+    /// What the machine is, whose vCPUs do nothing and whose chip is held; it goes on.
+    pub(crate) fn look(&self, held: &Held<'_>) -> Saved {
+        self.saved(held, Cpu::look)
+    }
+
+    fn saved(&self, held: &Held<'_>, save: fn(&Cpu) -> cpu::SavedCpu) -> Saved {
+        let cpus: Vec<_> = self.cpus.iter().map(save).collect();
+        let vcpus: Vec<_> = cpus.iter().map(cpu::SavedCpu::state).collect();
+        let chip = held.save(&vcpus).unwrap().to_bytes();
         let mut memory = vec![0; monitor::MEMORY_BYTES];
         self.host
             .memory
             .read_slice(&mut memory, GuestAddress(0))
             .unwrap();
-        let vcpus = [cpu.state()];
-        let chip = self.chip.save(&vcpus, msis).unwrap().to_bytes();
-        Saved { cpu, memory, chip }
+        Saved { cpus, memory, chip }
     }
 
     /// The same machine in a new VM. `make` makes its devices, in the order in which they were first made.
@@ -142,9 +153,12 @@ impl Machine {
         let memory = &host.memory;
         memory.write_slice(&saved.memory, GuestAddress(0)).unwrap();
         let devices = make(&host.chip);
-        let vcpu = saved.cpu.restore(&host, 0);
+        let vcpus = (0..).zip(&saved.cpus);
+        let vcpus: Vec<_> = vcpus.map(|(id, cpu)| cpu.restore(&host, id)).collect();
         host.chip.restore(&state, &msis(&devices)).unwrap();
-        let cpus = vec![Cpu::start(&host, 0, 0, vcpu)];
+        let vcpus = (0..).zip(vcpus);
+        let cpus = vcpus.map(|(index, vcpu)| Cpu::start(&host, index, index.into(), vcpu));
+        let cpus = cpus.collect();
         let chip = Arc::clone(&host.chip);
         (Self { cpus, chip, host }, devices)
     }
@@ -163,25 +177,37 @@ impl Machine {
 
     /// Waits until the IOAPIC, where it is KVM's, has seen that a masked pin was raised: irqfd hands wired
     /// interrupts to a kernel thread.
-    #[allow(unsafe_code, reason = "one member of a union")]
     pub(crate) fn wait_asserted(&self, pin: u32) {
-        if self.chip.mode() == Mode::Split {
-            return;
-        }
         let deadline = Instant::now() + DEADLINE;
-        let mut chip = kvm_irqchip {
-            chip_id: KVM_IRQCHIP_IOAPIC,
-            ..Default::default()
-        };
-        loop {
-            self.vm().get_irqchip(&mut chip).unwrap();
-            // SAFETY: plain numbers, of which KVM has filled this member as the chip is its IOAPIC.
-            if unsafe { chip.chip.ioapic.irr } & 1 << pin != 0 {
-                return;
-            }
+        while self.chip.mode() == Mode::Kernel && !self.is_asserted(pin) {
             assert!(Instant::now() < deadline, "pin {pin} was not raised");
             std::thread::yield_now();
         }
+    }
+
+    /// Whether a pin of KVM's IOAPIC is high, or an edge waits there.
+    #[allow(unsafe_code, reason = "one member of a union")]
+    pub(crate) fn is_asserted(&self, pin: u32) -> bool {
+        let chip = self.irqchip(KVM_IRQCHIP_IOAPIC);
+        // SAFETY: plain numbers, of which KVM has filled this member as the chip is its IOAPIC.
+        unsafe { chip.chip.ioapic.irr & 1 << pin != 0 }
+    }
+
+    /// Whether an interrupt of the first eight waits in KVM's PIC.
+    #[allow(unsafe_code, reason = "one member of a union")]
+    pub(crate) fn is_requested_at_pic(&self, pin: u32) -> bool {
+        let chip = self.irqchip(KVM_IRQCHIP_PIC_MASTER);
+        // SAFETY: plain numbers, of which KVM has filled this member as the chip is a PIC.
+        unsafe { chip.chip.pic.irr & 1 << pin != 0 }
+    }
+
+    fn irqchip(&self, chip_id: u32) -> kvm_irqchip {
+        let mut chip = kvm_irqchip {
+            chip_id,
+            ..Default::default()
+        };
+        self.vm().get_irqchip(&mut chip).unwrap();
+        chip
     }
 
     /// Makes KVM take the high half of an MSI address as destination bits, and check it.

@@ -79,6 +79,9 @@ pub(super) enum Operation {
     WaitForInterrupt = 11,
     /// As `WriteMsr`; the result is the TSC just before.
     TimedWriteMsr = 12,
+    /// As `WaitForInterrupt`, and runs meanwhile.
+    SpinForInterrupt = 13,
+    In8 = 14,
 }
 
 pub(super) fn mailbox_of(cpu: u8) -> u64 {
@@ -208,6 +211,10 @@ monitor_next:
     jz   120f
     dec  esi
     jz   130f
+    dec  esi
+    jz   140f
+    dec  esi
+    jz   150f
     ud2
 
 20: mov  byte ptr [ecx], al                             // Write8
@@ -263,6 +270,16 @@ monitor_next:
     mov  edx, edi
     wrmsr
     jmp  monitor_next
+
+140:
+    sti                                                 // SpinForInterrupt
+141:
+    pause
+    jmp  141b
+150: mov  edx, ecx                                      // In8
+    in   al, dx
+    movzx eax, al
+    jmp  monitor_result
 
 monitor_result:
     mov  [ebx + 8], eax
