@@ -27,5 +27,7 @@ mod level_line;
 mod msi_mask;
 mod pit;
 mod save_restore;
+mod save_timers;
+mod save_vcpus;
 mod split;
 mod tsc_deadline;
