@@ -213,6 +213,11 @@ fn render(counters: &CounterGroups, known: &Known) -> String {
         "The part of it that is guest RAM or files.",
         known.shared_bytes,
     );
+    for (name, value) in counters.get("memory").into_iter().flatten() {
+        let name = format!("memory_{name}");
+        family(&mut text, &name, "gauge", "Of guest memory.");
+        line(&mut text, &name, "", *value);
+    }
     vcpus(&mut text, counters);
     backends(&mut text, counters);
     balloon_metrics::render(
@@ -357,6 +362,7 @@ mod tests {
         add("irqchip", "routing_updates", 2);
         add("irqchip", "msis", 4);
         add("vmm", "boots", 1);
+        add("memory", "window_bytes", 6);
         let known = Known {
             state: VmState::Running,
             memory_bytes: 1 << 20,
@@ -376,6 +382,7 @@ mod tests {
             "berth_vmm_irqchip_routing_updates_total 2",
             "berth_vmm_irqchip_msis 4",
             "berth_vmm_boots_total 1",
+            "berth_vmm_memory_window_bytes 6",
             "berth_vmm_guest_memory_bytes 1048576",
             "berth_vmm_events_dropped_total 9",
         ] {

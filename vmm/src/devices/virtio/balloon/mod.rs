@@ -16,7 +16,8 @@
 //! page is given back waits for the rest of it. Configuration space changes under the lock of `Shared`, which is never
 //! held over a system call that can wait.
 //!
-//! Free page hinting (VIRTIO_BALLOON_F_FREE_PAGE_HINT) is not offered: its one use is to leave pages out of a migration.
+//! Free page hinting (VIRTIO_BALLOON_F_FREE_PAGE_HINT) is not offered: a hinted page may be in use again when we see the
+//! hint, so its one use is to leave pages out of a migration (docs/adr/0005-no-free-page-hinting.md).
 
 mod device;
 mod fuzz;
