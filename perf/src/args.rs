@@ -1,40 +1,36 @@
 //! The command line as typed.
 #![forbid(unsafe_code)]
 
-use std::fs;
 use std::path::PathBuf;
-use std::time::Duration;
-
-use anyhow::{Context, Result};
 
 use crate::awake::How;
-use crate::janitor::Janitor;
-use crate::subject::{Variant, on_path};
+use crate::context::Variant;
 use crate::sys;
-use crate::target::Window;
 
 const EXAMPLES: &str = "\
 Examples:
-  The whole table, as root (zram needs it), with a copy for machines:
-    perf/run blk --json=/tmp/table.json
+  What can be measured here, and who is there to compare with:
+    berth-perf list
 
-  Four cells in about a minute, while working on the daemon:
-    perf/run blk --quick
+  Everything that this host can do, as root, with a report to look at:
+    berth-perf run --out /tmp/run && xdg-open /tmp/run/report.html
 
-  One cell, our daemon with more polling and an older build beside the current one:
-    perf/run blk --cell=zram-randread-4k-qd1 --subject=berth-blk \\
-      --variant='poll=--poll-us 200' --variant='old=/tmp/berth-blk-old'
+  Disks against qemu-storage-daemon only, in about a minute:
+    berth-perf run blk --against qemu-storage-daemon --quick
 
-  Frames from guest to tap, 64 bytes each:
-    perf/run net --cell=to-tap-64
+  Before and after a change, side by side in the same rounds:
+    berth-perf run blk --builds /tmp/before,target/release
+
+  Two runs of different days (ratios compare, absolute figures hardly):
+    berth-perf compare /tmp/run1 /tmp/run2 --threshold 5
 
 Close what else runs: two cores are measured, and a third party on them is measured too.";
 
-/// Measures Berth's daemons against their peers and against the limit with no virtio between
+/// Measures Berth and its peers on this host, side by side in one run, and shows it
 #[derive(Debug, clap::Parser)]
 #[command(name = "berth-perf", version, about, after_help = EXAMPLES)]
 pub struct Args {
-    /// What to measure
+    /// What to do
     #[command(subcommand)]
     pub what: What,
 }
@@ -42,27 +38,88 @@ pub struct Args {
 /// Subcommands.
 #[derive(Debug, clap::Subcommand)]
 pub enum What {
-    /// Disks: berth-blk, qemu-storage-daemon, Cloud Hypervisor's daemon, and io_uring itself
-    Blk(Box<BlkArgs>),
-    /// Network cards: berth-net, DPDK's and Cloud Hypervisor's daemons, and plain reads and writes
-    Net(Box<NetArgs>),
+    /// Scenarios with their cells, what each needs, and which peers are here
+    List(ListArgs),
+    /// Measure: all scenarios that can run here, or those that are named
+    Run(Box<RunArgs>),
+    /// Show a run that was measured: the table, and the page report.html beside it
+    Report(ReportArgs),
+    /// What changed between two runs beyond their noise; exit code 1 on a regression
+    Compare(CompareArgs),
     /// Clears up after the others
     #[command(hide = true)]
     Janitor,
 }
 
-/// For both.
+/// For `list`.
 #[derive(Clone, Debug, clap::Args)]
-pub struct Common {
+pub struct ListArgs {
+    /// For machines
+    #[arg(long)]
+    pub json: bool,
+    /// Where a peer is [repeatable]
+    #[arg(long, value_name = "NAME=PROGRAM", value_parser = named)]
+    pub peer: Vec<(String, PathBuf)>,
+}
+
+/// For `report`.
+#[derive(Clone, Debug, clap::Args)]
+pub struct ReportArgs {
+    /// Folder of a run, or its results.json
+    pub run: PathBuf,
+    /// Where the page goes [default: report.html in the run's folder]
+    #[arg(long, value_name = "FILE")]
+    pub html: Option<PathBuf>,
+    /// Tables as Markdown, nothing else
+    #[arg(long)]
+    pub markdown: bool,
+}
+
+/// For `compare`.
+#[derive(Clone, Debug, clap::Args)]
+pub struct CompareArgs {
+    /// Before: folder of a run, or its results.json
+    pub before: PathBuf,
+    /// After
+    pub after: PathBuf,
+    /// A worsening of more than so many percent, and beyond the noise, is a regression
+    #[arg(long, value_name = "PERCENT", default_value_t = 5.0)]
+    pub threshold: f64,
+}
+
+/// For `run`.
+#[derive(Clone, Debug, clap::Args)]
+#[command(after_help = EXAMPLES)]
+pub struct RunArgs {
+    /// Scenarios [default: all that can run here]
+    #[arg(value_name = "SCENARIO")]
+    pub scenarios: Vec<String>,
+
+    /// Only these peers, beside the limit; several with commas, none with 'none'
+    #[arg(long, value_name = "PEER", value_delimiter = ',')]
+    pub against: Option<Vec<String>>,
+
+    /// Folders with our programs, measured side by side in the same rounds
+    #[arg(long, value_name = "A,B", value_delimiter = ',')]
+    pub builds: Vec<PathBuf>,
+
+    /// Half a second for each run, few rounds, and only the cells to tune with
+    #[arg(long)]
+    pub quick: bool,
+
+    /// Folder for results.json and report.html [default: target/perf/DATE]
+    #[arg(long, value_name = "DIR")]
+    pub out: Option<PathBuf>,
+
     /// Only cells of this name, or with these parts in it (zram, qd32, poll; to-tap, 64); repeatable
     #[arg(long, value_name = "NAME")]
     pub cell: Vec<String>,
 
-    /// Only these subjects, and the limit; repeatable
+    /// Only these subjects, and the one that ratios are of; repeatable
     #[arg(long, value_name = "NAME")]
     pub subject: Vec<String>,
 
-    /// The subject that shares are of [default: fio-io_uring, loop-io_uring without fio; tap]
+    /// The subject that ratios are of [default: fio-io_uring, loop-io_uring without fio; tap]
     #[arg(long, value_name = "NAME")]
     pub limit: Option<String>,
 
@@ -70,23 +127,19 @@ pub struct Common {
     #[arg(long, value_name = "NAME=[PROGRAM] [FLAG]…", value_parser = Variant::parse)]
     pub variant: Vec<Variant>,
 
-    /// Half a second for each run, and only the cells to tune with
-    #[arg(long)]
-    pub quick: bool,
+    /// Where a peer is; repeatable
+    #[arg(long, value_name = "NAME=PROGRAM", value_parser = named)]
+    pub peer: Vec<(String, PathBuf)>,
 
-    /// List cells and subjects, and exit
-    #[arg(long)]
-    pub list: bool,
+    /// Repetitions of everything [default: each cell's own]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1000))]
+    pub rounds: Option<u32>,
 
-    /// Runs of each subject in each cell
-    #[arg(long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..=1000))]
-    pub rounds: u32,
-
-    /// Length of one run in milliseconds; a fifth of it more warms up [default: 1500, --quick 500]
+    /// Length of one timed run in milliseconds; a fifth of it more warms up [default: 1500, --quick 500]
     #[arg(long, value_name = "MS", value_parser = clap::value_parser!(u64).range(50..=600_000))]
     pub run_ms: Option<u64>,
 
-    /// Do not count system calls and hand-offs, which takes perf and a run more of each subject
+    /// Do not count system calls and hand-offs, which takes a run more of each subject
     #[arg(long)]
     pub no_counts: bool,
 
@@ -94,8 +147,8 @@ pub struct Common {
     #[arg(long, value_name = "CPU", default_value_t = 0, value_parser = cpu)]
     pub client_cpu: usize,
 
-    /// CPU of the daemon, and of the limit
-    #[arg(long, value_name = "CPU", default_value_t = 1, value_parser = cpu)]
+    /// CPU of the daemon, and of the limit [default: 1, 0 where there is no other]
+    #[arg(long, value_name = "CPU", default_value_t = usize::from(sys::may_run_on(1)), value_parser = cpu)]
     pub daemon_cpu: usize,
 
     /// How cores are kept awake
@@ -106,69 +159,9 @@ pub struct Common {
     #[arg(long, value_name = "DIR", default_value = "/var/tmp")]
     pub dir: PathBuf,
 
-    /// Write everything that was measured to this file as JSON
-    #[arg(long, value_name = "PATH")]
-    pub json: Option<PathBuf>,
-}
-
-impl Common {
-    /// When a run is measured.
-    pub fn window(&self) -> Window {
-        let default_ms = if self.quick { 500 } else { 1500 };
-        let measured = Duration::from_millis(self.run_ms.unwrap_or(default_ms));
-        Window {
-            warmup: measured / 5,
-            measured,
-        }
-    }
-
-    /// Whether the kernel's counters are wanted and there; says so where they are not.
-    pub fn counts(&self) -> bool {
-        let perf = on_path("perf").is_some();
-        if !perf && !self.no_counts {
-            eprintln!("absent: perf, so nobody counts system calls: install Debian's linux-perf");
-        }
-        perf && !self.no_counts
-    }
-
-    /// A directory for this run, which `janitor` removes.
-    pub fn make_directory(&self, janitor: &mut Janitor) -> Result<PathBuf> {
-        let directory = self.dir.join(format!("berth-perf-{}", std::process::id()));
-        fs::create_dir(&directory)
-            .with_context(|| format!("cannot create {}", directory.display()))?;
-        janitor.directory(&directory)?;
-        Ok(directory)
-    }
-}
-
-/// For network cards.
-#[derive(Clone, Debug, clap::Args)]
-#[command(after_help = EXAMPLES)]
-pub struct NetArgs {
-    /// For both.
-    #[command(flatten)]
-    pub common: Common,
-
-    /// Our daemon [default: berth-net beside this program]
-    #[arg(long, value_name = "PROGRAM")]
-    pub berth_net: Option<PathBuf>,
-
-    /// Cloud Hypervisor's vhost_user_net [default: from the PATH]
-    #[arg(long, value_name = "PROGRAM")]
-    pub cloud_hypervisor: Option<PathBuf>,
-}
-
-/// For disks.
-#[derive(Clone, Debug, clap::Args)]
-#[command(after_help = EXAMPLES)]
-pub struct BlkArgs {
-    /// For both.
-    #[command(flatten)]
-    pub common: Common,
-
-    /// Do not watch idle daemons, which takes 11 s [--quick does not either]
-    #[arg(long)]
-    pub no_idle: bool,
+    /// Folder with vmlinux, vmlinuz and guest-initramfs.cpio [default: what tests/lab/assets makes]
+    #[arg(long, value_name = "DIR")]
+    pub assets: Option<PathBuf>,
 
     /// Size of the zram device, all of which takes memory
     #[arg(long, value_name = "MIB", default_value_t = 512, value_parser = clap::value_parser!(u64).range(16..))]
@@ -177,14 +170,6 @@ pub struct BlkArgs {
     /// Size of the file
     #[arg(long, value_name = "MIB", default_value_t = 1024, value_parser = clap::value_parser!(u64).range(16..))]
     pub file_mib: u64,
-
-    /// Our daemon [default: berth-blk beside this program]
-    #[arg(long, value_name = "PROGRAM")]
-    pub berth_blk: Option<PathBuf>,
-
-    /// Cloud Hypervisor's vhost_user_block [default: from the PATH]
-    #[arg(long, value_name = "PROGRAM")]
-    pub cloud_hypervisor: Option<PathBuf>,
 }
 
 /// A CPU that this process may use.
@@ -194,4 +179,13 @@ fn cpu(text: &str) -> Result<usize, String> {
         return Ok(cpu);
     }
     Err("there is no such CPU for us".to_owned())
+}
+
+fn named(text: &str) -> Result<(String, PathBuf), String> {
+    match text.split_once('=') {
+        Some((name, path)) if !name.is_empty() && !path.is_empty() => {
+            Ok((name.to_owned(), PathBuf::from(path)))
+        }
+        _ => Err("expected NAME=PROGRAM".to_owned()),
+    }
 }

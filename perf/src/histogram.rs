@@ -53,6 +53,14 @@ impl Histogram {
         self.total += 1;
     }
 
+    /// Adds all that another one has.
+    pub fn add(&mut self, other: &Histogram) {
+        for (count, more) in self.counts.iter_mut().zip(&other.counts) {
+            *count += more;
+        }
+        self.total += other.total;
+    }
+
     /// How many were counted.
     pub fn count(&self) -> u64 {
         self.total

@@ -4,20 +4,31 @@
 use std::process::ExitCode;
 
 use berth_perf::args::{Args, What};
-use berth_perf::{blk, janitor, net};
+use berth_perf::choose::Usage;
+use berth_perf::{compare, interrupt, janitor, list, report, run};
 use clap::Parser;
 
 fn main() -> ExitCode {
     let result = match Args::parse().what {
-        What::Blk(args) => blk::run(&args),
-        What::Net(args) => net::run(&args),
-        What::Janitor => janitor::run(),
+        What::List(args) => {
+            list::run(&args);
+            Ok(true)
+        }
+        What::Run(args) => run::run(&args),
+        What::Report(args) => report::run(&args).map(|()| true),
+        What::Compare(args) => compare::run(&args),
+        What::Janitor => janitor::run().map(|()| true),
     };
     match result {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
         Err(error) => {
             eprintln!("berth-perf: {error:#}");
-            ExitCode::FAILURE
+            match (error.is::<Usage>(), interrupt::requested()) {
+                (true, _) => ExitCode::from(2),
+                (false, true) => ExitCode::from(130),
+                (false, false) => ExitCode::FAILURE,
+            }
         }
     }
 }

@@ -39,6 +39,20 @@ fn on_cpu(schedstat: &str) -> Result<Duration> {
         .map_err(|_| Error::other(format!("not a schedstat: {schedstat}")))
 }
 
+/// When a process began, in ticks since the machine booted: with its number it names it for ever. An error where
+/// it is gone, or only its exit code is left.
+pub fn start_time(pid: u32) -> Result<u64> {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat"))?;
+    // Behind the name in brackets, which may have anything in it: field 3, the state, is the first.
+    let rest = stat.rsplit(')').next().unwrap_or_default();
+    let mut fields = rest.split_whitespace();
+    if fields.next() == Some("Z") {
+        return Err(Error::other("it has ended"));
+    }
+    let start = fields.nth(18).and_then(|field| field.parse().ok());
+    start.ok_or_else(|| Error::other(format!("not a stat: {stat}")))
+}
+
 /// CPU time of the calling thread and of all kernel workers of this process.
 pub fn thread_and_workers_cpu() -> Result<Duration> {
     Ok(sys::thread_cpu()? + workers_cpu("self")?)
@@ -78,6 +92,13 @@ mod tests {
         assert_eq!(idle_in(stat, &[0, 1]).unwrap(), Duration::from_millis(5210));
         assert_eq!(idle_in(stat, &[10]).unwrap(), Duration::from_millis(140));
         assert!(idle_in(stat, &[2]).is_err() && idle_in("cpu0 1 2", &[0]).is_err());
+    }
+
+    #[test]
+    fn a_process_is_told_from_its_number_by_its_start() {
+        let start = start_time(std::process::id()).unwrap();
+        assert!(start > 0 && start == start_time(std::process::id()).unwrap());
+        assert!(start_time(u32::MAX / 2).is_err());
     }
 
     #[test]

@@ -87,6 +87,24 @@ pub fn signal(pid: u32, signal: libc::c_int) {
     unsafe { libc::kill(pid.cast_signed(), signal) };
 }
 
+/// Undoes a mount.
+pub fn unmount(path: &std::path::Path) -> Result<()> {
+    use std::os::unix::ffi::OsStrExt;
+    let path = std::ffi::CString::new(path.as_os_str().as_bytes()).map_err(Error::other)?;
+    // SAFETY: `path` is a C string that lives through the call.
+    match check(unsafe { libc::umount2(path.as_ptr(), 0) }) {
+        // Not mounted (any more).
+        Err(error) if error.raw_os_error() == Some(libc::EINVAL) => Ok(()),
+        result => result.map(drop),
+    }
+}
+
+/// Whether we have the rights of the superuser.
+pub fn is_root() -> bool {
+    // SAFETY: takes nothing and cannot fail.
+    unsafe { libc::geteuid() == 0 }
+}
+
 /// Moves the calling thread, and all it starts from now on, to a network namespace of its own,
 /// without IPv6, whose announcements would be frames among ours.
 pub fn own_network() -> Result<()> {

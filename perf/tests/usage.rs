@@ -18,7 +18,7 @@ impl TempDir {
     fn new() -> TempDir {
         static COUNT: AtomicU32 = AtomicU32::new(0);
         let n = COUNT.fetch_add(1, Ordering::Relaxed);
-        let name = format!("bench-usage-{}-{n}", std::process::id());
+        let name = format!("perf-usage-{}-{n}", std::process::id());
         let path = Path::new(env!("CARGO_TARGET_TMPDIR")).join(name);
         fs::create_dir(&path).unwrap();
         TempDir(path)
@@ -48,53 +48,84 @@ fn refused(args: &[&str]) -> (Option<i32>, String) {
     (status.code(), String::from_utf8(stderr).unwrap())
 }
 
-/// A run that needs no privilege, no daemon and no io_uring.
-fn small_run(dir: &TempDir, run_ms: &str, more: &[&str]) -> Command {
+/// A run that needs no privilege, no daemon and no io_uring. Whatever file is called berth-blk is not asked for.
+fn small_run(dir: &TempDir, out: &TempDir, run_ms: &str, more: &[&str]) -> Command {
+    let build = out.0.join("build");
+    fs::create_dir_all(&build).unwrap();
+    fs::write(build.join("berth-blk"), "").unwrap();
     let mut command = bench(&[
+        "run",
         "blk",
         "--cell=cache-randread-4k-qd1",
         "--limit=loop-pread",
         "--subject=loop-pread",
-        // Any program that is there: it is not asked for.
-        "--berth-blk=/bin/sh",
+        "--against=none",
         "--client-cpu=0",
         "--daemon-cpu=0",
         "--file-mib=16",
         "--no-counts",
-        "--no-idle",
     ]);
     command
+        .arg(format!("--builds={}", build.display()))
         .arg(format!("--run-ms={run_ms}"))
         .arg(format!("--dir={}", dir.0.display()))
+        .arg(format!("--out={}", out.0.display()))
         .args(more);
     command
 }
 
+fn results(out: &TempDir) -> serde_json::Value {
+    let text = fs::read_to_string(out.0.join("results.json")).unwrap();
+    serde_json::from_str(&text).unwrap()
+}
+
+fn wait_for(what: &str, there: &dyn Fn() -> bool) {
+    let deadline = Instant::now() + TIMEOUT;
+    while !there() {
+        assert!(Instant::now() < deadline, "{what}");
+        thread::sleep(Duration::from_millis(10));
+    }
+}
+
 #[test]
-fn what_is_not_there_is_refused_in_one_line() {
-    let with = |arg: &str| refused(&["blk", "--berth-blk=/bin/sh", arg]);
-    let (code, text) = with("--cell=zram-qd2");
-    assert_eq!(code, Some(1));
-    assert!(
-        text.contains("no cell 'zram-qd2'; there are zram-"),
-        "{text}"
-    );
-    assert_eq!(text.lines().count(), 1);
-    let (code, text) = with("--subject=nobody");
-    assert_eq!(code, Some(1));
-    assert!(text.contains("no subject 'nobody' here"), "{text}");
-    let (code, text) = refused(&["blk", "--berth-blk=/nowhere/berth-blk"]);
-    assert_eq!(code, Some(1));
-    assert!(text.contains("no /nowhere/berth-blk: build it"), "{text}");
+fn what_is_not_there_is_refused_in_one_line_with_the_nearest_name() {
+    for (args, nearest) in [
+        (
+            &["run", "bkl"][..],
+            "no scenario 'bkl': did you mean 'blk'?",
+        ),
+        (
+            &["run", "--against=qemu-storage"],
+            "no peer 'qemu-storage': did you mean 'qemu-storage-daemon'?",
+        ),
+        (
+            &["run", "--peer=firecraker=/bin/fc"],
+            "no peer 'firecraker': did you mean 'firecracker'?",
+        ),
+        (
+            &["run", "blk", "--cell=zram-qd2"],
+            "no cell 'zram-qd2': did you mean 'zram-",
+        ),
+        (
+            &["run", "blk", "--cell=file", "--quick"],
+            "--quick has none of these cells",
+        ),
+    ] {
+        let (code, text) = refused(args);
+        assert_eq!(code, Some(2), "{args:?}: {text}");
+        assert!(text.contains(nearest), "{args:?}: {text}");
+        assert_eq!(text.lines().count(), 1, "{text}");
+    }
 }
 
 #[test]
 fn wrong_usage_is_exit_code_2() {
     for args in [
-        &["blk", "--daemon-cpu=4096"][..],
-        &["blk", "--variant=--poll-us=0"],
-        &["blk", "--run-ms=1"],
-        &["net", "--no-idle"],
+        &["run", "--daemon-cpu=4096"][..],
+        &["run", "--variant=--poll-us=0"],
+        &["run", "--run-ms=1"],
+        &["run", "--peer=fio"],
+        &["compare", "one"],
         &[],
     ] {
         assert_eq!(refused(args).0, Some(2), "{args:?}");
@@ -102,19 +133,40 @@ fn wrong_usage_is_exit_code_2() {
 }
 
 #[test]
-fn help_has_examples() {
-    let output = bench(&["blk", "--help"]).output().unwrap();
-    assert!(output.status.success());
-    let text = String::from_utf8(output.stdout).unwrap();
-    assert!(text.contains("Examples:") && text.contains("--variant='old=/tmp/berth-blk-old'"));
+fn a_run_that_is_not_there_cannot_be_shown() {
+    let (code, text) = refused(&["report", "/nowhere/run"]);
+    assert_eq!(code, Some(1));
+    assert!(text.contains("cannot read /nowhere/run"), "{text}");
+    let out = TempDir::new();
+    fs::write(out.0.join("results.json"), "{}").unwrap();
+    let path = out.0.to_string_lossy().into_owned();
+    let (code, text) = refused(&["compare", &path, &path]);
+    assert_eq!(code, Some(1));
+    assert!(text.contains("is not a result of berth-perf"), "{text}");
 }
 
 #[test]
-fn a_run_prints_the_table_writes_json_and_leaves_nothing() {
+fn help_has_examples_and_the_list_says_who_is_there() {
+    let output = bench(&["--help"]).output().unwrap();
+    let text = String::from_utf8(output.stdout).unwrap();
+    assert!(text.contains("Examples:") && text.contains("--builds /tmp/before,target/release"));
+    let output = bench(&["list", "--peer=fio=/somewhere/fio"])
+        .output()
+        .unwrap();
+    let text = String::from_utf8(output.stdout).unwrap();
+    assert!(
+        text.contains("zram-randread-4k-qd1") && text.contains("/somewhere/fio"),
+        "{text}"
+    );
+    let output = bench(&["list", "--json"]).output().unwrap();
+    let json: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(json["scenarios"][0]["name"], "blk");
+}
+
+#[test]
+fn a_run_prints_tables_writes_results_and_leaves_nothing_else() {
     let (dir, out) = (TempDir::new(), TempDir::new());
-    let json = out.0.join("table.json");
-    let to = format!("--json={}", json.display());
-    let output = small_run(&dir, "60", &["--rounds=2", &to])
+    let output = small_run(&dir, &out, "60", &["--rounds=2"])
         .output()
         .unwrap();
     let text = String::from_utf8(output.stdout).unwrap();
@@ -124,31 +176,51 @@ fn a_run_prints_the_table_writes_json_and_leaves_nothing() {
         text.contains("cache 4k randread QD1, client sleeps"),
         "{text}"
     );
-    assert!(text.contains("loop-pread"), "{text}");
-    let json: serde_json::Value = serde_json::from_str(&fs::read_to_string(json).unwrap()).unwrap();
-    let subject = &json["cells"][0]["subjects"][0];
-    assert_eq!(subject["subject"], "loop-pread");
-    assert_eq!(subject["runs"].as_array().unwrap().len(), 2);
-    assert_eq!(subject["share_of_limit"]["median"], 1.0);
-    assert!(subject["runs"][0]["rate"].as_f64().unwrap() > 0.0);
+    assert!(error.contains("[blk   2/2] 0:00 left"), "{error}");
+    let json = results(&out);
+    let cell = &json["scenarios"][0]["cells"][0];
+    assert_eq!(cell["series"][0]["subject"], "loop-pread");
+    assert_eq!(
+        cell["series"][0]["samples"]["rate"]
+            .as_array()
+            .unwrap()
+            .len(),
+        2
+    );
+    assert_eq!(cell["series"][0]["ratio"]["rate"]["median"], 1.0);
+    // Cloud Hypervisor's shape.
+    let figure = &json["results"][0];
+    assert_eq!(figure["name"], "blk_cache-randread-4k-qd1_rate@loop-pread");
+    for key in ["mean", "std_dev", "max", "min"] {
+        assert!(figure[key].as_f64().unwrap() >= 0.0, "{key}");
+    }
+    for key in [
+        "git_human_readable",
+        "git_revision",
+        "git_commit_date",
+        "date",
+    ] {
+        assert!(json[key].is_string(), "{key}");
+    }
+    assert!(!json["host"]["kernel"].as_str().unwrap().is_empty());
+    assert_eq!(json["noise"].as_array().unwrap().len(), 2);
+    let page = fs::read_to_string(out.0.join("report.html")).unwrap();
+    assert!(page.starts_with("<!doctype html>") && page.contains("loop-pread"));
     assert_eq!(dir.entries(), Vec::<PathBuf>::new());
+    // A run has not become worse than itself.
+    let path = out.0.to_string_lossy().into_owned();
+    let output = bench(&["report", &path]).output().unwrap();
+    assert!(output.status.success());
 }
 
 #[test]
 fn a_run_that_is_killed_leaves_nothing() {
-    let dir = TempDir::new();
-    let mut child = small_run(&dir, "600000", &[])
+    let (dir, out) = (TempDir::new(), TempDir::new());
+    let mut child = small_run(&dir, &out, "600000", &[])
         .stdout(Stdio::null())
         .stderr(Stdio::null())
         .spawn()
         .unwrap();
-    let wait_for = |what: &str, there: &dyn Fn() -> bool| {
-        let deadline = Instant::now() + TIMEOUT;
-        while !there() {
-            assert!(Instant::now() < deadline, "{what}");
-            thread::sleep(Duration::from_millis(10));
-        }
-    };
     wait_for("it makes a file", &|| {
         let entries = dir.entries();
         entries.iter().any(|entry| entry.join("disk.img").exists())

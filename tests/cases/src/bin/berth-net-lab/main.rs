@@ -7,7 +7,7 @@
 //!   round ─▶ direction ─▶ vhost-net, qemu, berth-net, berth-vmm     a share: vhost-net's time / the subject's
 //! ```
 //!
-//! The same program is the guest's end of a transfer (`guest`). `perf/run net-lab` puts it into
+//! The same program is the guest's end of a transfer (`guest`). `perf/net-lab` puts it into
 //! the initramfs and runs it in the lab, where time is emulated: so it prints shares and no speeds.
 
 #![forbid(unsafe_code)]

@@ -9,19 +9,19 @@ use anyhow::{Context, Result};
 
 use super::cells::{Cell, Way};
 use super::tap;
-use crate::subject::on_path;
+use crate::peers::on_path;
 use crate::sys;
 
-const PROGRAM: &str = "dpdk-testpmd";
+pub(super) const PROGRAM: &str = "dpdk-testpmd";
+/// How to get it.
+pub(super) const HOW: &str = "it is the frontend: install Debian's dpdk-dev, librte-net-virtio and librte-net-af-packet \
+                              (their names end in DPDK's ABI, as in librte-net-virtio23)";
 /// Where Debian has DPDK's drivers.
 const DRIVERS: &str = "/usr/lib";
 
 /// The program.
 pub(super) fn find() -> Result<PathBuf> {
-    on_path(PROGRAM).context(
-        "no dpdk-testpmd, which is the frontend: install Debian's dpdk-dev, librte-net-virtio and \
-         librte-net-af-packet (their names end in DPDK's ABI, as in librte-net-virtio23)",
-    )
+    on_path(PROGRAM).with_context(|| format!("no {PROGRAM}: {HOW}"))
 }
 
 /// Whether DPDK has the driver `librte_net_NAME`.

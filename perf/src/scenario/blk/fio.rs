@@ -7,15 +7,15 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 use serde_json::Value;
 
-use crate::backing::Disk;
-use crate::measure::Setup;
-use crate::rounds::{Latency, Run};
-use crate::subject::Subject;
+use super::backing::Disk;
+use super::measure::Setup;
+use super::subject::Subject;
+use super::target::{Direction, Load};
+use crate::scenario::Sample;
 use crate::sys;
-use crate::target::{Direction, Load};
 
 /// One run of the same pattern.
-pub fn run(setup: &Setup, load: &Load, disk: &Disk, subject: &Subject) -> Result<Run> {
+pub fn run(setup: &Setup, load: &Load, disk: &Disk, subject: &Subject) -> Result<Sample> {
     let program = subject.program.as_ref().context("no fio")?;
     let mut command = Command::new(program);
     command
@@ -65,7 +65,7 @@ fn arguments(setup: &Setup, load: &Load, disk: &Disk) -> Vec<String> {
     ]
 }
 
-fn parse(json: &Value, direction: Direction) -> Option<Run> {
+fn parse(json: &Value, direction: Direction) -> Option<Sample> {
     let side = match direction {
         Direction::Read => "read",
         Direction::Write => "write",
@@ -75,16 +75,13 @@ fn parse(json: &Value, direction: Direction) -> Option<Run> {
         let ns = side["clat_ns"]["percentile"][percentile].as_f64()?;
         Some(ns / 1000.0)
     };
-    Some(Run {
-        rate: side["iops"].as_f64().filter(|&iops| iops > 0.0)?,
-        latency: Some(Latency {
-            p50_us: latency("50.000000")?,
-            p99_us: latency("99.000000")?,
-            p999_us: latency("99.900000")?,
-        }),
-        cpu_us: None,
-        lost: None,
-    })
+    let rate = side["iops"].as_f64().filter(|&iops| iops > 0.0)?;
+    let sample = Sample::new()
+        .figure("rate", rate)
+        .figure("p50", latency("50.000000")?)
+        .figure("p99", latency("99.000000")?)
+        .figure("p999", latency("99.900000")?);
+    Some(sample)
 }
 
 #[cfg(test)]
@@ -99,11 +96,8 @@ mod tests {
         let write = json!({"iops": 1000.5, "clat_ns": {"percentile": percentile}});
         let json = json!({"jobs": [{"read": {"iops": 0.0}, "write": write}]});
         let run = parse(&json, Direction::Write).unwrap();
-        let latency = run.latency.unwrap();
-        assert_eq!(
-            (run.rate, latency.p50_us, latency.p999_us),
-            (1000.5, 1.5, 9.0)
-        );
+        let figures = ["rate", "p50", "p999"].map(|metric| run.figures[metric]);
+        assert_eq!(figures, [1000.5, 1.5, 9.0]);
         assert!(parse(&json, Direction::Read).is_none());
     }
 }

@@ -15,6 +15,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Result, bail};
 
+use crate::clock::Window;
 use crate::histogram::Histogram;
 use crate::sys::{Noise, SharedMemory};
 
@@ -71,15 +72,6 @@ pub trait Target {
     /// Puts the slots of completed requests into `done`; returns with at least one. A request that
     /// failed is an error.
     fn reap(&mut self, done: &mut Vec<usize>) -> io::Result<()>;
-}
-
-/// When measuring begins and ends.
-#[derive(Clone, Copy, Debug)]
-pub struct Window {
-    /// Not measured.
-    pub warmup: Duration,
-    /// Measured.
-    pub measured: Duration,
 }
 
 /// What came of it.

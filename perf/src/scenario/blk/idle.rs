@@ -1,21 +1,21 @@
 //! What a daemon takes while nothing happens: CPU time and private memory, with a frontend connected
-//! and four queues of 256 that have seen requests. All daemons idle at the same time, each on a file
-//! of its own.
+//! and four queues of 256 that have seen requests.
 #![forbid(unsafe_code)]
 
 use std::fs::{self, File};
 use std::path::Path;
-use std::thread;
 use std::time::Duration;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 
-use crate::backing::{Backing, Disk};
+use super::backing::{Backing, Disk};
+use super::subject::Subject;
+use super::target::virtio::{self, Session};
 use crate::client;
 use crate::daemon::Daemon;
-use crate::subject::Subject;
+use crate::interrupt;
+use crate::scenario::Sample;
 use crate::sys::{self, SharedMemory};
-use crate::target::virtio::{self, Session};
 
 const QUEUES: u16 = 4;
 const RING: u16 = 256;
@@ -25,69 +25,38 @@ const SETTLE: Duration = Duration::from_secs(1);
 /// How long the first requests may take.
 const PATIENCE: Duration = Duration::from_secs(10);
 /// How long it is watched.
-pub const WATCHED: Duration = Duration::from_secs(10);
-
-/// Of one daemon.
-#[derive(Clone, Debug)]
-pub struct Idle {
-    /// Whose.
-    pub subject: String,
-    /// CPU time in [`WATCHED`].
-    pub cpu: Duration,
-    /// Private memory without the guest's, KiB.
-    pub private_kib: u64,
-}
+const WATCHED: Duration = Duration::from_secs(5);
 
 struct Watched {
-    subject: String,
     daemon: Daemon,
     /// Keeps the frontend connected.
     _session: Session,
     _memory: SharedMemory,
 }
 
-/// Watches all of `subjects` that are daemons; those that fail say why.
-pub fn watch(subjects: &[Subject], cpu: usize, directory: &Path) -> Result<Vec<Result<Idle>>> {
-    let daemons = subjects
-        .iter()
-        .filter(|subject| subject.is_daemon() && subject.fits(Backing::File));
-    let started: Vec<Result<Watched>> = daemons
-        .enumerate()
-        .map(|(n, subject)| {
-            start(subject, cpu, &directory.join(format!("idle{n}")))
-                .with_context(|| format!("{} (idle)", subject.name))
-        })
-        .collect();
-    thread::sleep(SETTLE);
-    let time = |watched: &Result<Watched>| {
-        let pid = watched.as_ref().ok()?.daemon.pid();
-        sys::process_cpu(pid).ok()
-    };
-    let before: Vec<_> = started.iter().map(time).collect();
-    thread::sleep(WATCHED);
-    let after: Vec<_> = started.iter().map(time).collect();
-    let readings = before.into_iter().zip(after);
-    let idle = started.into_iter().zip(readings).map(|(watched, times)| {
-        let watched = watched?;
-        let (Some(before), Some(after)) = times else {
-            bail!(
-                "{} died while idle: {}",
-                watched.subject,
-                watched.daemon.last_words()
-            );
-        };
-        let maps = fs::read_to_string(format!("/proc/{}/smaps", watched.daemon.pid()))?;
-        Ok(Idle {
-            subject: watched.subject,
-            cpu: after.saturating_sub(before),
-            private_kib: private_kib(&maps),
-        })
-    });
-    Ok(idle.collect())
+/// Watches one.
+pub fn watch(subject: &Subject, cpu: usize, directory: &Path) -> Result<Sample> {
+    let place = directory.join("idle");
+    let watched = start(subject, cpu, &place)?;
+    interrupt::sleep(SETTLE)?;
+    let pid = watched.daemon.pid();
+    let died = || format!("it died while idle: {}", watched.daemon.last_words());
+    let before = sys::process_cpu(pid).with_context(died)?;
+    interrupt::sleep(WATCHED)?;
+    let used = sys::process_cpu(pid)
+        .with_context(died)?
+        .saturating_sub(before);
+    let maps = fs::read_to_string(format!("/proc/{pid}/smaps")).with_context(died)?;
+    drop(watched);
+    fs::remove_dir_all(&place)?;
+    Ok(Sample::new()
+        .figure("idle_cpu", used.as_secs_f64() * 1000.0)
+        .figure("idle_private", private_kib(&maps) as f64))
 }
 
 fn start(subject: &Subject, cpu: usize, place: &Path) -> Result<Watched> {
-    fs::create_dir(place)?;
+    // One that failed may have left its own.
+    fs::create_dir_all(place)?;
     let path = place.join("disk.img");
     File::create(&path)?.set_len(FILE_BYTES)?;
     let disk = Disk {
@@ -108,7 +77,6 @@ fn start(subject: &Subject, cpu: usize, place: &Path) -> Result<Watched> {
         Ok(session)
     })?;
     Ok(Watched {
-        subject: subject.name.clone(),
         daemon,
         _session: session,
         _memory: memory,

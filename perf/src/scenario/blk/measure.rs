@@ -6,25 +6,23 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 
-use crate::backing::{self, Disk};
-use crate::cells::Cell;
+use super::backing::{self, Disk};
+use super::cells::Cell;
+use super::fio;
+use super::subject::{self, Direct, Kind, Subject};
+use super::target::aio::AioTarget;
+use super::target::sync::SyncTarget;
+use super::target::uring::UringTarget;
+use super::target::virtio::VirtioTarget;
+use super::target::{self, Load, Outcome, Target};
 use crate::client;
+use crate::clock::Window;
 use crate::counts::Counter;
 use crate::daemon::Daemon;
-use crate::fio;
 use crate::proc;
-use crate::progress::Progress;
-use crate::rounds::{self, CellResult, Latency, PerRequest, Plan, Row, Run};
-use crate::subject::{self, Direct, Kind, Subject};
+use crate::scenario::Sample;
 use crate::sys;
-use crate::target::aio::AioTarget;
-use crate::target::sync::SyncTarget;
-use crate::target::uring::UringTarget;
-use crate::target::virtio::VirtioTarget;
-use crate::target::{self, Load, Outcome, Target, Window};
 
-/// Whose goals the cells have.
-pub const OURS: &str = "berth-blk";
 /// How much longer than its window a run may take.
 const PATIENCE: Duration = Duration::from_secs(15);
 
@@ -37,10 +35,6 @@ pub struct Setup {
     pub daemon_cpu: usize,
     /// Per run.
     pub window: Window,
-    /// Runs of each subject.
-    pub rounds: u32,
-    /// The subject that the others are shares of.
-    pub limit: String,
     /// Whether a run more counts system calls.
     pub count: bool,
     /// For sockets and logs.
@@ -54,65 +48,25 @@ struct Used {
     lost: f64,
 }
 
-/// Measures one cell.
-pub fn cell(
-    setup: &Setup,
-    cell: &Cell,
-    disk: &Disk,
-    subjects: &[Subject],
-    progress: &mut Progress,
-) -> Result<CellResult> {
-    let fitting = subjects.iter().filter(|subject| subject.fits(cell.backing));
-    let taking_part: Vec<&Subject> = fitting.collect();
-    let plan = Plan {
-        row: Row {
-            name: cell.name(),
-            title: cell.title(),
-            goal: cell.goal,
-            cpu_goal_us: cell.cpu_goal_us,
-            ours: OURS,
-            ours_by_io_uring: subject::IO_URING_ONLY,
-        },
-        limit: setup.limit.clone(),
-        subjects: taking_part.iter().map(|s| s.name.clone()).collect(),
-        rounds: setup.rounds,
-    };
-    let settle = || match cell.writes() {
-        true => backing::settle(disk),
-        false => Ok(()),
-    };
-    let run = |subject: usize| {
-        backing::warm(disk)?;
-        let run = run(setup, cell, disk, taking_part[subject])?;
-        settle()?;
-        Ok(run)
-    };
-    let count = |subject: usize| {
-        if !counted(setup, taking_part[subject]) {
-            return Ok(None);
-        }
-        backing::warm(disk)?;
-        let counts = count(setup, cell, disk, taking_part[subject])?;
-        settle()?;
-        Ok(Some(counts))
-    };
-    Ok(rounds::interleave(plan, progress, run, count))
+impl Setup {
+    /// Whether a run more counts for it.
+    pub fn counts(&self, subject: &Subject) -> bool {
+        self.count && subject.kind != Kind::Fio
+    }
 }
 
-/// Steps of [`cell`].
-pub fn steps(setup: &Setup, cell: &Cell, subjects: &[Subject]) -> usize {
-    let fitting = subjects.iter().filter(|subject| subject.fits(cell.backing));
-    fitting
-        .map(|subject| setup.rounds as usize + usize::from(counted(setup, subject)))
-        .sum()
+/// A run with the page cache as it should be before, and nothing left to write after.
+pub fn prepared(cell: &Cell, disk: &Disk, run: impl FnOnce() -> Result<Sample>) -> Result<Sample> {
+    backing::warm(disk)?;
+    let sample = run()?;
+    if cell.writes() {
+        backing::settle(disk)?;
+    }
+    Ok(sample)
 }
 
-/// Whether a run more counts for it.
-fn counted(setup: &Setup, subject: &Subject) -> bool {
-    setup.count && subject.kind != Kind::Fio
-}
-
-fn run(setup: &Setup, cell: &Cell, disk: &Disk, subject: &Subject) -> Result<Run> {
+/// One run.
+pub fn run(setup: &Setup, cell: &Cell, disk: &Disk, subject: &Subject) -> Result<Sample> {
     if let Kind::Fio = subject.kind {
         return fio::run(setup, &cell.load, disk, subject);
     }
@@ -121,27 +75,24 @@ fn run(setup: &Setup, cell: &Cell, disk: &Disk, subject: &Subject) -> Result<Run
     if count == 0 {
         bail!("not one request completed in a run");
     }
-    Ok(Run {
-        rate: count as f64 / outcome.elapsed.as_secs_f64(),
-        latency: Some(Latency {
-            p50_us: outcome.latency.quantile_us(0.5),
-            p99_us: outcome.latency.quantile_us(0.99),
-            p999_us: outcome.latency.quantile_us(0.999),
-        }),
-        cpu_us: Some(used.served.as_secs_f64() * 1e6 / count as f64),
-        lost: Some(used.lost),
-    })
+    Ok(Sample::new()
+        .figure("rate", count as f64 / outcome.elapsed.as_secs_f64())
+        .figure("p50", outcome.latency.quantile_us(0.5))
+        .figure("p99", outcome.latency.quantile_us(0.99))
+        .figure("p999", outcome.latency.quantile_us(0.999))
+        .figure("cpu", used.served.as_secs_f64() * 1e6 / count as f64)
+        .lost(used.lost)
+        .latencies(outcome.latency))
 }
 
 /// A run more, in which the kernel counts.
-fn count(setup: &Setup, cell: &Cell, disk: &Disk, subject: &Subject) -> Result<PerRequest> {
+pub fn count(setup: &Setup, cell: &Cell, disk: &Disk, subject: &Subject) -> Result<Sample> {
     let (outcome, _, counter) = timed_run(setup, cell, disk, subject, Counter::start)?;
     let counts = counter.finish()?;
     let requests = outcome.all_requests as f64;
-    Ok(PerRequest {
-        system_calls: counts.system_calls as f64 / requests,
-        hand_offs: counts.hand_offs as f64 / requests,
-    })
+    Ok(Sample::new()
+        .figure("calls", counts.system_calls as f64 / requests)
+        .figure("hands", counts.hand_offs as f64 / requests))
 }
 
 /// Runs a subject once. `watch` is called with the process that serves, before the first request.

@@ -9,15 +9,14 @@ use anyhow::{Result, bail};
 
 use super::cells::{Cell, Way};
 use super::limit::{self, CIRCULATING};
-use super::subject::{Kind, OURS, Subject};
+use super::subject::{Kind, Subject};
 use super::tap::{self, Counters, Sender};
 use super::testpmd::Guest;
+use crate::clock::Window;
 use crate::counts::Counter;
 use crate::daemon::Daemon;
-use crate::progress::Progress;
-use crate::rounds::{self, CellResult, PerRequest, Plan, Row, Run};
+use crate::scenario::Sample;
 use crate::sys;
-use crate::target::Window;
 
 /// Until frames flow.
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -32,51 +31,22 @@ pub(super) struct Setup {
     pub(super) client_cpu: usize,
     pub(super) daemon_cpu: usize,
     pub(super) window: Window,
-    pub(super) rounds: u32,
-    pub(super) limit: String,
     pub(super) count: bool,
     pub(super) directory: PathBuf,
 }
 
-/// Measures one cell.
-pub(super) fn cell(
-    setup: &Setup,
-    cell: &Cell,
-    subjects: &[Subject],
-    progress: &mut Progress,
-) -> CellResult {
-    let plan = Plan {
-        row: Row {
-            name: cell.name(),
-            title: cell.title(),
-            goal: Some(cell.goal),
-            cpu_goal_us: None,
-            ours: OURS,
-            ours_by_io_uring: "",
-        },
-        limit: setup.limit.clone(),
-        subjects: subjects
-            .iter()
-            .map(|subject| subject.name.clone())
-            .collect(),
-        rounds: setup.rounds,
-    };
-    let run = |subject: usize| {
-        let (moved, ()) = once(setup, cell, &subjects[subject], |_| Ok(()))?;
-        Ok(moved.run(setup))
-    };
-    let count = |subject: usize| {
-        if !setup.count {
-            return Ok(None);
-        }
-        let (moved, counter) = once(setup, cell, &subjects[subject], Counter::start)?;
-        let counts = counter.finish()?;
-        Ok(Some(PerRequest {
-            system_calls: counts.system_calls as f64 / moved.all_frames as f64,
-            hand_offs: counts.hand_offs as f64 / moved.all_frames as f64,
-        }))
-    };
-    rounds::interleave(plan, progress, run, count)
+/// One run.
+pub(super) fn run(setup: &Setup, cell: &Cell, subject: &Subject) -> Result<Sample> {
+    let (moved, ()) = once(setup, cell, subject, |_| Ok(()))?;
+    Ok(moved.sample(setup))
+}
+
+/// A run more, in which the kernel counts.
+pub(super) fn count(setup: &Setup, cell: &Cell, subject: &Subject) -> Result<Sample> {
+    let (moved, counter) = once(setup, cell, subject, Counter::start)?;
+    let counts = counter.finish()?;
+    let calls = counts.system_calls as f64 / moved.all_frames as f64;
+    Ok(Sample::new().figure("calls", calls))
 }
 
 /// What a window saw.
@@ -90,19 +60,17 @@ struct Moved {
 }
 
 impl Moved {
-    fn run(&self, setup: &Setup) -> Run {
+    fn sample(&self, setup: &Setup) -> Sample {
         let cores = if setup.client_cpu == setup.daemon_cpu {
             1.0
         } else {
             2.0
         };
         let there = self.elapsed.as_secs_f64() * cores;
-        Run {
-            rate: self.frames as f64 / self.elapsed.as_secs_f64(),
-            latency: None,
-            cpu_us: Some(self.served.as_secs_f64() * 1e6 / self.frames as f64),
-            lost: Some((1.0 - self.ours.as_secs_f64() / there).max(0.0)),
-        }
+        Sample::new()
+            .figure("rate", self.frames as f64 / self.elapsed.as_secs_f64())
+            .figure("cpu", self.served.as_secs_f64() * 1e6 / self.frames as f64)
+            .lost((1.0 - self.ours.as_secs_f64() / there).max(0.0))
     }
 }
 
