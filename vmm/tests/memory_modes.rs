@@ -27,6 +27,8 @@ struct Mapping {
     kib: u64,
     page_kib: u64,
     present_kib: u64,
+    /// The part of it that is in transparent huge pages.
+    huge_kib: u64,
     /// As VmFlags has it: `sh` shared, `mg` mergeable, `hg` and `nh` huge pages advised or not, `dd` not dumped.
     flags: Vec<String>,
 }
@@ -59,6 +61,7 @@ fn not_dumped(pid: i32) -> Vec<Mapping> {
                 kib: 0,
                 page_kib: 0,
                 present_kib: 0,
+                huge_kib: 0,
                 flags: Vec::new(),
             });
             continue;
@@ -68,6 +71,7 @@ fn not_dumped(pid: i32) -> Vec<Mapping> {
             "Size" => mapping.kib = number(words.next()),
             "KernelPageSize" => mapping.page_kib = number(words.next()),
             "Rss" => mapping.present_kib = number(words.next()),
+            "AnonHugePages" => mapping.huge_kib = number(words.next()),
             "VmFlags" => mapping.flags = words.map(str::to_owned).collect(),
             _ => {}
         }
@@ -198,18 +202,80 @@ fn prefaulted_memory_is_all_there() {
     }
 }
 
-/// Where the host has reserved enough, the pages are huge; where not, the line says how to reserve them.
+/// Of memory that is all there the host has huge pages where it may, and none where it may not.
 #[test]
-fn reserved_huge_pages_are_used_or_asked_for() {
+fn transparent_huge_pages_are_counted() {
+    let enabled = fs::read_to_string("/sys/kernel/mm/transparent_hugepage/enabled");
+    if !has_kvm() || enabled.is_ok_and(|enabled| enabled.contains("[never]")) {
+        return;
+    }
+    let huge = |thp| {
+        let (_guest, mapping) = started(&format!(",shared=off,prefault=on,thp={thp}"));
+        assert_eq!(mapping.present_kib, SIZE_KIB, "{mapping:?}");
+        mapping.huge_kib
+    };
+    assert_eq!(huge("off"), 0);
+    // How many depends on what the host finds free.
+    assert!(huge("on") > 0);
+}
+
+/// The host's pool of pages of 2 MiB; what it was is back when this is dropped.
+struct Pool {
+    before: u64,
+    /// Locked, so that another run of this test waits and finds what was.
+    _lock: fs::File,
+}
+
+impl Pool {
+    const FILES: &str = "/sys/kernel/mm/hugepages/hugepages-2048kB";
+
+    fn read(name: &str) -> Option<u64> {
+        let text = fs::read_to_string(format!("{}/{name}", Self::FILES)).ok()?;
+        text.trim().parse().ok()
+    }
+
+    /// None where the host has no such pages.
+    fn found() -> Option<Self> {
+        let lock = fs::File::open(format!("{}/nr_hugepages", Self::FILES)).ok()?;
+        lock.lock().ok()?;
+        Some(Self {
+            before: Self::read("nr_hugepages")?,
+            _lock: lock,
+        })
+    }
+
+    fn has_free(pages: u64) -> bool {
+        Self::read("free_hugepages").is_some_and(|free| free >= pages)
+    }
+
+    /// Whether there are so many free ones now: not where we may not, or the host finds no memory for them.
+    fn grow(&self, pages: u64) -> bool {
+        self.set(self.before + pages).is_ok() && Self::has_free(pages)
+    }
+
+    fn set(&self, pages: u64) -> std::io::Result<()> {
+        fs::write(format!("{}/nr_hugepages", Self::FILES), pages.to_string())
+    }
+}
+
+impl Drop for Pool {
+    fn drop(&mut self) {
+        // There is nobody to tell.
+        let _ = self.set(self.before);
+    }
+}
+
+/// Where the host has reserved too few, the line says how to reserve them; where it has enough, the pages are huge.
+#[test]
+fn reserved_huge_pages_are_asked_for_and_used() {
+    const PAGES: u64 = SIZE_KIB / 2048;
     if !has_kvm() {
         return;
     }
-    let free = "/sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages";
-    let free: u64 = fs::read_to_string(free).map_or(0, |text| text.trim().parse().unwrap());
-    for memory in [",hugepages=on", ",hugepages=on,shared=off"] {
-        if free >= 64 {
-            let (_guest, mapping) = started(memory);
-            assert_eq!(mapping.page_kib, 2048, "{mapping:?}");
+    let memories = [",hugepages=on", ",hugepages=on,shared=off"];
+    let pool = Pool::found();
+    for memory in memories {
+        if Pool::has_free(PAGES) {
             continue;
         }
         let guest = Guest::none(&Code::new().halt());
@@ -222,7 +288,20 @@ fn reserved_huge_pages_are_used_or_asked_for() {
         ]);
         let line = String::from_utf8(output.stderr).unwrap();
         assert_eq!(output.status.code(), Some(1), "{line}");
+        assert_eq!(line.lines().count(), 1, "{line}");
         assert!(line.contains("vm.nr_hugepages=32"), "{line}");
+    }
+    if !pool.as_ref().is_some_and(|pool| pool.grow(PAGES)) {
+        return;
+    }
+    for (memory, shared) in memories.into_iter().zip([true, false]) {
+        let (_guest, mapping) = started(memory);
+        assert_eq!(mapping.page_kib, 2048, "{mapping:?}");
+        assert_eq!(mapping.has("sh"), shared, "{mapping:?}");
+        assert_eq!(
+            mapping.present_kib, 0,
+            "of the pool, not resident: {mapping:?}"
+        );
     }
 }
 
