@@ -81,16 +81,24 @@ impl Chip {
     /// Creates the controllers that KVM is to have, and routes the pins. To be called before the VM's
     /// first vCPU; the VMM sets the TSS address itself, before this.
     pub fn new(vm: Arc<VmFd>, mode: Mode) -> Result<Arc<Self>, Error> {
+        Self::create(vm, mode, mode == Mode::Split)
+    }
+
+    /// The same for a guest that has no x2APIC mode: APIC ids are bytes in either [`Mode`]. KVM then has an
+    /// interrupt reach all APICs that share an id, as the architecture says; with ids of 32 bits only one.
+    pub fn with_short_ids(vm: Arc<VmFd>, mode: Mode) -> Result<Arc<Self>, Error> {
+        Self::create(vm, mode, false)
+    }
+
+    fn create(vm: Arc<VmFd>, mode: Mode, long_ids: bool) -> Result<Arc<Self>, Error> {
         let max_routes = u32::try_from(vm.check_extension_int(Cap::IrqRouting)).unwrap_or(0);
         let mut table = Table::new(max_routes, mode);
         match mode {
             Mode::Kernel => create_kernel_irqchip(&vm)?,
-            Mode::Split => {
-                split_irqchip(&vm)?;
-                if use_x2apic_ids(&vm) {
-                    table.extend_destinations();
-                }
-            }
+            Mode::Split => split_irqchip(&vm)?,
+        }
+        if long_ids && use_x2apic_ids(&vm) {
+            table.extend_destinations();
         }
         let chip = Self {
             vm,

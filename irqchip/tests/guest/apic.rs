@@ -9,6 +9,14 @@ use super::{Cpu, DEADLINE};
 const APIC_BASE: u32 = 0x1b;
 const APIC_BASE_X2APIC: u64 = 0xfee0_0000 | 1 << 11 | 1 << 10;
 const APIC_BASE_BSP: u64 = 1 << 8;
+const APIC_BASE_OFF: u64 = 0xfee0_0000;
+const APIC_BASE_XAPIC: u64 = APIC_BASE_OFF | 1 << 11;
+/// Registers of the memory-mapped mode.
+const XAPIC_ID: u32 = 0xfee0_0020;
+const XAPIC_EOI: u32 = 0xfee0_00b0;
+const XAPIC_SPURIOUS: u32 = 0xfee0_00f0;
+const XAPIC_ICR: u32 = 0xfee0_0300;
+const XAPIC_ICR_HIGH: u32 = 0xfee0_0310;
 const APIC_ID: u32 = 0x802;
 const EOI: u32 = 0x80b;
 const SPURIOUS: u32 = 0x80f;
@@ -54,6 +62,26 @@ impl Cpu {
         let bsp = self.read_msr(APIC_BASE) & APIC_BASE_BSP;
         self.write_msr(APIC_BASE, APIC_BASE_X2APIC | bsp);
         self.write_msr(SPURIOUS, SPURIOUS_ENABLE);
+    }
+
+    /// Goes back to the memory-mapped mode, with an id that it chooses.
+    pub(crate) fn enable_xapic(&self, id: u8) {
+        let bsp = self.read_msr(APIC_BASE) & APIC_BASE_BSP;
+        self.write_msr(APIC_BASE, APIC_BASE_OFF | bsp);
+        self.write_msr(APIC_BASE, APIC_BASE_XAPIC | bsp);
+        self.write32(XAPIC_SPURIOUS, SPURIOUS_ENABLE as u32);
+        self.write32(XAPIC_ID, u32::from(id) << 24);
+    }
+
+    /// Sends `vector` in that mode.
+    pub(crate) fn send_ipi_by_memory(&self, id: u8, vector: u8) {
+        const ASSERT: u32 = 1 << 14;
+        self.write32(XAPIC_ICR_HIGH, u32::from(id) << 24);
+        self.write32(XAPIC_ICR, ASSERT | u32::from(vector));
+    }
+
+    pub(crate) fn eoi_by_memory(&self) {
+        self.write32(XAPIC_EOI, 0);
     }
 
     pub(crate) fn apic_id(&self) -> u32 {

@@ -13,6 +13,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 use berth_irqchip::{Chip, IOAPIC_LEN, VcpuState};
 use kvm_bindings::{KVM_MAX_CPUID_ENTRIES, kvm_regs, kvm_sregs, kvm_vcpu_events};
@@ -198,6 +199,22 @@ impl Cpu {
     /// Lets the guest run with interrupts on; [`woken_by`](Self::woken_by) must be next.
     pub(crate) fn spin(&self) {
         self.send(Operation::SpinForInterrupt, 0, 0, 1);
+    }
+
+    /// Sends `vector` by KVM's hypercall to the vCPUs whose APIC ids are set bits; how many got it. Where it does
+    /// not come back soon the vCPU is parked, and this is where it stands.
+    pub(crate) fn send_ipi_by_hypercall(&self, ids: u32, vector: u8) -> Result<u32, u64> {
+        const SEND_IPI: u32 = 10;
+        const SOON: Duration = Duration::from_secs(2);
+        let value = u64::from(vector) << 32 | u64::from(ids);
+        self.send(Operation::Hypercall, SEND_IPI, value, 1);
+        match self.results.recv_timeout(SOON) {
+            Ok(result) => Ok(result.unwrap().low),
+            Err(_) => {
+                self.park();
+                Err(self.save().regs.rip)
+            }
+        }
     }
 
     pub(crate) fn in8(&self, port: u16) -> u8 {

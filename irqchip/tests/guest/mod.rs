@@ -64,10 +64,14 @@ pub(crate) struct Saved {
 
 impl Host {
     fn new(kvm: Kvm, mode: Mode) -> Self {
+        Self::with_chip(kvm, |vm| Chip::new(vm, mode).unwrap())
+    }
+
+    fn with_chip(kvm: Kvm, make: impl FnOnce(Arc<VmFd>) -> Arc<Chip>) -> Self {
         let vm = Arc::new(kvm.create_vm().unwrap());
         vm.set_tss_address(0xfffb_d000).unwrap();
         let memory = memory_at_zero(&vm);
-        let chip = Chip::new(Arc::clone(&vm), mode).unwrap();
+        let chip = make(Arc::clone(&vm));
         Self {
             kvm,
             vm,
@@ -88,11 +92,19 @@ impl Machine {
 
     /// The same with these APIC ids, of which the first is 0.
     pub(crate) fn with_ids(mode: Mode, ids: &[u16]) -> Option<Self> {
+        Self::with_chip(ids, |vm| Chip::new(vm, mode).unwrap())
+    }
+
+    /// The same with a chip that the test makes.
+    pub(crate) fn with_chip(
+        ids: &[u16],
+        make: impl FnOnce(Arc<VmFd>) -> Arc<Chip>,
+    ) -> Option<Self> {
         let Ok(kvm) = Kvm::new() else {
             note("skipped: no /dev/kvm");
             return None;
         };
-        let host = Host::new(kvm, mode);
+        let host = Host::with_chip(kvm, make);
         monitor::load(&host.memory);
         let cpus = (0..)
             .zip(ids)
@@ -103,7 +115,7 @@ impl Machine {
             host,
         };
         machine.cpu(0).enable_apic();
-        if mode == Mode::Kernel {
+        if machine.chip.mode() == Mode::Kernel {
             machine.cpu(0).mask_pic();
         }
         Some(machine)
@@ -173,6 +185,12 @@ impl Machine {
     /// The VM, for what the chip does not offer.
     pub(crate) fn vm(&self) -> &VmFd {
         &self.host.vm
+    }
+
+    /// Whether the instruction at this address is VMCALL.
+    pub(crate) fn is_vmcall(&self, address: u64) -> bool {
+        let code: [u8; 3] = self.host.memory.read_obj(GuestAddress(address)).unwrap();
+        code == [0x0f, 0x01, 0xc1]
     }
 
     /// Waits until the IOAPIC, where it is KVM's, has seen that a masked pin was raised: irqfd hands wired

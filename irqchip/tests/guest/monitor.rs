@@ -82,6 +82,8 @@ pub(super) enum Operation {
     /// As `WaitForInterrupt`, and runs meanwhile.
     SpinForInterrupt = 13,
     In8 = 14,
+    /// Call number `target` with its first argument `low`, two of 0 and the fourth `high`; the result is KVM's.
+    Hypercall = 15,
 }
 
 pub(super) fn mailbox_of(cpu: u8) -> u64 {
@@ -215,6 +217,8 @@ monitor_next:
     jz   140f
     dec  esi
     jz   150f
+    dec  esi
+    jz   160f
     ud2
 
 20: mov  byte ptr [ecx], al                             // Write8
@@ -280,6 +284,15 @@ monitor_next:
     in   al, dx
     movzx eax, al
     jmp  monitor_result
+160:
+    push ebx                                            // Hypercall
+    mov  ebx, eax
+    mov  eax, ecx
+    mov  esi, edx
+    xor  ecx, ecx
+    xor  edx, edx
+    vmcall                                              // KVM makes it AMD's where it must
+    pop  ebx
 
 monitor_result:
     mov  [ebx + 8], eax

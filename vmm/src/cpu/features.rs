@@ -160,6 +160,11 @@ impl Features {
         Ok(features)
     }
 
+    /// Whether the guest is not to have x2APIC mode.
+    pub fn removes_x2apic(&self) -> bool {
+        find("x2apic").is_ok_and(|(word, bit)| self.remove[word] >> bit & 1 != 0)
+    }
+
     /// The list that these are read from, in the order of the CPUID leaves.
     pub fn names(&self) -> Vec<String> {
         let signed = |sign, set: &[u32; COUNT]| -> Vec<String> {
@@ -284,6 +289,12 @@ mod tests {
     fn names_are_read_in_either_spelling_and_written_as_qemu_does() {
         let features = Features::parse(["+tsc_adjust", "SSE4_1", "-x2apic", "-tsc_deadline_timer"]);
         let features = features.unwrap();
+        assert!(features.removes_x2apic());
+        assert!(
+            !Features::parse(["+x2apic", "-avx"])
+                .unwrap()
+                .removes_x2apic()
+        );
         let names = features.names();
         assert_eq!(
             names,

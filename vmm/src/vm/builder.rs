@@ -178,7 +178,7 @@ pub fn build(parts: &Parts) -> Result<Machine, Error> {
     let domain = config.platform.trust_domain.clone();
     let tuning = Arc::new(Tuning::new(&ram, domain, config.memory.mergeable));
     mark("guest memory");
-    let chip = Chip::new(Arc::clone(vm), config.platform.irqchip)?;
+    let chip = create_chip(vm, config)?;
     mark("interrupt controllers");
 
     let mut buses = Buses::default();
@@ -231,6 +231,16 @@ pub fn build(parts: &Parts) -> Result<Machine, Error> {
 }
 
 /// KVM_CAP_HALT_POLL: the most that KVM polls for a halted vCPU of this VM.
+/// A guest without x2APIC has no use for long ids, and may give two vCPUs one id.
+fn create_chip(vm: &Arc<VmFd>, config: &VmConfig) -> Result<Arc<Chip>, berth_irqchip::Error> {
+    let mode = config.platform.irqchip;
+    if config.cpus.features.removes_x2apic() {
+        Chip::with_short_ids(Arc::clone(vm), mode)
+    } else {
+        Chip::new(Arc::clone(vm), mode)
+    }
+}
+
 fn set_halt_poll(vm: &VmFd, ns: u32) -> Result<(), Error> {
     let cap = kvm_enable_cap {
         cap: KVM_CAP_HALT_POLL,
