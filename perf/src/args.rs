@@ -151,6 +151,14 @@ pub struct RunArgs {
     #[arg(long, value_name = "CPU", default_value_t = usize::from(sys::may_run_on(1)), value_parser = cpu)]
     pub daemon_cpu: usize,
 
+    /// Where guests run
+    #[arg(long, value_enum, value_name = "WHERE", default_value_t = Where::Auto)]
+    pub r#where: Where,
+
+    /// Print results after every cell, each in a line: for the one outside the lab
+    #[arg(long, hide = true)]
+    pub stream: bool,
+
     /// How cores are kept awake
     #[arg(long, value_enum, value_name = "HOW", default_value_t = How::Spin)]
     pub awake: How,
@@ -170,6 +178,17 @@ pub struct RunArgs {
     /// Size of the file
     #[arg(long, value_name = "MIB", default_value_t = 1024, value_parser = clap::value_parser!(u64).range(16..))]
     pub file_mib: u64,
+}
+
+/// Where guests run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum Where {
+    /// On this host where it can, else in the lab
+    Auto,
+    /// On this host
+    Host,
+    /// In the lab: a machine under QEMU's software CPU, whose time is emulated
+    Lab,
 }
 
 /// A CPU that this process may use.

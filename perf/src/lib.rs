@@ -29,6 +29,7 @@ pub mod histogram;
 pub mod host;
 pub mod interrupt;
 pub mod janitor;
+pub mod lab;
 pub mod list;
 pub mod peers;
 pub mod proc;

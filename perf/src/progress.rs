@@ -64,6 +64,11 @@ impl Progress {
         self.show(&line);
     }
 
+    /// Shows a line of somebody else's.
+    pub fn relay(&mut self, line: &str) {
+        self.show(line);
+    }
+
     /// A step will not happen.
     pub fn skip(&mut self) {
         self.total = self.total.saturating_sub(1);

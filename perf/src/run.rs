@@ -23,6 +23,7 @@ use crate::engine::{self, Order};
 use crate::host::{Facts, Noise};
 use crate::interrupt;
 use crate::janitor::Janitor;
+use crate::lab;
 use crate::peers;
 use crate::progress::Progress;
 use crate::report;
@@ -48,9 +49,16 @@ pub fn run(args: &RunArgs) -> Result<bool> {
     };
     git(&mut results);
     eprintln!("host: {}", results.host.line());
-    let measured = measure_all(args, &chosen, &mut context, &mut results, &out);
+    let mut keeper = Keeper {
+        results: &mut results,
+        out: &out,
+        stream: args.stream,
+    };
+    let measured = measure_all(args, &chosen, &mut context, &mut keeper);
     let cleared = context.janitor.finish();
-    results.absent.clone_from(&context.absent);
+    results.absent.extend(context.absent.iter().cloned());
+    results.absent.sort();
+    results.absent.dedup();
     results.interrupted = interrupt::requested();
     results.write(&out)?;
     report::write_page(&results, &out.join(report::PAGE))?;
@@ -165,12 +173,36 @@ fn out_folder(args: &RunArgs) -> Result<PathBuf> {
     Ok(out)
 }
 
+/// Results on their way to disk.
+struct Keeper<'a> {
+    results: &'a mut Results,
+    out: &'a Path,
+    stream: bool,
+}
+
+impl Keeper<'_> {
+    /// Writes what there is, with a scenario that is not through yet.
+    fn keep(&self, scenario: &ScenarioResult, names: &Names) -> Result<()> {
+        let mut results = self.results.clone();
+        results.interrupted = true;
+        results.add(scenario.clone(), names);
+        self.write(&results)
+    }
+
+    fn write(&self, results: &Results) -> Result<()> {
+        if self.stream {
+            let json = serde_json::to_string(results).context("results as JSON")?;
+            println!("{}{json}", lab::RESULTS);
+        }
+        results.write(self.out)
+    }
+}
+
 fn measure_all(
     args: &RunArgs,
     chosen: &[Chosen],
     context: &mut Context,
-    results: &mut Results,
-    out: &Path,
+    keeper: &mut Keeper,
 ) -> Result<()> {
     let order = Order {
         subjects: wanted(args),
@@ -179,30 +211,97 @@ fn measure_all(
         quick: args.quick,
         count: !args.no_counts,
     };
+    let (guests, others): (Vec<&Chosen>, Vec<&Chosen>) =
+        chosen.iter().partition(|one| lab::needs_guests(one));
+    let place = match guests.is_empty() {
+        true => Ok(false),
+        false => lab::wanted(args, context),
+    };
+    let here: Vec<&Chosen> = match place {
+        Ok(false) => chosen.iter().collect(),
+        _ => others,
+    };
     let mut progress = Progress::default();
     let cpus = [context.client_cpu, context.daemon_cpu];
-    for (index, one) in chosen.iter().enumerate() {
+    for (index, one) in here.iter().enumerate() {
         if interrupt::requested() {
             break;
         }
-        let later = chosen[index + 1..]
+        let later = here[index + 1..]
             .iter()
             .map(|next| (next.entry.expected)(args.quick));
         progress.begin(one.entry.name, 0, later.sum());
         let noise = Noise::look(one.entry.name, &cpus)?;
         progress.say(&noise.line());
-        results.noise.push(noise);
+        keeper.results.noise.push(noise);
         let names = names(one);
-        let scenario = measure(one, context, &order, &mut progress);
+        let scenario = measure(one, context, &order, &mut progress, &|scenario| {
+            keeper.keep(scenario, &names)
+        });
         progress.clear();
-        if let Some(failure) = &scenario.failure {
-            eprintln!("not measured: {}: {failure}", one.entry.name);
-        }
-        results.add(scenario, &names);
-        results.write(out)?;
+        add(keeper, scenario, &names)?;
     }
-    results.noise.push(Noise::look("after all", &cpus)?);
-    results.withdraw();
+    if let Err(error) = &place {
+        for one in &guests {
+            let failed = ScenarioResult {
+                failure: Some(format!("{error:#}")),
+                ..blank(one, false)
+            };
+            add(keeper, failed, &Names::new())?;
+        }
+    } else if here.len() < chosen.len() && !interrupt::requested() {
+        in_lab(args, &guests, context, &mut progress, keeper)?;
+    }
+    keeper.results.noise.push(Noise::look("after all", &cpus)?);
+    keeper.results.withdraw();
+    keeper.write(keeper.results)
+}
+
+fn add(keeper: &mut Keeper, scenario: ScenarioResult, names: &Names) -> Result<()> {
+    if let Some(failure) = &scenario.failure {
+        eprintln!("not measured: {}: {failure}", scenario.name);
+    }
+    keeper.results.add(scenario, names);
+    keeper.write(keeper.results)
+}
+
+/// Adds what the lab tells. What it could not measure says so.
+fn in_lab(
+    args: &RunArgs,
+    guests: &[&Chosen],
+    context: &mut Context,
+    progress: &mut Progress,
+    keeper: &mut Keeper,
+) -> Result<()> {
+    progress.begin("lab", 0, Duration::ZERO);
+    progress.say("booting");
+    let before = keeper.results.clone();
+    let outcome = lab::run(args, guests, context, progress, |inside| {
+        let mut all = before.clone();
+        all.interrupted = true;
+        all.take_in(inside);
+        keeper.write(&all)?;
+        *keeper.results = all;
+        Ok(())
+    });
+    progress.clear();
+    keeper.results.interrupted = false;
+    if let Err(error) = outcome {
+        for one in guests {
+            let there = keeper
+                .results
+                .scenarios
+                .iter()
+                .any(|done| done.name == one.entry.name);
+            if !there {
+                let failed = ScenarioResult {
+                    failure: Some(format!("{error:#}")),
+                    ..blank(one, true)
+                };
+                add(keeper, failed, &Names::new())?;
+            }
+        }
+    }
     Ok(())
 }
 
@@ -216,7 +315,9 @@ fn wanted(args: &RunArgs) -> Vec<String> {
 }
 
 /// Cloud Hypervisor's names by cell and metric.
-fn names(one: &Chosen) -> BTreeMap<(String, String), String> {
+type Names = BTreeMap<(String, String), String>;
+
+fn names(one: &Chosen) -> Names {
     let mut names = BTreeMap::new();
     for cell in &one.cells {
         for (metric, theirs) in &cell.names {
@@ -227,24 +328,33 @@ fn names(one: &Chosen) -> BTreeMap<(String, String), String> {
     names
 }
 
+/// A result without any yet.
+fn blank(one: &Chosen, emulated: bool) -> ScenarioResult {
+    ScenarioResult {
+        name: one.entry.name.to_owned(),
+        about: one.entry.about.to_owned(),
+        emulated,
+        metrics: one.entry.metrics.iter().map(Metric::info).collect(),
+        ..ScenarioResult::default()
+    }
+}
+
+/// After every cell.
+type Keep<'a> = &'a (dyn Fn(&ScenarioResult) -> Result<()> + Sync);
+
 /// One scenario on a thread of its own. Whatever fails is in the result.
 fn measure(
     one: &Chosen,
     context: &mut Context,
     order: &Order,
     progress: &mut Progress,
+    keep: Keep,
 ) -> ScenarioResult {
-    let mut result = ScenarioResult {
-        name: one.entry.name.to_owned(),
-        about: one.entry.about.to_owned(),
-        emulated: context.in_lab,
-        metrics: one.entry.metrics.iter().map(Metric::info).collect(),
-        ..ScenarioResult::default()
-    };
+    let mut result = blank(one, context.in_lab);
     let outcome = lacking(one.entry).and_then(|()| {
         let result = &mut result;
         std::thread::scope(|scope| {
-            let work = move || cells(one, context, order, progress, result);
+            let work = move || cells(one, context, order, progress, (result, keep));
             let thread = std::thread::Builder::new().name(one.entry.name.to_owned());
             let thread = thread.spawn_scoped(scope, work)?;
             thread
@@ -263,7 +373,7 @@ fn cells(
     context: &mut Context,
     order: &Order,
     progress: &mut Progress,
-    result: &mut ScenarioResult,
+    (result, keep): (&mut ScenarioResult, Keep),
 ) -> Result<()> {
     context.cells.clone_from(&one.cells);
     progress.say("preparing");
@@ -295,6 +405,7 @@ fn cells(
         let metrics = one.entry.metrics;
         let cell = engine::cell(scenario, &subjects, cell, metrics, order, progress);
         result.cells.push(cell);
+        keep(result)?;
     }
     Ok(())
 }
@@ -349,6 +460,13 @@ impl Metric {
 }
 
 impl Results {
+    /// Adds what was measured in the lab.
+    fn take_in(&mut self, inside: &Results) {
+        self.results.extend(inside.results.iter().cloned());
+        self.scenarios.extend(inside.scenarios.iter().cloned());
+        self.absent.extend(inside.absent.iter().cloned());
+    }
+
     /// Takes back the verdicts of scenarios before or after which the host was too noisy.
     fn withdraw(&mut self) {
         let looks: Vec<Noise> = self.noise.clone();
