@@ -45,6 +45,9 @@ Examples:
   A guest whose pages can be merged with those of others, beside its disk daemon:
     berth-vmm --kernel vmlinuz --disk path=disk.img --memory size=2G,mergeable=on
 
+  A guest none of whose memory another process has: this one copies what its disk reads and writes:
+    berth-vmm --kernel vmlinuz --disk path=disk.img --memory size=2G,shared=off
+
   No guest yet: it is created and booted through the API (docs/api.md):
     berth-vmm --api-socket path=/run/vm.sock
 
@@ -91,7 +94,7 @@ struct Flags {
     )]
     cpus: String,
     /// Guest memory, a multiple of 2 MiB. mergeable: whether KSM may merge it, where it is told to (on) or all from the
-    /// start (always); vhost-user devices then reach a window of it only (docs/memory.md)
+    /// start (always); vhost-user devices then reach a window of it only, and with shared=off nothing (docs/memory.md)
     #[arg(
         long,
         value_name = "size=SIZE,shared=on|off,mergeable=on|off|always,window=SIZE,hugepages=on|off,hugepage_size=2M|1G,thp=on|off,prefault=on|off",
@@ -99,25 +102,26 @@ struct Flags {
     )]
     memory: String,
     /// A disk: an image, for which a berth-blk is started, or the socket of a vhost-user-blk daemon; also
-    /// serial=, backend=PROGRAM, bw_size=, bw_one_time_burst=, bw_refill_time=, ops_size= …
+    /// serial=, backend=PROGRAM, bw_size=, bw_one_time_burst=, bw_refill_time=, ops_size= …; dma=shadow: the daemon gets
+    /// none of the guest's memory, dma=window: nothing but a window of it (docs/memory.md)
     /// [default: num_queues=1,queue_size=128]
     #[arg(long, action = ArgAction::Append, num_args = 1..,
-          value_name = "path=IMAGE|socket=PATH,readonly=on|off,direct=on|off,num_queues=N,queue_size=N,id=ID")]
+          value_name = "path=IMAGE|socket=PATH,readonly=on|off,direct=on|off,num_queues=N,queue_size=N,dma=window|shadow,id=ID")]
     disk: Vec<String>,
     /// A network card: a tap, for which a berth-net is started, or the socket of a vhost-user-net daemon,
     /// where with vhost_mode=server the VMM listens; also backend=PROGRAM, bw_size= … as for a disk
     /// [default: num_queues=2,queue_size=256]
     #[arg(long, action = ArgAction::Append, num_args = 1..,
-          value_name = "tap=NAME|fd=[N,N]|socket=PATH,mac=MAC,mtu=N,vhost_mode=client|server,num_queues=N,queue_size=N,id=ID")]
+          value_name = "tap=NAME|fd=[N,N]|socket=PATH,mac=MAC,mtu=N,vhost_mode=client|server,num_queues=N,queue_size=N,dma=window|shadow,id=ID")]
     net: Vec<String>,
     /// A shared folder: the socket of a virtiofs daemon; the guest mounts it by its tag
     /// [default: num_queues=1,queue_size=1024]
     #[arg(long, action = ArgAction::Append, num_args = 1..,
-          value_name = "tag=TAG,socket=PATH,num_queues=N,queue_size=N,id=ID")]
+          value_name = "tag=TAG,socket=PATH,num_queues=N,queue_size=N,dma=window|shadow,id=ID")]
     fs: Vec<String>,
     /// A device of any other type: the socket of its vhost-user daemon
     #[arg(long, action = ArgAction::Append, num_args = 1..,
-          value_name = "device_type=NAME|NUMBER,socket=PATH,queue_sizes=[N,N],id=ID")]
+          value_name = "device_type=NAME|NUMBER,socket=PATH,queue_sizes=[N,N],dma=window|shadow,id=ID")]
     generic_vhost_user: Vec<String>,
     /// First serial port
     #[arg(

@@ -12,7 +12,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use berth_vmm::config::{DiskConfig, Link, MemoryConfig, VhostUserConfig};
+use berth_vmm::config::{DiskConfig, Dma, Link, MemoryConfig, VhostUserConfig};
 use berth_vmm::devices::virtio::device::{
     Activation, ResetProgress, TransportNotify, VirtioDevice,
 };
@@ -87,6 +87,7 @@ fn disk(path: &Path) -> Kind {
             link: Link::Connect(path.to_owned()),
             num_queues: 2,
             queue_size: 128,
+            dma: Dma::Auto,
         },
         readonly: false,
     })

@@ -12,7 +12,7 @@ use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use berth_vmm::config::{DiskConfig, Link, MemoryConfig, VhostUserConfig};
+use berth_vmm::config::{DiskConfig, Dma, Link, MemoryConfig, VhostUserConfig};
 use berth_vmm::devices::virtio::device::{
     Activation, ResetProgress, TransportNotify, VirtioDevice,
 };
@@ -103,6 +103,7 @@ fn bench() -> Bench {
             link: Link::Connect(socket.clone()),
             num_queues: 2,
             queue_size: 64,
+            dma: Dma::Auto,
         },
         readonly: false,
     };

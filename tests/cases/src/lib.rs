@@ -30,6 +30,7 @@ pub mod net_control;
 mod own_daemons;
 pub mod pci;
 pub mod power;
+pub mod shadow;
 pub mod storm;
 pub mod upgrade;
 pub mod window;
@@ -61,6 +62,7 @@ pub fn stories() -> Vec<Story> {
         upgrade::STORIES,
         any_device::STORIES,
         window::STORIES,
+        shadow::STORIES,
         merging::STORIES,
         own_daemons::STORIES,
         balloon::STORIES,

@@ -50,6 +50,8 @@ pub struct GenericConfig {
     pub link: Link,
     /// Descriptors of each queue, powers of two from 2 to 32768.
     pub queue_sizes: Vec<u16>,
+    /// How it reaches guest memory.
+    pub dma: Dma,
 }
 
 /// A vhost-user backend and its queues.
@@ -62,6 +64,20 @@ pub struct VhostUserConfig {
     pub num_queues: u16,
     /// Descriptors of a queue, a power of two from 2 to 32768.
     pub queue_size: u16,
+    /// How it reaches guest memory.
+    pub dma: Dma,
+}
+
+/// How a device reaches guest memory, where that is not all shared.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Dma {
+    /// As the memory has it: by a DMA window, else by shadow queues.
+    #[default]
+    Auto,
+    /// By a DMA window and by nothing else.
+    Window,
+    /// By shadow queues.
+    Shadow,
 }
 
 /// How a backend is reached.

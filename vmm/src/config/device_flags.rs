@@ -37,6 +37,7 @@ pub fn disk(text: &str, index: usize) -> Result<DiskConfig, ArgError> {
         "serial",
         "image_type",
         "backend",
+        "dma",
     ];
     known.extend(RATE_LIMIT);
     let keys = Keys::parse(flag, text, &known)?;
@@ -55,6 +56,7 @@ pub fn disk(text: &str, index: usize) -> Result<DiskConfig, ArgError> {
         image_type: owned(&keys, "image_type"),
         rate_limiter_config: rate_limit(flag, &keys)?,
         backend: path(&keys, "backend")?,
+        dma: dma(&keys)?,
     };
     device_wire::disk(&disk, &format!("_disk{index}"), flag)
 }
@@ -74,6 +76,7 @@ pub fn net(text: &str, index: usize) -> Result<NetConfig, ArgError> {
         "vhost_mode",
         "id",
         "backend",
+        "dma",
     ];
     known.extend(RATE_LIMIT);
     let keys = Keys::parse(flag, text, &known)?;
@@ -100,6 +103,7 @@ pub fn net(text: &str, index: usize) -> Result<NetConfig, ArgError> {
         },
         rate_limiter_config: rate_limit(flag, &keys)?,
         backend: path(&keys, "backend")?,
+        dma: dma(&keys)?,
         fds: numbers,
     };
     let fds = net.fds.iter().flatten().map(|&number| {
@@ -116,7 +120,7 @@ pub fn net(text: &str, index: usize) -> Result<NetConfig, ArgError> {
 /// One `--fs`; `index` counts them.
 pub fn fs(text: &str, index: usize) -> Result<FsConfig, ArgError> {
     let flag = "--fs";
-    let known = ["tag", "socket", "num_queues", "queue_size", "id"];
+    let known = ["tag", "socket", "num_queues", "queue_size", "id", "dma"];
     let keys = Keys::parse(flag, text, &known)?;
     keys.no_bare()?;
     let fs = wire::FsConfig {
@@ -125,6 +129,7 @@ pub fn fs(text: &str, index: usize) -> Result<FsConfig, ArgError> {
         socket: keys.required("socket")?.into(),
         num_queues: keys.number("num_queues")?.unwrap_or(1),
         queue_size: keys.number("queue_size")?.unwrap_or(1024),
+        dma: dma(&keys)?,
     };
     device_wire::fs(&fs, &format!("_fs{index}"), flag)
 }
@@ -132,7 +137,14 @@ pub fn fs(text: &str, index: usize) -> Result<FsConfig, ArgError> {
 /// One `--generic-vhost-user`; `index` counts them.
 pub fn generic(text: &str, index: usize) -> Result<GenericConfig, ArgError> {
     let flag = "--generic-vhost-user";
-    let known = ["device_type", "virtio_id", "socket", "queue_sizes", "id"];
+    let known = [
+        "device_type",
+        "virtio_id",
+        "socket",
+        "queue_sizes",
+        "id",
+        "dma",
+    ];
     let keys = Keys::parse(flag, text, &known)?;
     keys.no_bare()?;
     // The older name.
@@ -155,6 +167,7 @@ pub fn generic(text: &str, index: usize) -> Result<GenericConfig, ArgError> {
             flag,
             key: "queue_sizes",
         })?,
+        dma: dma(&keys)?,
     };
     device_wire::generic(&generic, &format!("_generic_vhost_user{index}"), flag)
 }
@@ -224,6 +237,15 @@ fn owned(keys: &Keys, key: &'static str) -> Option<String> {
     keys.text(key).map(str::to_owned)
 }
 
+fn dma(keys: &Keys) -> Result<Option<wire::Dma>, ArgError> {
+    match keys.text("dma") {
+        None => Ok(None),
+        Some("window") => Ok(Some(wire::Dma::Window)),
+        Some("shadow") => Ok(Some(wire::Dma::Shadow)),
+        Some(other) => Err(keys.bad("dma", other, "window or shadow")),
+    }
+}
+
 /// A path; one that is given may not be empty.
 fn path<T: for<'a> From<&'a str>>(keys: &Keys, key: &'static str) -> Result<Option<T>, ArgError> {
     keys.text(key)
@@ -280,7 +302,7 @@ fn rate_limit(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::{Link, Serves, TapSource};
+    use crate::config::{Dma, Link, Serves, TapSource};
 
     #[test]
     fn a_disk_has_cloud_hypervisors_defaults() {
@@ -351,6 +373,23 @@ mod tests {
         ] {
             assert!(net(&text, 0).is_err(), "{text}");
         }
+    }
+
+    #[test]
+    fn a_device_may_say_how_it_reaches_memory() {
+        let text = "socket=/s,dma=shadow";
+        assert_eq!(disk(text, 0).unwrap().backend.dma, Dma::Shadow);
+        assert_eq!(
+            net("socket=/s,dma=window", 0).unwrap().backend.dma,
+            Dma::Window
+        );
+        assert_eq!(disk("socket=/s", 0).unwrap().backend.dma, Dma::Auto);
+        let fs = fs(&format!("tag=t,{text}"), 0).unwrap();
+        assert_eq!(fs.backend.dma, Dma::Shadow);
+        let rng = format!("device_type=rng,queue_sizes=[64],{text}");
+        assert_eq!(generic(&rng, 0).unwrap().dma, Dma::Shadow);
+        let line = disk("socket=/s,dma=bounce", 0).unwrap_err().to_string();
+        assert_eq!(line, "--disk: dma=bounce is not window or shadow");
     }
 
     #[test]

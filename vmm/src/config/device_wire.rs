@@ -12,7 +12,7 @@ use virtio_bindings::virtio_ids::{VIRTIO_ID_INPUT, VIRTIO_ID_IOMMU};
 
 use super::shared_fd::SharedFd;
 use super::{
-    ArgError, Bucket, Daemon, DiskConfig, FsConfig, GenericConfig, Image, Link, NetConfig,
+    ArgError, Bucket, Daemon, DiskConfig, Dma, FsConfig, GenericConfig, Image, Link, NetConfig,
     RateLimit, Serves, Tap, TapSource, VhostUserConfig,
 };
 
@@ -49,6 +49,7 @@ pub fn disk(disk: &wire::DiskConfig, id: &str, flag: &'static str) -> Result<Dis
             link,
             num_queues: disk.num_queues,
             queue_size: disk.queue_size,
+            dma: dma(disk.dma),
         },
         readonly: disk.readonly,
     })
@@ -133,6 +134,7 @@ pub fn net(
             link,
             num_queues: net.num_queues,
             queue_size: net.queue_size,
+            dma: dma(net.dma),
         },
         mac: mac.transpose()?,
     })
@@ -181,6 +183,7 @@ pub fn fs(fs: &wire::FsConfig, id: &str, flag: &'static str) -> Result<FsConfig,
             link: Link::Connect(fs.socket.clone()),
             num_queues: fs.num_queues,
             queue_size: fs.queue_size,
+            dma: dma(fs.dma),
         },
     })
 }
@@ -215,6 +218,7 @@ pub fn generic(
         device_type: generic.device_type,
         link: Link::Connect(generic.socket.clone()),
         queue_sizes: generic.queue_sizes.clone(),
+        dma: dma(generic.dma),
     })
 }
 
@@ -225,6 +229,7 @@ pub fn disk_to_wire(disk: &DiskConfig) -> wire::DiskConfig {
         readonly: disk.readonly,
         num_queues: disk.backend.num_queues,
         queue_size: disk.backend.queue_size,
+        dma: dma_to_wire(disk.backend.dma),
         vhost_user: disk.backend.link.socket().is_some(),
         vhost_socket: disk.backend.link.socket().map(Into::into),
         ..wire::DiskConfig::default()
@@ -251,6 +256,7 @@ pub fn net_to_wire(net: &NetConfig) -> wire::NetConfig {
         mac,
         num_queues: net.backend.num_queues,
         queue_size: net.backend.queue_size,
+        dma: dma_to_wire(net.backend.dma),
         vhost_user: net.backend.link.socket().is_some(),
         vhost_socket: net.backend.link.socket().map(Into::into),
         ..wire::NetConfig::default()
@@ -280,6 +286,7 @@ pub fn fs_to_wire(fs: &FsConfig) -> wire::FsConfig {
         socket: fs.backend.link.socket().map(Into::into).unwrap_or_default(),
         num_queues: fs.backend.num_queues,
         queue_size: fs.backend.queue_size,
+        dma: dma_to_wire(fs.backend.dma),
     }
 }
 
@@ -290,6 +297,23 @@ pub fn generic_to_wire(generic: &GenericConfig) -> wire::GenericVhostUserConfig 
         device_type: generic.device_type,
         socket: generic.link.socket().map(Into::into).unwrap_or_default(),
         queue_sizes: generic.queue_sizes.clone(),
+        dma: dma_to_wire(generic.dma),
+    }
+}
+
+fn dma(asked: Option<wire::Dma>) -> Dma {
+    match asked {
+        None => Dma::Auto,
+        Some(wire::Dma::Window) => Dma::Window,
+        Some(wire::Dma::Shadow) => Dma::Shadow,
+    }
+}
+
+fn dma_to_wire(dma: Dma) -> Option<wire::Dma> {
+    match dma {
+        Dma::Auto => None,
+        Dma::Window => Some(wire::Dma::Window),
+        Dma::Shadow => Some(wire::Dma::Shadow),
     }
 }
 

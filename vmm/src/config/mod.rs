@@ -23,8 +23,8 @@ use berth_irqchip::Mode;
 use crate::cpu::features::Features;
 
 pub use self::device::{
-    Bucket, Daemon, DiskConfig, FsConfig, GenericConfig, Image, Link, NetConfig, RateLimit, Serves,
-    Tap, TapSource, VhostUserConfig,
+    Bucket, Daemon, DiskConfig, Dma, FsConfig, GenericConfig, Image, Link, NetConfig, RateLimit,
+    Serves, Tap, TapSource, VhostUserConfig,
 };
 pub use self::memory::{HugePages, MemoryConfig, Mergeable};
 

@@ -20,3 +20,8 @@ pub fn balloon(data: &[u8]) {
 pub fn backend(data: &[u8]) {
     crate::vhost_user::fuzz_backend(data);
 }
+
+/// What a guest puts into a ring that has a shadow.
+pub fn shadow(data: &[u8]) {
+    crate::vhost_user::fuzz_shadow(data);
+}

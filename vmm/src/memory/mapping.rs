@@ -18,11 +18,12 @@ use vm_memory::{FileOffset, GuestAddress, GuestMemoryRegion, GuestRegionMmap};
 use super::Error;
 use crate::config::{HugePages, MemoryConfig};
 
-/// Name of the memfd in `/proc/<pid>/maps` and `/proc/<pid>/fd`.
-const NAME: &CStr = c"berth-guest-ram";
+/// Names of memfds in `/proc/<pid>/maps` and `/proc/<pid>/fd`.
+pub(super) const GUEST_RAM: &CStr = c"berth-guest-ram";
+pub(super) const BOUNCE: &CStr = c"berth-bounce";
 
 /// A memfd of `len` bytes that can change its size no more.
-pub(super) fn sealed_memfd(config: &MemoryConfig, len: u64) -> Result<File, Error> {
+pub(super) fn sealed_memfd(name: &CStr, config: &MemoryConfig, len: u64) -> Result<File, Error> {
     let create_error = |source| Error::Create {
         size_bytes: len,
         source,
@@ -34,7 +35,7 @@ pub(super) fn sealed_memfd(config: &MemoryConfig, len: u64) -> Result<File, Erro
         Some(HugePages::Gib1) => libc::MFD_HUGETLB | libc::MFD_HUGE_1GB,
     };
     // SAFETY: the name is a NUL-terminated string that lives through the call.
-    let fd = unsafe { libc::memfd_create(NAME.as_ptr(), flags) };
+    let fd = unsafe { libc::memfd_create(name.as_ptr(), flags) };
     if fd < 0 {
         let error = io::Error::last_os_error();
         // The host's processor or kernel knows no pages of this size.

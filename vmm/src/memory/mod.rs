@@ -16,5 +16,5 @@ mod slots;
 pub use error::Error;
 pub use mapping::Advice;
 pub use mode::{Mode, ModeError};
-pub use ram::{GuestRam, HostRange, Kind};
+pub use ram::{GuestRam, HostRange, Kind, bounce};
 pub use slots::RamSlots;

@@ -6,16 +6,19 @@
 //! | off | off | none | private |
 //! | – or off | on | none | private |
 //! | – or off | on | some | window, or shared where the guest is no bigger than one |
-//! | off | off | some | not yet: needs a shadow virtqueue |
+//! | off | off | some | private, and shadow queues |
 //! | on | on | any | never |
 //!
+//! Devices with `dma=shadow` do not count: they need no memory of the guest's.
+//!
 //! KSM merges anonymous private memory; vhost-user needs memory that a file descriptor stands for. The window is
-//! how a guest has both.
+//! how a guest has both, and shadow queues are how it has private memory alone ([`crate::vhost_user`]).
 
 #![forbid(unsafe_code)]
 
 use super::layout::LOW_RAM_END;
-use crate::config::{MemoryConfig, Mergeable, VmConfig};
+use crate::config::{Dma, MemoryConfig, Mergeable, VmConfig};
+use crate::vhost_user::Kind;
 
 /// How guest RAM is made.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -55,12 +58,12 @@ pub enum ModeError {
          hugepages=off (thp=on keeps transparent huge pages) or mergeable=off"
     )]
     HugeMergeable,
-    /// No memory that a backend could map.
-    #[error(
-        "--memory: shared=off with vhost-user devices needs shadow virtqueues, which are not built yet; leave \
-         shared= out, or use mergeable=on for a DMA window"
-    )]
-    NeedsShadow,
+    /// A device asks for a window that there is not.
+    #[error("{device}: dma=window is for --memory mergeable=on")]
+    NoWindow {
+        /// Its name.
+        device: String,
+    },
     /// A window for nothing.
     #[error("--memory: window= is for mergeable=on")]
     WindowUnused,
@@ -105,14 +108,20 @@ impl Mode {
                 return Err(ModeError::BadWindow { len });
             }
         }
+        let mut devices = Kind::all(config);
+        if memory.mergeable == Mergeable::Off
+            && let Some(kind) = devices.find(|kind| kind.dma() == Dma::Window)
+        {
+            let device = kind.id().to_owned();
+            return Err(ModeError::NoWindow { device });
+        }
         let external = queues(config);
         match (memory.shared, memory.mergeable, external) {
             (Some(true), Mergeable::Eligible | Mergeable::Always, _) => {
                 Err(ModeError::SharedMergeable)
             }
             (Some(true) | None, Mergeable::Off, _) => Ok(Self::Shared),
-            (_, _, 0) => Ok(Self::Private),
-            (Some(false), Mergeable::Off, _) => Err(ModeError::NeedsShadow),
+            (Some(false), Mergeable::Off, _) | (_, _, 0) => Ok(Self::Private),
             (_, _, queues) => Self::window(memory, queues),
         }
     }
@@ -166,21 +175,12 @@ fn check_huge_pages(memory: &MemoryConfig) -> Result<(), ModeError> {
     Ok(())
 }
 
-/// Queues of devices that other processes serve.
+/// Queues of devices that other processes serve and that could use a window.
 fn queues(config: &VmConfig) -> usize {
-    let disks = config.disks.iter().map(|disk| disk.backend.num_queues);
-    let nets = config.nets.iter().map(|net| net.backend.num_queues);
-    let fs = config.fs.iter().map(|fs| fs.backend.num_queues);
-    let alike: usize = disks
-        .chain(nets)
-        .chain(fs)
-        .map(|n| usize::from(n.max(1)))
-        .sum();
-    let generics = config
-        .generics
-        .iter()
-        .map(|generic| generic.queue_sizes.len().max(1));
-    alike + generics.sum::<usize>()
+    let devices = Kind::all(config).filter(|kind| kind.dma() != Dma::Shadow);
+    devices
+        .map(|kind| usize::from(kind.configured_queues().max(1)))
+        .sum()
 }
 
 #[cfg(test)]
@@ -207,7 +207,7 @@ mod tests {
         for (text, without, with) in [
             ("2G", Ok(Mode::Shared), Ok(Mode::Shared)),
             ("2G,shared=on", Ok(Mode::Shared), Ok(Mode::Shared)),
-            ("2G,shared=off", Ok(Mode::Private), Err("shadow virtqueues")),
+            ("2G,shared=off", Ok(Mode::Private), Ok(Mode::Private)),
             ("2G,mergeable=on", Ok(Mode::Private), Ok(window)),
             ("2G,mergeable=always", Ok(Mode::Private), Ok(window)),
             ("2G,shared=off,mergeable=on", Ok(Mode::Private), Ok(window)),
@@ -225,7 +225,7 @@ mod tests {
             (
                 "2G,hugepages=on,shared=off",
                 Ok(Mode::Private),
-                Err("not built yet"),
+                Ok(Mode::Private),
             ),
         ] {
             for (disks, expected) in [(none, without), (disk, with)] {
@@ -240,6 +240,20 @@ mod tests {
                     (got, expected) => panic!("{text} {disks:?}: {got:?}, not {expected:?}"),
                 }
             }
+        }
+    }
+
+    #[test]
+    fn devices_with_shadow_queues_need_no_memory_of_the_guests() {
+        let (shadow, window) = ("socket=/a,dma=shadow", "socket=/b,dma=window");
+        let private = "2G,mergeable=on";
+        assert_eq!(mode(private, &[shadow]), Ok(Mode::Private));
+        let both = Ok(Mode::Window { len: 256 * MIB });
+        assert_eq!(mode(private, &[shadow, window]), both);
+        assert_eq!(mode("2G", &[shadow]), Ok(Mode::Shared));
+        for memory in ["2G", "2G,shared=off"] {
+            let line = mode(memory, &[shadow, window]).unwrap_err();
+            assert_eq!(line, "_disk1: dma=window is for --memory mergeable=on");
         }
     }
 

@@ -80,8 +80,12 @@ impl GuestRam {
         }
         let (low, high) = mode.split(size_bytes);
         let file = match mode {
-            Mode::Shared => Some(mapping::sealed_memfd(config, size_bytes)?),
-            Mode::Window { .. } => Some(mapping::sealed_memfd(config, low)?),
+            Mode::Shared => Some(mapping::sealed_memfd(
+                mapping::GUEST_RAM,
+                config,
+                size_bytes,
+            )?),
+            Mode::Window { .. } => Some(mapping::sealed_memfd(mapping::GUEST_RAM, config, low)?),
             Mode::Private => None,
         };
         let part = |offset| match &file {
@@ -323,6 +327,18 @@ impl GuestRam {
     pub fn page_bytes(&self) -> u64 {
         self.config.huge_pages.map_or(PAGE, HugePages::bytes)
     }
+}
+
+/// Shared memory that is no guest's, `len` bytes from address 0: what devices see instead of a guest's. Pages come when
+/// they are first touched.
+///
+/// # Errors
+/// Where the host has none.
+pub fn bounce(len: u64) -> Result<GuestMemoryMmap, Error> {
+    let config = MemoryConfig::of(len);
+    let file = mapping::sealed_memfd(mapping::BOUNCE, &config, len)?;
+    let region = mapping::map(&config, Some(FileOffset::new(file, 0)), 0, len)?;
+    GuestMemoryMmap::from_arc_regions(vec![Arc::new(region)]).map_err(Error::Regions)
 }
 
 fn kind(region: &GuestRegionMmap) -> Kind {

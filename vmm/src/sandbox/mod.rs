@@ -5,7 +5,7 @@
 //!                        │                                                     │
 //!                        └─ serial-out: its filter                             ├─ api, metrics: their filters
 //!                                                                              ├─ boot: Landlock of this guest, filter
-//!                                                                              │    ├─ vcpuN ── rng
+//!                                                                              │    ├─ vcpuN ── rng, shN-ID
 //!                                                                              │    ├─ balloon
 //!                                                                              │    └─ vu-ID, vu-deadline
 //!                                                                              ├─ plug, vu-ID of a device that is added
@@ -87,6 +87,8 @@ pub enum ThreadKind {
     Balloon,
     /// Fills the entropy device's buffers.
     Rng,
+    /// Copies for one queue of a device that has none of the guest's memory (`shN-ID`).
+    Shadow,
     /// Writes what the guest prints.
     SerialOut,
     /// Answers on the metrics socket.
@@ -95,7 +97,7 @@ pub enum ThreadKind {
 
 impl ThreadKind {
     /// All of them.
-    pub const ALL: [Self; 13] = [
+    pub const ALL: [Self; 14] = [
         Self::Main,
         Self::Boot,
         Self::Teardown,
@@ -107,6 +109,7 @@ impl ThreadKind {
         Self::Api,
         Self::Balloon,
         Self::Rng,
+        Self::Shadow,
         Self::SerialOut,
         Self::Metrics,
     ];
@@ -115,7 +118,7 @@ impl ThreadKind {
     pub fn parent(self) -> Self {
         match self {
             Self::Vcpu | Self::VhostUser | Self::Deadline | Self::Balloon => Self::Boot,
-            Self::Rng => Self::Vcpu,
+            Self::Rng | Self::Shadow => Self::Vcpu,
             _ => Self::Main,
         }
     }
@@ -134,6 +137,7 @@ impl ThreadKind {
             Self::Api => "api",
             Self::Balloon => "balloon",
             Self::Rng => "rng",
+            Self::Shadow => "shN-ID",
             Self::SerialOut => "serial-out",
             Self::Metrics => "metrics",
         }

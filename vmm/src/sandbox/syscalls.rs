@@ -346,7 +346,7 @@ pub fn allowed(kind: ThreadKind, doorbells: bool) -> Vec<Syscall> {
         ThreadKind::SerialOut => &[COMMON, &[any![SYS_sendto, SYS_sendmsg]]],
         // Holes in guest memory.
         ThreadKind::Balloon => &[COMMON, &[any![SYS_fallocate]]],
-        ThreadKind::Rng | ThreadKind::Plug => &[COMMON],
+        ThreadKind::Rng | ThreadKind::Shadow | ThreadKind::Plug => &[COMMON],
         // Which pages of guest memory are there.
         ThreadKind::Advice => &[COMMON, &[any![SYS_mincore]]],
     };

@@ -220,6 +220,7 @@ fn render(counters: &CounterGroups, known: &Known) -> String {
     }
     vcpus(&mut text, counters);
     backends(&mut text, counters);
+    shadow(&mut text, counters);
     balloon_metrics::render(
         &mut text,
         counters.get(balloon::NAME),
@@ -327,6 +328,32 @@ fn backends(text: &mut String, counters: &CounterGroups) {
     }
 }
 
+fn shadow(text: &mut String, counters: &CounterGroups) {
+    for (name, help) in [
+        ("shadow_requests", "Requests that shadow queues passed on."),
+        (
+            "shadow_copied_in_bytes",
+            "Bytes that shadow queues copied out of guest memory.",
+        ),
+        (
+            "shadow_copied_out_bytes",
+            "Bytes that shadow queues copied into guest memory.",
+        ),
+        (
+            "shadow_stalls",
+            "Requests that had to wait for bounce memory.",
+        ),
+    ] {
+        let family_name = format!("{name}_total");
+        family(text, &family_name, "counter", help);
+        for (device, values) in counters {
+            if let Some(value) = values.get(name) {
+                line(text, &family_name, &format!("device=\"{device}\""), *value);
+            }
+        }
+    }
+}
+
 // Writing to a string cannot fail.
 pub(super) fn family(text: &mut String, name: &str, kind: &str, help: &str) {
     let _ = writeln!(
@@ -359,6 +386,7 @@ mod tests {
         add("vcpu0", "kvm_halt_exits", 3);
         add("vcpu0", "doorbells", 5);
         add("_disk0", "backend_connected", 1);
+        add("_disk0", "shadow_copied_in_bytes", 11);
         add("irqchip", "routing_updates", 2);
         add("irqchip", "msis", 4);
         add("vmm", "boots", 1);
@@ -379,6 +407,7 @@ mod tests {
             "berth_vmm_vcpu_kvm_total{vcpu=\"0\",stat=\"halt_exits\"} 3",
             "berth_vmm_vcpu_doorbells_total{vcpu=\"0\"} 5",
             "berth_vmm_backend_connected{device=\"_disk0\"} 1",
+            "berth_vmm_shadow_copied_in_bytes_total{device=\"_disk0\"} 11",
             "berth_vmm_irqchip_routing_updates_total 2",
             "berth_vmm_irqchip_msis 4",
             "berth_vmm_boots_total 1",

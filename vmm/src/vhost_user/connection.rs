@@ -11,7 +11,6 @@ use super::session::{DAEMON_LOG, End, REQUESTS, RING_ERROR, SOCKET, Session, WAK
 use super::shared::{Rings, SessionState, Shared};
 use super::vring::Running;
 use super::wait::{Ready, Waiter};
-use super::window::Window;
 use crate::telemetry::LogLimit;
 
 /// A guest can break its rings, and write what is refused, as often as it likes.
@@ -117,7 +116,8 @@ impl Connection {
         let kind = &session.shared.kind;
         self.peer.begin(session.limit);
         self.found.config = self.peer.read_config(kind)?;
-        self.offer = kind.offer(&self.found).map_err(Error::Unfit)?;
+        let offer = kind.offer(&self.found).map_err(Error::Unfit)?;
+        self.offer = session.shared.reach.limit(kind, offer);
         self.publish(&session.shared);
         Ok(())
     }
@@ -141,7 +141,7 @@ impl Connection {
             let _ = err.read();
             if let Some(suppressed) = RING_ERRORS.pass() {
                 let device = shared.id();
-                let suspicion = shared.window.as_ref().map_or("", Window::suspicion);
+                let suspicion = shared.reach.suspicion(rings);
                 tracing::warn!(
                     device,
                     queue,
@@ -149,6 +149,7 @@ impl Connection {
                     "the backend gave the queue up{suspicion}"
                 );
             }
+            shared.reach.gave_up(rings);
             if let Some(notify) = &shared.state().notify {
                 notify.needs_reset();
             }

@@ -6,8 +6,8 @@ use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::kind::bits;
-use super::shared::{Ring, Rings, Shared};
-use super::window::Window;
+use super::shadow::Workers;
+use super::shared::Shared;
 use crate::devices::virtio::device::{
     ActivateError, Activation, ResetProgress, TransportNotify, VirtioDevice,
 };
@@ -16,12 +16,15 @@ use crate::devices::virtio::device::{
 pub(super) struct Device {
     shared: Arc<Shared>,
     queue_sizes: Vec<u16>,
+    /// Who copies for it, if somebody has to.
+    workers: Option<Workers>,
 }
 
 impl Device {
     pub(super) fn new(shared: Arc<Shared>) -> Self {
         Self {
             queue_sizes: shared.kind.queue_sizes(),
+            workers: None,
             shared,
         }
     }
@@ -41,16 +44,13 @@ impl VirtioDevice for Device {
         let state = self.shared.state();
         let offer = state.offer.as_ref();
         let theirs = offer.map_or(bits(&[VIRTIO_F_VERSION_1]), |offer| offer.features);
-        let window = self.shared.window.as_ref();
-        theirs | window.map_or(0, Window::features)
+        theirs | self.shared.reach.features()
     }
 
     /// A driver that comes while the backend is away for a moment is served when it is back; one whose
     /// backend never answered would wait for ever.
     fn accepts(&self, features: u64) -> bool {
-        let window = self.shared.window.as_ref();
-        window.is_none_or(|window| window.accepts(self.shared.id(), features))
-            && self.shared.state().offer.is_some()
+        self.shared.reach.accepts(self.shared.id(), features) && self.shared.state().offer.is_some()
     }
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {
@@ -84,32 +84,32 @@ impl VirtioDevice for Device {
     }
 
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
-        let mut state = self.shared.state();
-        let served = state.offer.as_ref().map_or(0, |offer| offer.queues);
-        if let Some(queue) = activation.queues.iter().find(|queue| queue.index >= served) {
-            return Err(ActivateError {
-                device: self.shared.id().to_owned(),
-                reason: format!("queue {}: the backend serves {served}", queue.index),
-            });
-        }
-        let window = self.shared.window.as_ref();
-        let rings = Rings {
-            features: Window::without_ours(activation.features),
-            rings: activation.queues.into_iter().map(Ring::new).collect(),
-            memory: window.map_or(activation.memory, |window| window.memory().clone()),
-        };
-        let inside = window.map_or(Ok(()), |window| window.check(&rings));
-        inside.map_err(|reason| ActivateError {
+        let failed = |reason| ActivateError {
             device: self.shared.id().to_owned(),
             reason,
-        })?;
-        state.wanted = Some(Arc::new(rings));
-        drop(state);
+        };
+        let served = self.shared.state().offer.as_ref().map(|o| o.queues);
+        let served = served.unwrap_or(0);
+        if let Some(queue) = activation.queues.iter().find(|queue| queue.index >= served) {
+            let index = queue.index;
+            return Err(failed(format!(
+                "queue {index}: the backend serves {served}"
+            )));
+        }
+        let reach = &self.shared.reach;
+        let started = reach.start(&self.shared, activation).map_err(failed)?;
+        let (rings, workers) = started;
+        self.workers = workers;
+        self.shared.state().wanted = Some(Arc::new(rings));
         self.shared.wake();
         Ok(())
     }
 
     fn set_call(&mut self, queue: u16, call: EventFd) {
+        if let Some(workers) = &self.workers {
+            workers.set_call(queue, call);
+            return;
+        }
         let mut state = self.shared.state();
         let rings = state.wanted.as_ref().map(|rings| &rings.rings);
         if let Some(ring) = rings.and_then(|rings| rings.iter().find(|ring| ring.index == queue)) {
@@ -121,6 +121,9 @@ impl VirtioDevice for Device {
     }
 
     fn reset(&mut self) {
+        if let Some(workers) = &self.workers {
+            workers.stop();
+        }
         let mut state = self.shared.state();
         if state.wanted.take().is_some() {
             drop(state);
@@ -129,7 +132,8 @@ impl VirtioDevice for Device {
     }
 
     fn reset_progress(&mut self) -> ResetProgress {
-        match self.shared.state().held {
+        self.workers.take_if(|workers| workers.have_ended());
+        match self.workers.is_some() || self.shared.state().held {
             true => ResetProgress::Pending,
             false => ResetProgress::Done,
         }

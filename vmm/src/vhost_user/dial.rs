@@ -134,7 +134,7 @@ mod tests {
     use vmm_sys_util::tempdir::TempDir;
 
     use super::*;
-    use crate::config::{NetConfig, VhostUserConfig};
+    use crate::config::{Dma, NetConfig, VhostUserConfig};
 
     #[test]
     fn who_comes_to_our_socket_is_taken_one_after_the_other() {
@@ -146,6 +146,7 @@ mod tests {
                 link: Link::Listen(path.clone()),
                 num_queues: 2,
                 queue_size: 64,
+                dma: Dma::Auto,
             },
             mac: None,
         });

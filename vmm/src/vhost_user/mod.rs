@@ -32,7 +32,9 @@ mod dial;
 mod inflight;
 mod kind;
 mod peer;
+mod reach;
 mod session;
+mod shadow;
 mod shared;
 #[cfg(test)]
 mod tests;
@@ -47,19 +49,21 @@ use std::path::PathBuf;
 use std::sync::{Arc, LazyLock};
 use std::time::Duration;
 
-use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use self::deadline::Deadlines;
 use self::device::Device;
 use self::dial::Dialer;
 pub use self::kind::Kind;
+use self::reach::Reach;
+pub use self::reach::Way;
 use self::session::Session;
 pub use self::shared::SessionState;
 use self::shared::{Roster, Shared};
 use self::window::Window;
 use crate::devices::virtio::device::VirtioDevice;
 use crate::launcher::Launcher;
+use crate::memory::{self, GuestRam, Mode};
 use crate::sandbox::{self, ThreadKind};
 use crate::socket;
 
@@ -96,6 +100,11 @@ pub(crate) fn fuzz_backend(bytes: &[u8]) {
     }
 }
 
+/// What a guest puts into a ring that has a shadow, and what a backend makes of it; for the fuzz targets.
+pub(crate) fn fuzz_shadow(bytes: &[u8]) {
+    shadow::guest_ring(bytes);
+}
+
 static FUZZ_DEADLINES: LazyLock<io::Result<Arc<Deadlines>>> =
     LazyLock::new(|| Deadlines::new().map(Arc::new));
 
@@ -128,6 +137,12 @@ pub enum Error {
         /// Its last words, or how it ended.
         reason: String,
     },
+    /// It cannot reach guest memory as asked.
+    #[error("{0}")]
+    NoWay(String),
+    /// No memory for its shadow queues.
+    #[error(transparent)]
+    Bounce(#[from] memory::Error),
     /// A socket of ours.
     #[error(transparent)]
     Listen(#[from] socket::Error),
@@ -151,6 +166,8 @@ pub struct SessionInfo {
     pub socket: Option<PathBuf>,
     /// Where the session is.
     pub state: SessionState,
+    /// What its shadow queues have done, where it may have some.
+    pub shadow: Option<[(&'static str, u64); 4]>,
 }
 
 /// One session, for a thread that waits for it.
@@ -184,7 +201,9 @@ pub struct Frontends {
     sessions: Vec<Arc<Shared>>,
     operation_limit: Duration,
     launcher: Option<Launcher>,
-    window: Option<Window>,
+    guest: reach::Guest,
+    /// Whether the guest runs already.
+    late: bool,
     discards: bool,
 }
 
@@ -203,16 +222,34 @@ impl Frontends {
             roster: Arc::default(),
             sessions: Vec::new(),
             launcher: None,
-            window: None,
+            guest: reach::Guest::Shared,
+            late: false,
             discards: false,
         })
     }
 
-    /// The same, where devices made from here on reach no more of guest memory than this region from address 0.
+    /// The same, where devices reach what of guest memory is shared: all, a window, or nothing.
     #[must_use]
-    pub fn within(mut self, window: Option<GuestMemoryMmap>) -> Self {
-        self.window = window.map(Window::new);
+    pub fn reaching(mut self, ram: &GuestRam) -> Self {
+        self.guest = match (ram.window(), ram.mode()) {
+            (Some(window), _) => reach::Guest::Window(Window::new(window.clone())),
+            (None, Mode::Private) => reach::Guest::Private,
+            (None, _) => reach::Guest::Shared,
+        };
         self
+    }
+
+    /// From here on devices are added to a guest that runs.
+    pub fn guest_runs(&mut self) {
+        self.late = true;
+    }
+
+    /// How a device would reach guest memory.
+    ///
+    /// # Errors
+    /// Where there is no way as asked.
+    pub fn way(&self, kind: &Kind) -> Result<Way, Error> {
+        self.guest.way(kind, self.late).map_err(Error::NoWay)
     }
 
     /// The same, of a guest whose pages may be discarded while devices use them: a backend that says that it pins
@@ -246,31 +283,28 @@ impl Frontends {
         kind: Kind,
         patience: Duration,
     ) -> Result<Box<dyn VirtioDevice>, Error> {
+        let reach = self.guest.reach(&kind, self.way(&kind)?)?;
         let dialer = Dialer::new(&kind, self.launcher.as_ref(), patience)?;
         let device = kind.id().to_owned();
         let shared = self
-            .start(kind, dialer)
+            .start(kind, dialer, reach)
             .map_err(|source| Error::Start { device, source })?;
         self.sessions.push(Arc::clone(&shared));
         Ok(Box::new(Device::new(shared)))
     }
 
-    fn start(&self, kind: Kind, dialer: Dialer) -> io::Result<Arc<Shared>> {
+    fn start(&self, kind: Kind, dialer: Dialer, reach: Reach) -> io::Result<Arc<Shared>> {
         let wake = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?;
         let name: String = format!("vu-{}", kind.id())
             .chars()
             .take(THREAD_NAME)
             .collect();
-        let shared = Arc::new(Shared::new(
-            kind,
-            wake,
-            self.window.clone(),
-            Arc::clone(&self.roster),
-        ));
+        let shared = Arc::new(Shared::new(kind, wake, reach, Arc::clone(&self.roster)));
         let deadlines = Arc::clone(&self.deadlines);
         let mut session =
             Session::new(Arc::clone(&shared), dialer, deadlines, self.operation_limit)?;
-        session.discards = self.discards;
+        // Bounce memory is never discarded.
+        session.discards = self.discards && !matches!(shared.reach, Reach::Shadow(_));
         // Counted before the thread can leave.
         self.roster.change(|counts| {
             counts.threads += 1;
@@ -334,6 +368,7 @@ impl Frontends {
             id: shared.id().to_owned(),
             socket: shared.kind.link().socket().map(Into::into),
             state: shared.state().session,
+            shadow: shared.reach.counters(),
         };
         self.sessions.iter().map(info).collect()
     }

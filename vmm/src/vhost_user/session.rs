@@ -273,6 +273,7 @@ impl Session {
             }
         }
         let offer = kind.offer(&found).map_err(Error::Unfit)?;
+        let offer = self.shared.reach.limit(kind, offer);
         if let Some(rings) = wanted {
             offer.fits(&rings).map_err(Error::Unfit)?;
         }

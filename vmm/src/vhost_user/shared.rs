@@ -14,7 +14,7 @@ use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::kind::{Kind, Offer};
-use super::window::Window;
+use super::reach::Reach;
 use crate::devices::virtio::device::{QueueSetup, TransportNotify};
 use crate::telemetry::events::event;
 
@@ -40,6 +40,8 @@ pub(super) struct Rings {
     pub(super) rings: Vec<Ring>,
     /// What the backend maps.
     pub(super) memory: GuestMemoryMmap,
+    /// Whether they are in a DMA window, and their device could have shadow queues.
+    pub(super) can_be_shadowed: bool,
 }
 
 pub(super) struct Ring {
@@ -73,8 +75,8 @@ impl Ring {
 
 pub(super) struct Shared {
     pub(super) kind: Kind,
-    /// What of guest memory the backend maps, if that is not all.
-    pub(super) window: Option<Window>,
+    /// How it reaches guest memory.
+    pub(super) reach: Reach,
     /// Wakes the session's thread.
     wake: EventFd,
     state: Mutex<State>,
@@ -102,12 +104,7 @@ pub(super) struct State {
 }
 
 impl Shared {
-    pub(super) fn new(
-        kind: Kind,
-        wake: EventFd,
-        window: Option<Window>,
-        roster: Arc<Roster>,
-    ) -> Self {
+    pub(super) fn new(kind: Kind, wake: EventFd, reach: Reach, roster: Arc<Roster>) -> Self {
         let state = State {
             session: SessionState::Waiting,
             offer: None,
@@ -122,7 +119,7 @@ impl Shared {
         };
         Self {
             kind,
-            window,
+            reach,
             wake,
             state: Mutex::new(state),
             roster,

@@ -1,7 +1,7 @@
 //! Sessions against a backend of a few lines, which does what a good one would not: stops in the middle,
 //! answers wrongly, changes. Good ones are in `tests/frontend.rs`.
 
-mod backend;
+pub(super) mod backend;
 mod hostile;
 mod window;
 
@@ -18,7 +18,7 @@ use vmm_sys_util::tempdir::TempDir;
 
 use self::backend::*;
 use super::*;
-use crate::config::{DiskConfig, Link, MemoryConfig, VhostUserConfig};
+use crate::config::{DiskConfig, Dma, Link, MemoryConfig, VhostUserConfig};
 use crate::devices::virtio::device::{Activation, QueueSetup, ResetProgress, TransportNotify};
 use crate::memory::GuestRam;
 
@@ -77,6 +77,16 @@ fn bench_with(limit: Duration, ram: GuestRam, before: impl FnOnce(&Path)) -> Ben
 
 /// The same, with sessions that are made here.
 fn bench_on(frontends: Frontends, ram: GuestRam, before: impl FnOnce(&Path)) -> Bench {
+    bench_reaching(frontends, ram, Dma::Auto, before)
+}
+
+/// The same, with a disk that reaches memory so.
+fn bench_reaching(
+    frontends: Frontends,
+    ram: GuestRam,
+    dma: Dma,
+    before: impl FnOnce(&Path),
+) -> Bench {
     let dir = TempDir::new().unwrap();
     let path = dir.as_path().join("disk.sock");
     before(&path);
@@ -86,6 +96,7 @@ fn bench_on(frontends: Frontends, ram: GuestRam, before: impl FnOnce(&Path)) -> 
             link: Link::Connect(path.clone()),
             num_queues: 1,
             queue_size: 64,
+            dma,
         },
         readonly: false,
     });
@@ -93,7 +104,7 @@ fn bench_on(frontends: Frontends, ram: GuestRam, before: impl FnOnce(&Path)) -> 
         config: eventfd(),
         reset: eventfd(),
     });
-    let mut frontends = frontends.within(ram.window().cloned());
+    let mut frontends = frontends.reaching(&ram);
     let mut device = frontends.connect(kind).unwrap();
     device.attach(Arc::clone(&notes) as _);
     Bench {

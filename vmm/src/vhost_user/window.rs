@@ -13,8 +13,9 @@
 //! platform's rules of DMA: VIRTIO_F_ACCESS_PLATFORM. That bit is a matter between guest and VMM: to a backend it would
 //! mean an IOTLB, so it is never passed on.
 //!
-//! A guest that does not do its part is refused: without the bit no FEATURES_OK; with a ring outside, NEEDS_RESET; a
-//! buffer outside is found by the backend, which has no such memory.
+//! A guest that does not do its part gets shadow queues ([`super::reach`]), or where these are not wanted it is refused:
+//! without the bit no FEATURES_OK; with a ring outside, NEEDS_RESET. A buffer outside is found by the backend, which has
+//! no such memory.
 //!
 //! virtio 1.3, 6 (VIRTIO_F_ACCESS_PLATFORM).
 
@@ -24,13 +25,14 @@ use virtio_bindings::virtio_config::VIRTIO_F_ACCESS_PLATFORM;
 use vm_memory::{GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
 
 use super::kind::bits;
-use super::shared::Rings;
+use crate::devices::virtio::device::QueueSetup;
 use crate::telemetry::LogLimit;
 
 const ACCESS_PLATFORM: u64 = bits(&[VIRTIO_F_ACCESS_PLATFORM]);
 /// What is said of a guest that does not keep to the window.
-const ADVICE: &str = "the guest does not keep to the DMA window (is iommu=usedac on its command line? only Linux keeps \
-                      to it): use mergeable=off";
+const STRAYS: &str = "the guest does not keep to the DMA window (is iommu=usedac on its command line? only Linux keeps to it)";
+/// And where there is no other way.
+pub(super) const ADVICE: &str = "leave dma=window out, or use mergeable=off";
 /// A driver can try as often as it likes.
 static REFUSALS: LogLimit = LogLimit::new(Duration::from_secs(10));
 
@@ -56,14 +58,19 @@ impl Window {
         ACCESS_PLATFORM
     }
 
-    /// Whether a driver that chose these keeps to the window.
+    /// Whether a driver chose to keep to the platform's rules.
+    pub(super) fn has_taken(&self, chosen: u64) -> bool {
+        chosen & ACCESS_PLATFORM != 0
+    }
+
+    /// Whether a driver that chose these can be served in the window; says so where not.
     pub(super) fn accepts(&self, device: &str, chosen: u64) -> bool {
-        let accepted = chosen & ACCESS_PLATFORM != 0;
+        let accepted = self.has_taken(chosen);
         if !accepted && let Some(suppressed) = REFUSALS.pass() {
             tracing::warn!(
                 device,
                 suppressed,
-                "refused, as its driver does not take VIRTIO_F_ACCESS_PLATFORM: {ADVICE}"
+                "refused, as its driver does not take VIRTIO_F_ACCESS_PLATFORM: {STRAYS}: {ADVICE}"
             );
         }
         accepted
@@ -75,9 +82,9 @@ impl Window {
     }
 
     /// Whether rings are in the window, or why not.
-    pub(super) fn check(&self, rings: &Rings) -> Result<(), String> {
+    pub(super) fn check(&self, rings: &[QueueSetup]) -> Result<(), String> {
         let end = self.memory.iter().map(GuestMemoryRegion::len).sum::<u64>();
-        for ring in &rings.rings {
+        for ring in rings {
             let size = u64::from(ring.size);
             let areas = [
                 (ring.desc, 16 * size),
@@ -87,7 +94,7 @@ impl Window {
             for (address, len) in areas {
                 if address.checked_add(len).is_none_or(|last| last > end) {
                     return Err(format!(
-                        "queue {}: a ring at {address:#x} is outside the first {} MiB: {ADVICE}",
+                        "queue {}: a ring at {address:#x} is outside the first {} MiB: {STRAYS}",
                         ring.index,
                         end >> 20
                     ));
@@ -99,6 +106,6 @@ impl Window {
 
     /// What to say beside a queue that a backend gave up.
     pub(super) fn suspicion(&self) -> &'static str {
-        "; if a buffer is outside its memory, the guest does not keep to the DMA window: use mergeable=off"
+        "; if a buffer is outside its memory, the guest does not keep to the DMA window: leave dma=window out, or use mergeable=off"
     }
 }

@@ -194,7 +194,7 @@ pub fn build(parts: &Parts) -> Result<Machine, Error> {
     let mut frontends = Frontends::new().map_err(Error::Frontends)?;
     frontends = frontends
         .starting(parts.launcher.clone())
-        .within(ram.window().cloned())
+        .reaching(&ram)
         .discarding(config.balloon.is_some());
     let mut host = pci_host(&buses, &chip, &ram, &parts.events);
     let balloon = add_devices(&mut host, config, &ram, &mut frontends)?;
@@ -212,6 +212,7 @@ pub fn build(parts: &Parts) -> Result<Machine, Error> {
     let fds = create_vcpus(&parts.new_vm, &chip, config, &ram, &entry)?;
     mark("vCPUs");
     wait_for_backends(&frontends, &parts.cancel)?;
+    frontends.guest_runs();
     mark("backends");
     let vcpus = Vcpus::start(fds, &buses, &parts.events, &config.affinity)?;
     Ok(Machine {
@@ -387,13 +388,6 @@ fn add_devices(
     frontends: &mut Frontends,
 ) -> Result<Option<balloon::Handle>, Error> {
     let platform = &config.platform;
-    let (vendor, empty_ports) = match ram.mode() {
-        // A device that comes later would not be limited, so none can.
-        memory::Mode::Window { .. } => (pci::LIMITING_VENDOR, 0),
-        memory::Mode::Shared | memory::Mode::Private => {
-            (platform.root_port_vendor, platform.hotplug_ports)
-        }
-    };
     let rng = rng::Rng::new("_rng", &config.rng.src)?;
     host.add_builtin("_rng", Box::new(rng))?;
     let balloon = config
@@ -401,13 +395,18 @@ fn add_devices(
         .map(|balloon| add_balloon(host, ram, &balloon));
     for kind in Kind::all(config) {
         let id = kind.id().to_owned();
+        let vendor = match frontends.way(&kind)? {
+            vhost_user::Way::Window { .. } => pci::LIMITING_VENDOR,
+            vhost_user::Way::Direct | vhost_user::Way::Shadow => platform.root_port_vendor,
+        };
         let device = frontends.connect(kind)?;
         host.add_below_root_port(&id, device, vendor)?;
     }
     let taken = devices::ids(config).count();
     let free = MAX_EXTERNAL_DEVICES.saturating_sub(taken);
-    for _ in 0..free.min(empty_ports.into()) {
-        host.add_empty_root_port(vendor)?;
+    // What comes later has shadow queues where there is a window: it would not be limited.
+    for _ in 0..free.min(platform.hotplug_ports.into()) {
+        host.add_empty_root_port(platform.root_port_vendor)?;
     }
     balloon.transpose()
 }

@@ -24,7 +24,6 @@ use super::machine::Machine;
 use super::requests::{Failure, Reply, ReplyTo, Request};
 use super::state::{Action, Refusal, accept};
 use crate::devices::virtio::device::VirtioDevice;
-use crate::memory::Mode;
 use crate::pci::DeviceInfo;
 use crate::sandbox::{self, ThreadKind};
 use crate::telemetry::events::event;
@@ -45,19 +44,6 @@ type Dialling = (String, Box<dyn VirtioDevice>);
 
 fn failed(error: &dyn std::error::Error) -> Failure {
     Failure::Failed(error_chain(error))
-}
-
-/// Why a device that comes while the guest runs could not reach its buffers. Linux learns of a DMA window where it finds
-/// a device together with the port above it, which is at boot.
-fn not_reachable(id: &str, mode: Mode) -> String {
-    let memory = match mode {
-        Mode::Window { .. } => "has a DMA window for the devices that it boots with",
-        Mode::Shared | Mode::Private => "is private",
-    };
-    format!(
-        "{id} cannot be added while the guest runs: its memory {memory} (shadow virtqueues are not built yet; \
-         add the device before the boot, or use mergeable=off)"
-    )
 }
 
 impl Driver {
@@ -90,10 +76,6 @@ impl Driver {
         }
         let mut device = None;
         if let Some(machine) = &mut self.machine {
-            let mode = machine.ram.mode();
-            if mode != Mode::Shared {
-                return Err(Failure::Failed(not_reachable(&id, mode)));
-            }
             if machine.pci.free_ports() <= self.plugging.len() {
                 let text = format!("no root port is free for {id} (--platform hotplug_ports=)");
                 return Err(Failure::Failed(text));

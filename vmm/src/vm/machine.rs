@@ -115,6 +115,9 @@ impl Machine {
             let live = u64::from(session.state == SessionState::Live);
             let group = groups.entry(session.id).or_default();
             group.insert("backend_connected".to_owned(), live);
+            for (name, value) in session.shadow.into_iter().flatten() {
+                group.insert(name.to_owned(), value);
+            }
         }
         if let Some(balloon) = &self.balloon {
             groups.insert(balloon::NAME.to_owned(), balloon.counters());

@@ -192,6 +192,11 @@ impl Code {
         self
     }
 
+    /// It as machine code, which runs at any address.
+    pub(crate) fn bytes(&self) -> &[u8] {
+        &self.0
+    }
+
     /// Machine code as it is.
     pub(crate) fn raw(mut self, bytes: &[u8]) -> Self {
         self.0.extend(bytes);

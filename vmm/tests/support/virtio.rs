@@ -84,6 +84,12 @@ impl Code {
         self
     }
 
+    /// Resets the device, and waits until it has let go.
+    pub(crate) fn virtio_reset(self) -> Self {
+        // Status, generation, and the queue that is selected.
+        self.store8(BAR + 0x14, 0).wait32(BAR + 0x14, 0)
+    }
+
     /// Waits until the device has given the chain back.
     pub(crate) fn virtio_complete(self) -> Self {
         self.wait32(USED, 1 << 16)

@@ -41,6 +41,9 @@ pub struct DiskConfig {
     /// Daemon to start instead of `berth-blk`. Ours alone.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub backend: Option<PathBuf>,
+    /// How it reaches guest memory. Ours alone.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub dma: Option<Dma>,
 }
 
 impl Default for DiskConfig {
@@ -58,6 +61,7 @@ impl Default for DiskConfig {
             image_type: None,
             rate_limiter_config: None,
             backend: None,
+            dma: None,
         }
     }
 }
@@ -98,6 +102,9 @@ pub struct NetConfig {
     /// Daemon to start instead of `berth-net`. Ours alone.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub backend: Option<PathBuf>,
+    /// How it reaches guest memory. Ours alone.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub dma: Option<Dma>,
 }
 
 impl Default for NetConfig {
@@ -115,6 +122,7 @@ impl Default for NetConfig {
             vhost_mode: VhostMode::Client,
             rate_limiter_config: None,
             backend: None,
+            dma: None,
         }
     }
 }
@@ -127,6 +135,16 @@ pub enum VhostMode {
     Client,
     /// It listens.
     Server,
+}
+
+/// How a device reaches guest memory that is not all shared, where it is not left to the VMM.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Dma {
+    /// By a DMA window that the guest keeps to.
+    Window,
+    /// By queues that the VMM copies from and to.
+    Shadow,
 }
 
 /// A folder of the host, shared by a virtiofs daemon.
@@ -145,6 +163,9 @@ pub struct FsConfig {
     /// Descriptors of each.
     #[serde(default = "kibi")]
     pub queue_size: u16,
+    /// How it reaches guest memory. Ours alone.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub dma: Option<Dma>,
 }
 
 fn one() -> u16 {
@@ -168,6 +189,9 @@ pub struct GenericVhostUserConfig {
     pub socket: PathBuf,
     /// Descriptors of each queue.
     pub queue_sizes: Vec<u16>,
+    /// How it reaches guest memory. Ours alone.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub dma: Option<Dma>,
 }
 
 /// A limit on bytes and on requests.

@@ -26,8 +26,8 @@ pub use config::{
     Mergeable, MergeableWord, PayloadConfig, PlatformConfig, RngConfig, VmConfig,
 };
 pub use devices::{
-    DiskConfig, FsConfig, GenericVhostUserConfig, NetConfig, RateLimiterConfig, TokenBucketConfig,
-    VhostMode,
+    DiskConfig, Dma, FsConfig, GenericVhostUserConfig, NetConfig, RateLimiterConfig,
+    TokenBucketConfig, VhostMode,
 };
 pub use memory::{
     Advice, MemoryAdvice, MemoryExtent, MemoryHashes, MemoryMergeable, MemoryRange, MemorySample,

@@ -22,9 +22,10 @@ use virtio_bindings::virtio_net::{
 };
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 
+use super::shadow;
 use super::shared::Rings;
 use crate::config::{
-    DiskConfig, FsConfig, GenericConfig, Link, NetConfig, VhostUserConfig, VmConfig,
+    DiskConfig, Dma, FsConfig, GenericConfig, Link, NetConfig, VhostUserConfig, VmConfig,
 };
 
 mod other;
@@ -51,6 +52,7 @@ const RING: u64 = bits(&[
     VIRTIO_F_IN_ORDER,
     VIRTIO_F_ORDER_PLATFORM,
 ]) | VERSION_1;
+const IN_ORDER: u64 = bits(&[VIRTIO_F_IN_ORDER]);
 /// Features of a disk whose registers are in the first 60 bytes of its configuration.
 const BLK: u64 = bits(&[
     VIRTIO_BLK_F_SIZE_MAX,
@@ -85,6 +87,8 @@ const NET_WHOLE: u64 = bits(&[
 ]);
 
 /// Offsets in `struct virtio_blk_config` (virtio 1.3, 5.2.4), and how much of it is read.
+const BLK_SIZE_MAX: usize = 8;
+const BLK_SEG_MAX: usize = 12;
 const BLK_WRITEBACK: usize = 32;
 const BLK_NUM_QUEUES: usize = 34;
 const BLK_CONFIG_LEN: usize = 60;
@@ -179,6 +183,7 @@ pub(super) fn fuzz(pick: u8) -> Kind {
         link: Link::Connect("/nowhere".into()),
         num_queues: 2 + 2 * u16::from(pick >> 6),
         queue_size: 64,
+        dma: Dma::Auto,
     };
     let id = "_fuzz0".to_owned();
     match pick % 4 {
@@ -202,6 +207,7 @@ pub(super) fn fuzz(pick: u8) -> Kind {
             device_type: 1 + u32::from(pick >> 2),
             link: backend.link,
             queue_sizes: vec![64, 128],
+            dma: Dma::Auto,
         }),
     }
 }
@@ -256,6 +262,16 @@ impl Kind {
         }
     }
 
+    /// How it is to reach guest memory.
+    pub fn dma(&self) -> Dma {
+        match self {
+            Self::Blk(disk) => disk.backend.dma,
+            Self::Net(net) => net.backend.dma,
+            Self::Fs(fs) => fs.backend.dma,
+            Self::Generic(generic) => generic.dma,
+        }
+    }
+
     pub(super) fn device_type(&self) -> u32 {
         match self {
             Self::Blk(_) => VIRTIO_ID_BLOCK,
@@ -278,7 +294,7 @@ impl Kind {
     }
 
     /// Queues that were asked for: more of them than a backend has are worth a word.
-    pub(super) fn configured_queues(&self) -> u16 {
+    pub fn configured_queues(&self) -> u16 {
         match self {
             Self::Net(net) => net.backend.num_queues,
             // As many as are shown.
@@ -315,6 +331,31 @@ impl Kind {
                 .checked_add(len)
                 .is_some_and(|end| end <= offer.config.len()),
         }
+    }
+
+    /// The same offer where there may be shadow queues: these give used entries back one by one, and a disk's largest
+    /// request fits them.
+    pub(super) fn for_shadow(&self, mut offer: Offer) -> Offer {
+        offer.features &= !IN_ORDER;
+        offer.backend_features &= !IN_ORDER;
+        if let Self::Blk(_) = self {
+            let known = |feature| offer.features >> feature & 1 == 1;
+            let number = |at: usize| {
+                let bytes = offer.config[at..].first_chunk();
+                bytes.map_or(0, |bytes| u32::from_le_bytes(*bytes))
+            };
+            let segments = match known(VIRTIO_BLK_F_SEG_MAX) {
+                true => number(BLK_SEG_MAX),
+                false => 1,
+            };
+            let mut most = shadow::size_max(segments);
+            if known(VIRTIO_BLK_F_SIZE_MAX) {
+                most = most.min(number(BLK_SIZE_MAX));
+            }
+            offer.features |= bits(&[VIRTIO_BLK_F_SIZE_MAX]);
+            offer.config[BLK_SIZE_MAX..][..4].copy_from_slice(&most.to_le_bytes());
+        }
+        offer
     }
 
     /// What the guest is offered of what was found, or why the backend will not do.

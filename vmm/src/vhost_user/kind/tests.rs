@@ -3,13 +3,14 @@
 use virtio_bindings::virtio_config::{VIRTIO_F_ACCESS_PLATFORM, VIRTIO_F_RING_PACKED};
 
 use super::*;
-use crate::config::VhostUserConfig;
+use crate::config::{Dma, VhostUserConfig};
 
 fn backend(num_queues: u16) -> VhostUserConfig {
     VhostUserConfig {
         link: Link::Connect("/run/test.sock".into()),
         num_queues,
         queue_size: 128,
+        dma: Dma::Auto,
     }
 }
 
@@ -211,6 +212,7 @@ fn a_device_of_any_type_is_shown_as_its_backend_has_it() {
         device_type: 19,
         link: Link::Connect("/run/test.sock".into()),
         queue_sizes: vec![64, 64, 16],
+        dma: Dma::Auto,
     });
     assert_eq!((kind.device_type(), kind.queue_sizes().len()), (19, 3));
     let of_the_type = 1 | 1 << 23 | 1 << 50;

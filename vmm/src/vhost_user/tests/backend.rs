@@ -162,7 +162,7 @@ impl Drop for Backend {
 }
 
 /// The next number of a sequence that is the same in each run.
-pub(super) fn next(random: &mut u64) -> u64 {
+pub(in crate::vhost_user) fn next(random: &mut u64) -> u64 {
     *random ^= *random << 13;
     *random ^= *random >> 7;
     *random ^= *random << 17;
