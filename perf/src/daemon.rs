@@ -88,7 +88,7 @@ impl Drop for Daemon {
 }
 
 /// Whether a unix socket at `path` accepts connections; asking by a connection would be a session.
-fn listens(path: &Path) -> Result<bool> {
+pub fn listens(path: &Path) -> Result<bool> {
     const ACCEPTS: &str = "00010000";
     let path = path.to_str().context("a socket path that is not UTF-8")?;
     let table = fs::read_to_string("/proc/net/unix")?;

@@ -12,6 +12,8 @@
 //! `Context::janitor` before it is made. What takes longer than a second asks `crate::interrupt`.
 
 pub mod blk;
+pub mod crash;
+pub mod irq;
 pub mod net;
 
 use std::collections::BTreeMap;
@@ -25,7 +27,7 @@ use crate::histogram::Histogram;
 pub use crate::results::{Better, Role};
 
 /// All of them, in the order of running.
-pub const ALL: &[Entry] = &[blk::ENTRY, net::ENTRY];
+pub const ALL: &[Entry] = &[blk::ENTRY, net::ENTRY, irq::ENTRY, crash::ENTRY];
 
 /// A scenario that can be run.
 #[derive(Clone, Copy, Debug)]

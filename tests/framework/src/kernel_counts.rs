@@ -1,5 +1,6 @@
 //! What the host's kernel counts about a VM: KVM's statistics and tracepoints.
 
+use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io::Read;
 use std::path::PathBuf;
@@ -19,6 +20,23 @@ pub fn kvm_stat(process: &Process, name: &str) -> Result<u64> {
     text.trim()
         .parse()
         .with_context(|| format!("{}: {text}", path.display()))
+}
+
+/// All of KVM's statistics of a VM that are numbers.
+///
+/// # Errors
+/// As [`kvm_stat`].
+pub fn kvm_stats(process: &Process) -> Result<BTreeMap<String, u64>> {
+    let directory = kvm_directory(process)?;
+    let mut stats = BTreeMap::new();
+    for entry in fs::read_dir(&directory).with_context(|| directory.display().to_string())? {
+        let entry = entry?;
+        let text = fs::read_to_string(entry.path()).unwrap_or_default();
+        if let Ok(count) = text.trim().parse() {
+            stats.insert(entry.file_name().to_string_lossy().into_owned(), count);
+        }
+    }
+    Ok(stats)
 }
 
 /// debugfs directory of the one VM of a process. Its name has the thread that made the VM, which may be

@@ -56,16 +56,26 @@ impl Process {
     /// As [`Process::spawn`].
     pub fn spawn_with_stdin(
         name: &str,
-        mut command: Command,
+        command: Command,
         stdin: Stdio,
         log: &Path,
     ) -> Result<Self> {
-        let out = File::options()
-            .create(true)
-            .append(true)
-            .open(log)
-            .with_context(|| format!("cannot write {}", log.display()))?;
-        command.stdin(stdin).stdout(out.try_clone()?).stderr(out);
+        let out = Stdio::from(open_log(log)?);
+        Self::spawn_with_stdio(name, command, (stdin, out), log)
+    }
+
+    /// The same with these standard input and output; what it prints on stderr goes to `log`.
+    ///
+    /// # Errors
+    /// As [`Process::spawn`].
+    pub fn spawn_with_stdio(
+        name: &str,
+        mut command: Command,
+        (stdin, stdout): (Stdio, Stdio),
+        log: &Path,
+    ) -> Result<Self> {
+        let err = open_log(log)?;
+        command.stdin(stdin).stdout(stdout).stderr(err);
         sys::die_with_parent(&mut command);
         let child = command
             .spawn()
@@ -266,6 +276,12 @@ impl Drop for Process {
     fn drop(&mut self) {
         self.kill();
     }
+}
+
+fn open_log(log: &Path) -> Result<File> {
+    let mut options = File::options();
+    let file = options.create(true).append(true).open(log);
+    file.with_context(|| format!("cannot write {}", log.display()))
 }
 
 /// Exit code or signal in words.

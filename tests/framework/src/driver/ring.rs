@@ -264,6 +264,15 @@ impl Ring {
         Ok(())
     }
 
+    /// Kicks whatever the device wants: what it said last was its predecessor's wish.
+    ///
+    /// # Errors
+    /// The eventfd's own.
+    pub fn kick(&mut self) -> Result<()> {
+        self.kicked_idx = self.avail_idx;
+        Ok(self.kick.write(1)?)
+    }
+
     /// The next used entry, if there is one.
     ///
     /// # Errors
