@@ -5,6 +5,8 @@ use std::path::PathBuf;
 
 use crate::awake::How;
 use crate::context::Variant;
+use crate::scenario::memory::dumps::take::TakeArgs;
+use crate::scenario::memory::holder::HolderArgs;
 use crate::sys;
 
 const EXAMPLES: &str = "\
@@ -46,6 +48,12 @@ pub enum What {
     Report(ReportArgs),
     /// What changed between two runs beyond their noise; exit code 1 on a regression
     Compare(CompareArgs),
+    /// Holds the memory of a guest
+    #[command(hide = true)]
+    MemoryHolder(HolderArgs),
+    /// Boots guests and writes their memory down
+    #[command(hide = true)]
+    MemoryDumps(TakeArgs),
     /// Clears up after the others
     #[command(hide = true)]
     Janitor,

@@ -5,6 +5,7 @@ use std::process::ExitCode;
 
 use berth_perf::args::{Args, What};
 use berth_perf::choose::Usage;
+use berth_perf::scenario::memory;
 use berth_perf::{compare, interrupt, janitor, list, report, run};
 use clap::Parser;
 
@@ -17,6 +18,8 @@ fn main() -> ExitCode {
         What::Run(args) => run::run(&args),
         What::Report(args) => report::run(&args).map(|()| true),
         What::Compare(args) => compare::run(&args),
+        What::MemoryHolder(args) => memory::holder::run(&args).map(|()| true),
+        What::MemoryDumps(args) => memory::dumps::take::run(&args).map(|()| true),
         What::Janitor => janitor::run().map(|()| true),
     };
     match result {

@@ -14,6 +14,7 @@
 pub mod blk;
 pub mod crash;
 pub mod irq;
+pub mod memory;
 pub mod net;
 
 use std::collections::BTreeMap;
@@ -27,7 +28,13 @@ use crate::histogram::Histogram;
 pub use crate::results::{Better, Role};
 
 /// All of them, in the order of running.
-pub const ALL: &[Entry] = &[blk::ENTRY, net::ENTRY, irq::ENTRY, crash::ENTRY];
+pub const ALL: &[Entry] = &[
+    blk::ENTRY,
+    net::ENTRY,
+    irq::ENTRY,
+    crash::ENTRY,
+    memory::ENTRY,
+];
 
 /// A scenario that can be run.
 #[derive(Clone, Copy, Debug)]
