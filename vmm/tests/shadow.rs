@@ -368,3 +368,47 @@ fn a_disk_that_comes_later_is_served() {
         assert_eq!(guest.wait().0, 0);
     }
 }
+
+/// The CPUs that a thread of a process may run on.
+fn cpus(pid: i32, thread: &str) -> Option<String> {
+    let tasks = std::fs::read_dir(format!("/proc/{pid}/task")).unwrap();
+    let read = |task: &Path, file: &str| std::fs::read_to_string(task.join(file)).ok();
+    let mut tasks = tasks.flatten().map(|task| task.path());
+    let task = tasks.find(|task| read(task, "comm").is_some_and(|name| name.trim() == thread))?;
+    allowed(&read(&task, "status")?)
+}
+
+fn allowed(status: &str) -> Option<String> {
+    let mut lines = status.lines();
+    let line = lines.find_map(|line| line.strip_prefix("Cpus_allowed_list:"))?;
+    Some(line.trim().to_owned())
+}
+
+/// Else vCPU and copying would take turns on its CPU.
+#[test]
+fn a_worker_is_not_kept_to_the_cpu_of_the_vcpu_that_started_it() {
+    if !has_daemons() {
+        return;
+    }
+    let status = std::fs::read_to_string("/proc/self/status").unwrap();
+    let own = allowed(&status).unwrap();
+    let first: String = own.chars().take_while(char::is_ascii_digit).collect();
+    let dir = TempDir::new().unwrap();
+    let disk = image(&dir.as_path().join("image"));
+    let affinity = format!("boot=1,affinity=[0@[{first}]]");
+    let args = [
+        "--cpus",
+        &affinity,
+        "--disk",
+        &disk,
+        "--memory=size=32M,shared=off",
+    ];
+    let guest = Guest::start_with(&writes_and_reads((0, 2), (1, 0)), &args);
+    rounds(&guest, 1);
+    let vcpu = eventually("a vCPU", || cpus(guest.pid(), "vcpu0"));
+    assert_eq!(vcpu, first);
+    // The guest starts the device anew all the time, and a worker that has just begun may still be there.
+    eventually("a worker anywhere", || {
+        (cpus(guest.pid(), "sh0-_disk0")? == own).then_some(())
+    });
+}

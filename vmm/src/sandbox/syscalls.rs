@@ -225,6 +225,12 @@ const THREADS: &[&[Syscall]] = &[
 /// A vCPU: the guest's accesses start devices and move doorbells.
 const VCPU: &[&[Syscall]] = &[any![SYS_eventfd2], &[VCPU_KVM]];
 
+/// A thread that a vCPU starts leaves the CPUs that the vCPU is kept to.
+const OWN_CPUS: &[&[Syscall]] = &[&[checked!(
+    SYS_sched_setaffinity,
+    Check::OneOf(0, &[("this thread", 0)])
+)]];
+
 /// Clients of a socket that listens already.
 const SERVER: &[&[Syscall]] = &[
     any![
@@ -339,14 +345,15 @@ pub fn allowed(kind: ThreadKind, doorbells: bool) -> Vec<Syscall> {
         ],
         ThreadKind::Boot => &[VCPU, COMMON, THREADS, VHOST_USER, BOOT, doorbells],
         ThreadKind::Teardown => &[COMMON, VHOST_USER, &[&[checked!(SYS_ioctl, Check::Kvm)]]],
-        ThreadKind::Vcpu => &[VCPU, COMMON, THREADS],
+        ThreadKind::Vcpu => &[VCPU, COMMON, THREADS, OWN_CPUS],
+        ThreadKind::Shadow => &[COMMON, OWN_CPUS],
         ThreadKind::VhostUser => &[COMMON, VHOST_USER],
         ThreadKind::Deadline => &[COMMON, &[any![SYS_shutdown]]],
         ThreadKind::Api | ThreadKind::Metrics => &[COMMON, SERVER],
         ThreadKind::SerialOut => &[COMMON, &[any![SYS_sendto, SYS_sendmsg]]],
         // Holes in guest memory.
         ThreadKind::Balloon => &[COMMON, &[any![SYS_fallocate]]],
-        ThreadKind::Rng | ThreadKind::Shadow | ThreadKind::Plug => &[COMMON],
+        ThreadKind::Rng | ThreadKind::Plug => &[COMMON],
         // Which pages of guest memory are there.
         ThreadKind::Advice => &[COMMON, &[any![SYS_mincore]]],
     };

@@ -56,6 +56,8 @@ use self::queue::Queue;
 use self::ring::{BackendRing, GuestRing, Layout};
 use self::worker::{Controls, Events, Worker};
 use super::shared::{Ring, Shared};
+use crate::config::affinity::HostCpus;
+use crate::cpu::affinity;
 use crate::devices::virtio::device::{Activation, QueueSetup};
 use crate::memory;
 use crate::sandbox::{self, ThreadKind};
@@ -133,6 +135,8 @@ pub(super) struct Bounce {
     memory: GuestMemoryMmap,
     parts: Vec<Part>,
     has_status: bool,
+    /// Where workers run: not where the vCPU that starts them is kept to.
+    cpus: Option<HostCpus>,
     pub(super) counters: Arc<Counters>,
 }
 
@@ -172,6 +176,7 @@ impl Bounce {
             memory: memory::bounce(end.max(PAGE))?,
             parts,
             has_status: device_type == VIRTIO_ID_BLOCK,
+            cpus: affinity::of_this_process().ok(),
             counters: Arc::default(),
         })
     }
@@ -230,7 +235,9 @@ impl Workers {
             let (worker, shared) = (prepared.worker, Arc::clone(shared));
             let name = format!("sh{index}-{}", shared.id());
             let name: String = name.chars().take(THREAD_NAME).collect();
+            let cpus = bounce.cpus;
             let run = move || {
+                leave_vcpu(cpus.as_ref());
                 if let Err(end) = worker.run() {
                     shared.broken(index, &end);
                 }
@@ -267,6 +274,17 @@ impl Workers {
 impl Drop for Workers {
     fn drop(&mut self) {
         self.stop();
+    }
+}
+
+/// Takes the calling thread off the CPUs of the vCPU that started it.
+fn leave_vcpu(cpus: Option<&HostCpus>) {
+    let here = affinity::of_this_process().ok();
+    if let Some(cpus) = cpus
+        && here.as_ref() != Some(cpus)
+        && let Err(error) = affinity::keep_this_thread_to(cpus)
+    {
+        tracing::debug!(%error, "a shadow queue stays on the CPUs of a vCPU");
     }
 }
 
