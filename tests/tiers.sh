@@ -73,7 +73,7 @@ tier_client() {
 # One boot of the lab's machine for all guest cases, or none where the host runs guests itself. What runs
 # under emulation gets longer deadlines.
 tier_lab() {
-    local arguments=(--tier guest ${FULL:+--full} ${FILTER:+--filter "$FILTER"}) limit=1500
+    local arguments=(--tier guest ${FULL:+--full} ${FILTER:+--filter "$FILTER"}) limit=2400
     [ -z "$FULL" ] || limit=7200
     if [ "$(tests/lab/where)" = host ]; then
         limited "$limit" target/release/berth-cases "${arguments[@]}" \

@@ -47,7 +47,7 @@ fn two_pairs(context: &Context) -> Result<()> {
     vmm::bring_up(&mut vm.console, "eth0", GUEST)?;
 
     context.check("net.both_pairs_carry_frames", || {
-        both_pairs(&mut vm, &daemon)
+        both_pairs(&mut vm, &daemon, HOST)
     })?;
     context.check("net.guest_changes_its_mac", || {
         // The driver has switched promiscuous mode off by now: the card filters.
@@ -70,11 +70,11 @@ fn two_pairs(context: &Context) -> Result<()> {
 /// The tap learns a flow's pair from a frame only after the host's stack has answered it, and the first
 /// frame may have waited for ARP and gone out on whichever vCPU took the answer: so the first answers come
 /// by the pair of before, and are not counted.
-fn both_pairs(vm: &mut Vm, daemon: &Daemon) -> Result<()> {
+pub(crate) fn both_pairs(vm: &mut Vm, daemon: &Daemon, host: Ipv4Addr) -> Result<()> {
     for pair in 0..2 {
         let mut ping = |count| {
             let mask = 1 << pair;
-            vm.sh(&format!("taskset {mask} ping -c {count} -W 10 {HOST}"))
+            vm.sh(&format!("taskset {mask} ping -c {count} -W 10 {host}"))
         };
         ping(2)?;
         let before = daemon.metrics()?;

@@ -13,7 +13,7 @@ use berth_tests_framework::story::{Context, Story, Tier};
 use berth_tests_framework::vmm::{self, Vm, VmBuilder};
 use berth_tests_framework::wait::seconds;
 
-use crate::{disk, net};
+use crate::{disk, net, net_control};
 
 /// Stories of this file.
 pub const STORIES: &[Story] = &[
@@ -29,6 +29,7 @@ pub const STORIES: &[Story] = &[
             "window.rest_is_private_and_not_merged",
             "window.disk_data_round_trips",
             "window.net_transfers_each_way",
+            "window.net_carries_frames_by_two_pairs",
             "window.under_memory_pressure",
             "window.report",
             "window.reboot",
@@ -36,6 +37,13 @@ pub const STORIES: &[Story] = &[
             "window.off",
         ],
         run: keeps_to_it,
+    },
+    Story {
+        name: "window-6.1",
+        tier: Tier::Guest,
+        long: false,
+        checks: &OLDER,
+        run: older_guest,
     },
     Story {
         name: "window-usedac",
@@ -46,6 +54,12 @@ pub const STORIES: &[Story] = &[
     },
 ];
 
+const OLDER: [&str; 4] = [
+    "window.6_1_limits_its_devices",
+    "window.6_1_disk_data_round_trips",
+    "window.6_1_net_transfers_each_way",
+    "window.6_1_off",
+];
 const MIB: u64 = 1 << 20;
 /// Size of the guest, and of the window that it gets.
 const SIZE: u64 = 1 << 30;
@@ -70,8 +84,8 @@ fn keeps_to_it(context: &Context) -> Result<()> {
     };
     let writable = Daemon::blk(context, "blk", &image, queues)?;
     let fixed_disk = Daemon::blk(context, "blk-fixed", &fixed, read_only)?;
-    links::make_tap("tap0")?;
-    let card = Daemon::net(context, "net", "tap0", &[])?;
+    let pairs = ["--create", "--num-queues=2"].map(str::to_owned);
+    let card = Daemon::net(context, "net", "tap0", &pairs)?;
     links::bring_up("tap0", HOST)?;
     context.step("boot");
     let mut vm = VmBuilder::new(context, "vmm")
@@ -79,7 +93,7 @@ fn keeps_to_it(context: &Context) -> Result<()> {
         .memory(MEMORY)
         .disk(writable.socket(), ",num_queues=2")
         .disk(fixed_disk.socket(), ",readonly=on")
-        .net(card.socket(), "")
+        .net(card.socket(), ",num_queues=4")
         .boot(context)?;
 
     context.check("window.ram_below_and_from_4_gib", || ram(&mut vm.console))?;
@@ -103,6 +117,9 @@ fn keeps_to_it(context: &Context) -> Result<()> {
     context.check("window.net_transfers_each_way", || {
         vmm::bring_up(&mut vm.console, "eth0", GUEST)?;
         net::transfer(context, &mut vm.console, [HOST, GUEST], 32 * MIB)
+    })?;
+    context.check("window.net_carries_frames_by_two_pairs", || {
+        net_control::both_pairs(&mut vm, &card, HOST)
     })?;
     context.check("window.under_memory_pressure", || {
         pressure(context, &mut vm)
@@ -188,23 +205,17 @@ fn maps_the_window(process: &Process) -> Result<()> {
 
 /// What is above the window is anonymous memory of the VMM that nobody may merge as long as nobody said so.
 fn private(process: &Process) -> Result<()> {
-    let smaps = fs::read_to_string(format!("/proc/{}/smaps", process.pid()))?;
-    let size = format!("Size: {} kB", (SIZE - WINDOW) >> 10);
-    let mut lines = smaps.lines();
-    let is_size = |line: &str| line.split_whitespace().eq(size.split(' '));
-    lines
-        .by_ref()
-        .find(|line| is_size(line))
-        .context("no mapping of that size")?;
-    let flags = lines
-        .find_map(|line| line.strip_prefix("VmFlags:"))
-        .context("no flags")?;
-    let has = |flag| flags.split_whitespace().any(|has| has == flag);
-    ensure!(!has("sh") && !has("mg") && has("hg"), "VmFlags:{flags}");
+    let above = crate::memory::mapping(process, SIZE - WINDOW)?;
+    ensure!(
+        !above.has("sh") && !above.has("mg") && above.has("hg"),
+        "VmFlags: {}",
+        above.flags()
+    );
     Ok(())
 }
 
-/// Nearly all memory is taken while many read and write: nobody fails, and what is on the disk stays.
+/// Nearly all memory is taken while 32 processes read and write past the page cache: nobody fails, nothing is killed, and
+/// what is on the disk stays.
 fn pressure(context: &Context, vm: &mut Vm) -> Result<()> {
     context.step("fill memory and write under it");
     let script = "set -e; mkdir -p /tmp/fill; mount -t tmpfs -o size=100% fill /tmp/fill
@@ -212,10 +223,13 @@ fn pressure(context: &Context, vm: &mut Vm) -> Result<()> {
         dd if=/dev/zero of=/tmp/fill/zeros bs=1M count=$((free - 60)) 2>/dev/null
         for i in $(seq 8); do
             (dd if=/dev/vdb of=/dev/null bs=256k iflag=direct 2>/dev/null || echo failed) &
+            (dd if=/dev/vdb of=/dev/null bs=4k skip=$((i * 256)) count=128 iflag=direct 2>/dev/null || echo failed) &
             (dd if=/dev/urandom of=/mnt/p$i bs=64k count=16 oflag=direct 2>/dev/null || echo failed) &
+            (dd if=/dev/urandom of=/mnt/q$i bs=4k count=64 oflag=direct 2>/dev/null || echo failed) &
         done
-        wait; umount /tmp/fill; rmdir /tmp/fill; rm /mnt/p*
-        dmesg | grep -i 'swiotlb buffer is full\\|out of memory\\|I/O error' || true";
+        wait; umount /tmp/fill; rmdir /tmp/fill; rm /mnt/p* /mnt/q*
+        dmesg | grep -i 'swiotlb buffer is full\\|out of memory\\|I/O error' || true
+        grep '^oom_kill ' /proc/vmstat | grep -vx 'oom_kill 0' || true";
     let said = vm.console.sh_within(script, seconds(180))?;
     ensure!(said.trim().is_empty(), "{said}");
     disk::verify(&mut vm.console)
@@ -256,5 +270,47 @@ fn usedac(context: &Context) -> Result<()> {
         }
         ensure!(image::md5(&image)? == sum, "the image has changed");
         Ok(())
+    })
+}
+
+/// Bookworm's own kernel, five minor versions older, keeps to the window as well.
+fn older_guest(context: &Context) -> Result<()> {
+    if let Ok(why) = fs::read_to_string(context.asset("older-kernel/absent")) {
+        OLDER.iter().for_each(|check| context.skip(check, &why));
+        return Ok(());
+    }
+    let image = context.scratch("disk.img");
+    image::sparse(&image, 256 * MIB)?;
+    context.step("start the daemons");
+    let disk = Daemon::blk(context, "blk", &image, BlkSettings::default())?;
+    links::make_tap("tap0")?;
+    let card = Daemon::net(context, "net", "tap0", &[])?;
+    links::bring_up("tap0", HOST)?;
+    context.step("boot");
+    let kernel = context.asset("older-kernel/vmlinuz");
+    let mut vm = VmBuilder::new(context, "vmm")
+        .kernel(kernel.display().to_string())
+        .initramfs(context.asset("older-kernel/guest-initramfs.cpio"))
+        .memory(MEMORY)
+        .disk(disk.socket(), "")
+        .net(card.socket(), "")
+        .boot(context)?;
+    context.check(OLDER[0], || {
+        ensure!(vm.sh("uname -r")?.starts_with("6.1."));
+        limited(&mut vm)?;
+        maps_the_window(disk.process())
+    })?;
+    context.check(OLDER[1], || {
+        disk::make_and_mount(&mut vm.console, "/dev/vda")?;
+        disk::random_writes(&mut vm.console)
+    })?;
+    context.check(OLDER[2], || {
+        vmm::bring_up(&mut vm.console, "eth0", GUEST)?;
+        net::transfer(context, &mut vm.console, [HOST, GUEST], 8 * MIB)
+    })?;
+    context.check(OLDER[3], || {
+        vm.sh("cd /; umount /mnt")?;
+        vm.power_off()?;
+        image::require_clean(&image)
     })
 }

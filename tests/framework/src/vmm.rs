@@ -53,6 +53,13 @@ impl VmBuilder {
         self
     }
 
+    /// Another initramfs.
+    #[must_use]
+    pub fn initramfs(mut self, path: PathBuf) -> Self {
+        self.initramfs = Some(path);
+        self
+    }
+
     /// No initramfs: the kernel mounts its root itself.
     #[must_use]
     pub fn no_initramfs(mut self) -> Self {

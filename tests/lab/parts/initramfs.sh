@@ -16,19 +16,27 @@ module_paths() {
     done | awk '!seen[$0]++'
 }
 
-build_initramfs() {
-    local root=$WORK/initramfs tree path name
-    tree=$ASSETS/modules/$(cat "$ASSETS/kernel-version")
+# pack_initramfs TREE FILE MODULE...: FILE boots to the agent with these modules of the modules directory TREE.
+pack_initramfs() {
+    local root=$WORK/initramfs tree=$1 file=$2 path name
+    shift 2
     mkdir -p "$root"/{bin,dev,proc,sys,tmp,etc/acpi/PWRF,modules,mnt,newroot,root}
     cp "$(dpkg -L busybox-static | grep '/bin/busybox$')" "$root/bin/busybox"
     install -m 755 "$LAB_SRC/guest/init" "$LAB_SRC/guest/agent" "$root/"
     # acpid runs every file of this folder with the button's event.
     install -m 755 "$LAB_SRC/guest/power-button" "$root/etc/acpi/PWRF/00000080"
-    module_paths "$tree" "${GUEST_MODULES[@]}" | while read -r path; do
+    module_paths "$tree" "$@" | while read -r path; do
         name=$(basename "$path" .xz)
-        xz -dc "$tree/$path" >"$root/modules/$name"
+        case $path in
+            *.xz) xz -dc "$tree/$path" >"$root/modules/$name" ;;
+            *) cp "$tree/$path" "$root/modules/$name" ;;
+        esac
         printf '%s\n' "$name" >>"$root/modules/order"
     done
-    (cd "$root" && find . | sort | cpio --quiet -o -H newc -R 0:0) >"$WORK/guest-initramfs.cpio"
+    (cd "$root" && find . | sort | cpio --quiet -o -H newc -R 0:0) >"$file"
     rm -rf "$root"
+}
+
+build_initramfs() {
+    pack_initramfs "$ASSETS/modules/$(cat "$ASSETS/kernel-version")" "$WORK/guest-initramfs.cpio" "${GUEST_MODULES[@]}"
 }
