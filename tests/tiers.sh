@@ -25,7 +25,7 @@ tier_prepare() {
     local tier assets=''
     tests/lab/install || return
     for tier in "$@"; do
-        case $tier in client | lab | demo) assets=yes ;; esac
+        case $tier in client | lab | demo | perf) assets=yes ;; esac
     done
     [ -n "$assets" ] || return 0
     tests/lab/build || return
@@ -95,6 +95,15 @@ tier_fuzz() {
 
 # The lab's own limit is the shorter one, so that it can say how far the machine came.
 tier_demo() { BERTH_DEMO_TIMEOUT=840 check demo limited 900 ./demo; }
+
+# All scenarios in their short form, and what they leave behind. What a figure is, is no matter here.
+tier_perf() {
+    local run=$LOGS/perf
+    check quick limited 480 target/release/berth-perf run --quick --out "$run"
+    check report target/release/berth-perf report "$run"
+    check compare target/release/berth-perf compare "$run" "$run"
+    check shape target/release/berth-perf report --check "$run"
+}
 
 # limited SECONDS COMMAND...: a deadline, so that nothing hangs. It stays in the tier's process group.
 limited() { timeout --foreground --kill-after=20 "$@"; }

@@ -81,6 +81,9 @@ pub struct ReportArgs {
     /// Tables as Markdown, nothing else
     #[arg(long)]
     pub markdown: bool,
+    /// Only check that the run is complete and its file has the shape that others read
+    #[arg(long, conflicts_with_all = ["html", "markdown"])]
+    pub check: bool,
 }
 
 /// For `compare`.

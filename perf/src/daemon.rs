@@ -91,7 +91,7 @@ impl Drop for Daemon {
 pub fn listens(path: &Path) -> Result<bool> {
     const ACCEPTS: &str = "00010000";
     let path = path.to_str().context("a socket path that is not UTF-8")?;
-    let table = fs::read_to_string("/proc/net/unix")?;
+    let table = fs::read_to_string("/proc/thread-self/net/unix")?;
     Ok(table.lines().any(|line| {
         let mut fields = line.split_whitespace();
         fields.nth(3) == Some(ACCEPTS) && fields.last() == Some(path)

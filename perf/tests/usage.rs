@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, reason = "tests fail by panicking")]
 
 use std::fs;
+use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -207,10 +208,15 @@ fn a_run_prints_tables_writes_results_and_leaves_nothing_else() {
     let page = fs::read_to_string(out.0.join("report.html")).unwrap();
     assert!(page.starts_with("<!doctype html>") && page.contains("loop-pread"));
     assert_eq!(dir.entries(), Vec::<PathBuf>::new());
-    // A run has not become worse than itself.
     let path = out.0.to_string_lossy().into_owned();
     let output = bench(&["report", &path]).output().unwrap();
     assert!(output.status.success());
+    let output = bench(&["report", "--check", &path]).output().unwrap();
+    let text = String::from_utf8(output.stdout).unwrap();
+    assert!(
+        output.status.success() && text.contains("measured: blk (1 cells)"),
+        "{text}"
+    );
 }
 
 #[test]
@@ -228,4 +234,137 @@ fn a_run_that_is_killed_leaves_nothing() {
     child.kill().unwrap();
     child.wait().unwrap();
     wait_for("the janitor clears up", &|| dir.entries().is_empty());
+}
+
+#[test]
+fn a_run_that_is_stopped_keeps_what_was_measured_and_leaves_nothing_else() {
+    let (dir, out) = (TempDir::new(), TempDir::new());
+    let mut child = small_run(
+        &dir,
+        &out,
+        "50",
+        &["--cell=cache-randread-4k-qd32", "--rounds=1000"],
+    )
+    .stdout(Stdio::null())
+    .stderr(Stdio::piped())
+    .spawn()
+    .unwrap();
+    let mut lines = BufReader::new(child.stderr.take().unwrap()).lines();
+    let measured = lines.find(|line| line.as_ref().is_ok_and(|line| line.contains("2/2000]")));
+    assert!(measured.is_some(), "it never measured anything");
+    let stop = Command::new("kill")
+        .args(["-INT", &child.id().to_string()])
+        .status();
+    assert!(stop.unwrap().success());
+    let rest: Vec<String> = lines.map_while(Result::ok).collect();
+    assert_eq!(child.wait().unwrap().code(), Some(130), "{rest:?}");
+    let last = rest.last().unwrap();
+    assert!(last.contains("what was measured is kept"), "{rest:?}");
+    let json = results(&out);
+    assert_eq!(json["interrupted"], true);
+    let samples = &json["scenarios"][0]["cells"][0]["series"][0]["samples"]["rate"];
+    let count = samples.as_array().unwrap().len();
+    assert!((2..1000).contains(&count), "{count} rounds");
+    assert!(out.0.join("report.html").exists());
+    assert_eq!(dir.entries(), Vec::<PathBuf>::new());
+}
+
+/// Makes every round of a result half as fast, ratios and all.
+fn slowed(json: &mut serde_json::Value) {
+    let series = &mut json["scenarios"][0]["cells"][0]["series"][0];
+    series["role"] = "ours".into();
+    for part in ["spread", "ratio"] {
+        for key in ["min", "low", "median", "high", "max"] {
+            let half = series[part]["rate"][key].as_f64().unwrap() / 2.0;
+            series[part]["rate"][key] = half.into();
+        }
+    }
+}
+
+#[test]
+fn a_regression_is_exit_code_1_and_no_change_is_0() {
+    let (dir, before, after) = (TempDir::new(), TempDir::new(), TempDir::new());
+    let output = small_run(&dir, &before, "60", &["--rounds=2"])
+        .output()
+        .unwrap();
+    assert!(output.status.success());
+    let file = before.0.join("results.json");
+    let mut json = results(&before);
+    json["scenarios"][0]["cells"][0]["series"][0]["role"] = "ours".into();
+    fs::write(&file, json.to_string()).unwrap();
+    slowed(&mut json);
+    fs::write(after.0.join("results.json"), json.to_string()).unwrap();
+    let compare = |one: &TempDir, other: &TempDir, more: &[&str]| {
+        let paths = [&one.0, &other.0].map(|path| path.to_string_lossy().into_owned());
+        let output = bench(&["compare", &paths[0], &paths[1]])
+            .args(more)
+            .output()
+            .unwrap();
+        (
+            output.status.code(),
+            String::from_utf8(output.stdout).unwrap(),
+        )
+    };
+    let (code, text) = compare(&before, &after, &[]);
+    assert_eq!(code, Some(1), "{text}");
+    assert!(
+        text.contains("! blk cache-randread-4k-qd1 loop-pread rate") && text.contains("-50.0 %"),
+        "{text}"
+    );
+    assert_eq!(compare(&before, &before, &[]).0, Some(0));
+    assert_eq!(compare(&before, &after, &["--threshold=60"]).0, Some(0));
+    let (code, text) = compare(&after, &before, &[]);
+    assert!(code == Some(0) && text.contains("+ blk cache"), "{text}");
+}
+
+/// The page at the widths of a phone and of a desk: nothing sticks out. Skipped without a browser.
+#[test]
+fn the_page_fits_a_phone_in_a_real_browser() {
+    let Some(browser) = ["chromium", "chromium-browser", "google-chrome"]
+        .into_iter()
+        .find(|name| {
+            let version = Command::new(name)
+                .arg("--version")
+                .stderr(Stdio::null())
+                .output();
+            version.is_ok_and(|output| output.status.success())
+        })
+    else {
+        println!("skipped: no chromium (Debian's package chromium)");
+        return;
+    };
+    let (dir, out) = (TempDir::new(), TempDir::new());
+    let output = small_run(&dir, &out, "60", &["--rounds=2"])
+        .output()
+        .unwrap();
+    assert!(output.status.success());
+    // A frame of a phone's width: the window of a headless browser is wider than that.
+    let frame = r#"<!doctype html><iframe id=f src=report.html style="width:390px;height:800px"></iframe>
+        <script>f.onload = () => { let d = f.contentDocument; document.title = (d.documentElement.scrollWidth
+          <= d.documentElement.clientWidth ? "fits" : "sticks out") + " s" + d.querySelectorAll("svg").length; document.body.append(document.title) }</script>"#;
+    fs::write(out.0.join("frame.html"), frame).unwrap();
+    let profile = format!("--user-data-dir={}", out.0.join("profile").display());
+    let output = Command::new(browser)
+        .args([
+            "--headless",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--allow-file-access-from-files",
+        ])
+        .args([
+            &profile,
+            "--timeout=30000",
+            "--virtual-time-budget=20000",
+            "--dump-dom",
+        ])
+        .arg(out.0.join("frame.html"))
+        .stderr(Stdio::null())
+        .output()
+        .unwrap();
+    let dom = String::from_utf8_lossy(&output.stdout).into_owned();
+    if !dom.contains("</html>") {
+        println!("skipped: {browser} shows no page here: {}", output.status);
+        return;
+    }
+    assert!(dom.contains("fits s2"), "{dom}");
 }

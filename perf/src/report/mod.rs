@@ -1,7 +1,9 @@
 //! What was measured, for people: tables in the terminal and as Markdown, and one page with pictures.
 #![forbid(unsafe_code)]
 
+mod check;
 mod page;
+mod svg;
 mod table;
 
 use std::fs;
@@ -19,6 +21,10 @@ pub const PAGE: &str = "report.html";
 /// `berth-perf report`.
 pub fn run(args: &ReportArgs) -> Result<()> {
     let results = Results::read(&args.run)?;
+    if args.check {
+        println!("{}", check::check(&results)?);
+        return Ok(());
+    }
     if args.markdown {
         print!("{}", markdown(&results));
         return Ok(());

@@ -2,7 +2,6 @@
 #![forbid(unsafe_code)]
 
 use std::path::PathBuf;
-use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, bail};
@@ -15,6 +14,7 @@ use super::testpmd::Guest;
 use crate::clock::Window;
 use crate::counts::Counter;
 use crate::daemon::Daemon;
+use crate::interrupt;
 use crate::scenario::Sample;
 use crate::sys;
 
@@ -135,7 +135,7 @@ fn wait_for_flow(
     let mut last = 0;
     loop {
         nudge()?;
-        thread::sleep(GLANCE);
+        interrupt::sleep(GLANCE)?;
         let now = frames(cell)?;
         if now >= last + FLOW {
             return Ok(());
@@ -174,9 +174,9 @@ fn window(
         }
         Ok((Instant::now(), frames(cell)?, served()?, ours))
     };
-    thread::sleep(setup.window.warmup);
+    interrupt::sleep(setup.window.warmup)?;
     let (began, first, served_before, ours_before) = read()?;
-    thread::sleep(setup.window.measured);
+    interrupt::sleep(setup.window.measured)?;
     let (ended, last, served_after, ours_after) = read()?;
     if last == first {
         bail!("no frame moved in the window: on a busy machine those that go round get lost");

@@ -27,10 +27,10 @@ pub(super) struct Counters {
 
 /// None while there is no tap.
 pub(super) fn counters() -> Result<Option<Counters>> {
-    Ok(parse(&fs::read_to_string("/proc/net/dev")?))
+    Ok(parse(&fs::read_to_string("/proc/thread-self/net/dev")?))
 }
 
-/// From the table of /proc/net/dev: eight numbers received, eight sent. What is written into a tap the
+/// From the table of net/dev: eight numbers received, eight sent. What is written into a tap the
 /// interface receives.
 fn parse(table: &str) -> Option<Counters> {
     let line = table.lines().find_map(|line| {

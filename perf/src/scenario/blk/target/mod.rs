@@ -17,6 +17,7 @@ use anyhow::{Result, bail};
 
 use crate::clock::Window;
 use crate::histogram::Histogram;
+use crate::interrupt;
 use crate::sys::{Noise, SharedMemory};
 
 /// Reads or writes.
@@ -127,6 +128,9 @@ pub fn drive<T: Target>(
     let mut counting: Option<Instant> = None;
     loop {
         target.reap(&mut done)?;
+        if interrupt::requested() {
+            break;
+        }
         let now = Instant::now();
         outcome.all_requests += done.len() as u64;
         if let Some(since) = counting {
@@ -156,6 +160,7 @@ pub fn drive<T: Target>(
         target.reap(&mut done)?;
         left -= done.len();
     }
+    interrupt::check()?;
     Ok(outcome)
 }
 
