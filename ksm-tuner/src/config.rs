@@ -74,6 +74,10 @@ pub struct Merge {
     pub retry_s: u64,
     /// Copies of merged pages a second and core above which scanning stops.
     pub max_cow: u64,
+    /// Places in which one page may be mapped at most, where the kernel's own number (256) shall not stay. It is set while no page is merged.
+    pub max_page_sharing: Option<u64>,
+    /// Whether memory that was offered is withdrawn when the tuner ends, as far as there is room for it.
+    pub withdraw_at_end: bool,
 }
 
 impl Default for Merge {
@@ -92,6 +96,8 @@ impl Default for Merge {
             min_equal: 0.25,
             retry_s: 1800,
             max_cow: 2500,
+            max_page_sharing: None,
+            withdraw_at_end: true,
         }
     }
 }
@@ -277,6 +283,10 @@ impl Config {
                 "at least balloon.guest_low",
             ));
         }
+        if merge.max_page_sharing.is_some_and(|most| most < 2) {
+            let value = merge.max_page_sharing.unwrap_or_default();
+            return Err(bad("merge.max_page_sharing", value, "at least 2"));
+        }
         if merge.domain.as_deref() == Some("") {
             return Err(bad("merge.domain", "\"\"", "a name"));
         }
@@ -360,6 +370,10 @@ mod tests {
             (
                 "[pressure]\navailable_high = 0.05\n",
                 "pressure.available_high = 0.05 is not at least pressure.available_low",
+            ),
+            (
+                "[merge]\nmax_page_sharing = 1\n",
+                "merge.max_page_sharing = 1 is not at least 2",
             ),
             (
                 "[general]\ninterval_ms = 1\n",

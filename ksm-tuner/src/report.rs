@@ -6,7 +6,7 @@ use std::fmt::Write as _;
 use serde::{Deserialize, Serialize};
 
 use crate::policy::{Decision, State};
-use crate::sample::{PAGE, Sample};
+use crate::sample::{Ksm, PAGE, ProcessKsm, Sample};
 
 /// Decisions that are kept to be explained.
 const KEPT: usize = 500;
@@ -14,6 +14,8 @@ const KEPT: usize = 500;
 /// The state of things after a step.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct Status {
+    /// When, in milliseconds since the tuner started.
+    pub at_ms: u64,
     /// State of the policy.
     pub state: State,
     /// For how many seconds.
@@ -63,6 +65,8 @@ pub struct VmStatus {
     pub offered_mib: u64,
     /// What is merged, pages of zeros included.
     pub merged_mib: u64,
+    /// What that saves: its part of `saved_mib` of the host.
+    pub saved_mib: u64,
     /// What merging saves after its bookkeeping, as the kernel reckons.
     pub profit_kib: i64,
     /// What its balloon was told to hold and holds, if it has one.
@@ -89,6 +93,7 @@ pub fn status(sample: &Sample, since: Since) -> Status {
     let cpu_us = scanner_us + since.tuner_cpu_us;
     let saved_mib = saved >> 20;
     Status {
+        at_ms: sample.at_ms,
         saved_mib,
         pages_shared: sample.ksm.pages_shared,
         pages_sharing: sample.ksm.pages_sharing,
@@ -115,6 +120,7 @@ pub fn status(sample: &Sample, since: Since) -> Status {
                 merged_mib: vm
                     .ksm
                     .map_or(0, |ksm| ((ksm.merging_pages + ksm.zero_pages) * PAGE) >> 20),
+                saved_mib: vm.ksm.map_or(0, |ksm| saved_of(&sample.ksm, &ksm) >> 20),
                 profit_kib: vm.ksm.map_or(0, |ksm| ksm.profit_bytes >> 10),
                 balloon_mib: vm
                     .balloon
@@ -126,6 +132,14 @@ pub fn status(sample: &Sample, since: Since) -> Status {
             .collect(),
         ..Status::default()
     }
+}
+
+/// Bytes that merging saves of a VM: its pages of zeros, and of its merged pages the part that is not kept.
+fn saved_of(ksm: &Ksm, vm: &ProcessKsm) -> u64 {
+    let all = ksm.pages_shared + ksm.pages_sharing;
+    let merged = u128::from(vm.merging_pages) * u128::from(ksm.pages_sharing);
+    let merged = merged.checked_div(u128::from(all)).unwrap_or(0);
+    (vm.zero_pages + u64::try_from(merged).unwrap_or(0)) * PAGE
 }
 
 /// What a person reads.
@@ -164,23 +178,37 @@ pub fn table(status: &Status) -> String {
         "host      {} MiB available, tasks wait for memory {:.2} % of the time",
         status.available_mib, status.memory_waiting
     );
-    if status.vms.is_empty() {
-        let _ = writeln!(text, "no VMs");
-        return text;
+    text + &vm_table(&status.vms)
+}
+
+fn vm_table(vms: &[VmStatus]) -> String {
+    if vms.is_empty() {
+        return "no VMs\n".to_owned();
     }
+    let mut text = String::new();
+    // Writing to a String cannot fail.
     let _ = writeln!(
         text,
-        "\n{:<16} {:>8} {:<12} {:>7} {:>9} {:>8} {:>8} {:>10} {:>11}",
-        "VM", "PID", "DOMAIN", "MiB", "MERGEABLE", "OFFERED", "MERGED", "PROFIT KiB", "BALLOON"
+        "\n{:<16} {:>8} {:<12} {:>7} {:>9} {:>8} {:>8} {:>7} {:>10} {:>11}",
+        "VM",
+        "PID",
+        "DOMAIN",
+        "MiB",
+        "MERGEABLE",
+        "OFFERED",
+        "MERGED",
+        "SAVED",
+        "PROFIT KiB",
+        "BALLOON"
     );
-    for vm in &status.vms {
+    for vm in vms {
         let balloon = vm.balloon_mib.map_or_else(
             || "–".to_owned(),
             |(target, actual)| format!("{actual}/{target}"),
         );
         let _ = writeln!(
             text,
-            "{:<16} {:>8} {:<12} {:>7} {:>9} {:>8} {:>8} {:>10} {:>11}",
+            "{:<16} {:>8} {:<12} {:>7} {:>9} {:>8} {:>8} {:>7} {:>10} {:>11}",
             vm.name,
             vm.pid,
             vm.domain.as_deref().unwrap_or("–"),
@@ -188,6 +216,7 @@ pub fn table(status: &Status) -> String {
             vm.mergeable_mib,
             vm.offered_mib,
             vm.merged_mib,
+            vm.saved_mib,
             vm.profit_kib,
             balloon
         );
@@ -223,6 +252,7 @@ pub fn metrics(status: &Status) -> String {
             ("mergeable", Some(vm.mergeable_mib)),
             ("offered", Some(vm.offered_mib)),
             ("merged", Some(vm.merged_mib)),
+            ("saved", Some(vm.saved_mib)),
             ("balloon", vm.balloon_mib.map(|balloon| balloon.1)),
         ] {
             if let Some(mib) = mib {
@@ -391,6 +421,24 @@ mod tests {
     }
 
     #[test]
+    fn what_vms_save_adds_up_to_what_the_host_saves() {
+        let ksm = Ksm {
+            pages_shared: 3000,
+            pages_sharing: 9000,
+            zero_pages: Some(500),
+            ..Ksm::default()
+        };
+        let vm = |merging_pages, zero_pages| ProcessKsm {
+            merging_pages,
+            zero_pages,
+            ..ProcessKsm::default()
+        };
+        let saved = saved_of(&ksm, &vm(8000, 100)) + saved_of(&ksm, &vm(4000, 400));
+        assert_eq!(saved, ksm.saved_pages() * PAGE);
+        assert_eq!(saved_of(&Ksm::default(), &vm(7, 0)), 0);
+    }
+
+    #[test]
     fn a_table_has_all_of_it() {
         let text = table(&reported());
         for part in [
@@ -398,7 +446,7 @@ mod tests {
             "scanner   merges new memory\n",
             "saved     2 MiB (10 pages are mapped 512 times more)\n",
             "per MiB saved 1005.0 ms; merged pages copied 10\n",
-            "\nweb                     7 farm            1024      1024      512        2         -2       32/64\n",
+            "\nweb                     7 farm            1024      1024      512        2       1         -2       32/64\n",
         ] {
             assert!(text.contains(part), "{part:?} in\n{text}");
         }

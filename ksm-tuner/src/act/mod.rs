@@ -73,7 +73,7 @@ impl Kernel {
             return Ok(0);
         }
         let advised = noted.contains_key("pages_to_scan") && self.ksm.join("advisor_mode").exists();
-        let mut failed = None;
+        let (mut failed, mut waits) = (None, None);
         let stop = [("run", "0")]
             .into_iter()
             .filter(|_| noted.contains_key("run"));
@@ -86,16 +86,26 @@ impl Kernel {
         // "advisor_mode" is before "run" in the map.
         let late = rest.filter(|of| is_late(of.0));
         for (name, value) in stop.chain(unlock).chain(middle).chain(late) {
-            if let Err(error) = self.write(name, value) {
-                tracing::warn!("{}", crate::chain(&error));
-                failed = Some(error);
+            match self.write(name, value) {
+                Err(error) if name == SHARING && is_busy(&error) => {
+                    tracing::info!(
+                        "{SHARING} cannot be put back to {value} while pages are merged"
+                    );
+                    waits = Some((name.to_owned(), value.to_owned()));
+                }
+                Err(error) => {
+                    tracing::warn!("{}", crate::chain(&error));
+                    failed = Some(error);
+                }
+                Ok(()) => {}
             }
         }
         match failed {
             Some(error) => Err(error),
             None => {
-                saved.forget_settings()?;
-                Ok(noted.len())
+                let left = usize::from(waits.is_some());
+                saved.forget_settings(waits)?;
+                Ok(noted.len() - left)
             }
         }
     }
@@ -111,6 +121,13 @@ pub fn reclaim(cgroup: &Cgroup, bytes: u64) -> Result<(), Error> {
         Err(Error::Write { source, .. }) if source.kind() == io::ErrorKind::WouldBlock => Ok(()),
         other => other,
     }
+}
+
+/// What the kernel takes only while no page is merged.
+const SHARING: &str = "max_page_sharing";
+
+fn is_busy(error: &Error) -> bool {
+    matches!(error, Error::Write { source, .. } if source.kind() == io::ErrorKind::ResourceBusy)
 }
 
 fn write(path: &Path, value: &str) -> Result<(), Error> {
@@ -140,6 +157,7 @@ fn values(settings: &Settings) -> Vec<(&'static str, String)> {
         number("sleep_millisecs", Some(settings.sleep_millisecs)),
         number("smart_scan", settings.smart_scan),
         number("use_zero_pages", settings.use_zero_pages),
+        number("max_page_sharing", settings.max_page_sharing),
     ]
     .into_iter()
     .flatten()

@@ -49,6 +49,9 @@ struct Noted {
     settings: BTreeMap<String, String>,
     /// Balloons in bytes by API socket.
     balloons: BTreeMap<PathBuf, u64>,
+    /// Process ids of VMMs that were told to offer memory, by API socket.
+    #[serde(default)]
+    offers: BTreeMap<PathBuf, u32>,
 }
 
 fn failed(path: &Path) -> impl FnOnce(io::Error) -> Error {
@@ -105,9 +108,25 @@ impl Saved {
         self.keep(noted)
     }
 
-    pub(super) fn forget_settings(&mut self) -> Result<(), Error> {
+    /// All are put back but this one, if any.
+    pub(super) fn forget_settings(&mut self, but: Option<(String, String)>) -> Result<(), Error> {
         let mut noted = self.noted.clone();
-        noted.settings.clear();
+        noted.settings = but.into_iter().collect();
+        self.keep(noted)
+    }
+
+    /// VMs that have memory offered by this tuner or one before it: process ids by socket.
+    pub fn offers(&self) -> &BTreeMap<PathBuf, u32> {
+        &self.noted.offers
+    }
+
+    /// Memory of a VM is going to be offered, or has been withdrawn (`None`).
+    pub fn note_offer(&mut self, socket: &Path, pid: Option<u32>) -> Result<(), Error> {
+        let mut noted = self.noted.clone();
+        match pid {
+            Some(pid) => noted.offers.insert(socket.to_owned(), pid),
+            None => noted.offers.remove(socket),
+        };
         self.keep(noted)
     }
 

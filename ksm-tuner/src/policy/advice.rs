@@ -1,6 +1,10 @@
 //! Which memory is offered for merging: of the named domain only, where pages have equals, for as long as it pays.
+//!
+//! To withdraw memory takes its merged pages apart at once, so that is done only where [`Room`] is left for all of them, also at the end.
 
-use super::{Action, Decision, History, VmHistory, mib};
+use std::collections::BTreeMap;
+
+use super::{Action, Decision, History, Step, VmHistory, mib, part};
 use crate::config::Config;
 use crate::sample::{PAGE, Sample, Vm};
 
@@ -9,19 +13,87 @@ const TRIAL_PASSES: u64 = 3;
 /// First wait between two comparisons of a VM's pages.
 const COMPARE_MS: u64 = 20_000;
 
+/// Memory of the host that pages which are taken apart may fill, beyond what has to be kept.
+#[derive(Debug)]
+struct Room {
+    left: u64,
+}
+
+impl Room {
+    fn beyond(keep: u64, sample: &Sample) -> Self {
+        Self {
+            left: sample.host.available_bytes.saturating_sub(keep),
+        }
+    }
+
+    /// Takes what a VM needs when its memory is withdrawn; `false` where there is not so much.
+    fn take(&mut self, vm: &Vm) -> bool {
+        let needed = apart_bytes(vm);
+        let fits = needed < self.left;
+        if fits {
+            self.left -= needed;
+        }
+        fits
+    }
+}
+
+/// What the pages of a VM take when they are no longer merged. A kernel that does not say may have merged all.
+fn apart_bytes(vm: &Vm) -> u64 {
+    vm.ksm.map_or(vm.advised_bytes, |ksm| {
+        (ksm.merging_pages + ksm.zero_pages) * PAGE
+    })
+}
+
+/// What is withdrawn when the tuner ends, of memory that it has offered: `ours` are process ids of such VMMs.
+/// Those with least to take apart come first; the second list names those that have to stay, and why.
+pub fn farewell(
+    config: &Config,
+    sample: &Sample,
+    ours: &BTreeMap<String, u32>,
+) -> (Vec<Step>, Vec<String>) {
+    let keep = part(sample.host.total_bytes, config.pressure.available_low);
+    let mut room = Room::beyond(keep, sample);
+    let mut vms: Vec<_> = sample
+        .vms
+        .iter()
+        .filter(|(name, vm)| vm.advised_bytes > 0 && ours.get(*name) == Some(&vm.pid))
+        .collect();
+    vms.sort_by_key(|(_, vm)| apart_bytes(vm));
+    let (mut steps, mut stay) = (Vec::new(), Vec::new());
+    for (name, vm) in vms {
+        let needed = mib(apart_bytes(vm));
+        let Some(domain) = &vm.domain else { continue };
+        if room.take(vm) {
+            let why =
+                format!("the tuner ends; {needed} MiB are taken apart, for which there is room");
+            steps.push(Step {
+                action: all(name, domain, false),
+                why,
+            });
+        } else {
+            stay.push(format!(
+                "{name}: {needed} MiB would be taken apart, and {} of {} MiB available are for that",
+                mib(room.left),
+                mib(sample.host.available_bytes)
+            ));
+        }
+    }
+    (steps, stay)
+}
+
 pub(super) fn advise(
     config: &Config,
     next: &mut History,
     sample: &Sample,
     decision: &mut Decision,
 ) {
-    let room = next.windows.room_for_storm(sample);
+    let mut room = Room::beyond(next.windows.room_for_storm(sample), sample);
     for (name, vm) in &sample.vms {
         let (Some(domain), Some(known)) = (&vm.domain, next.vms.get_mut(name)) else {
             continue;
         };
         if config.merge.domain.as_ref() != Some(domain) {
-            withdraw_foreign(config, name, vm, domain, decision);
+            withdraw_foreign(config, name, (vm, domain), &mut room, decision);
             continue;
         }
         if vm.mergeable_bytes == 0 {
@@ -30,7 +102,7 @@ pub(super) fn advise(
         if vm.advised_bytes > 0 {
             let scan = known.offered_at_scan.get_or_insert(sample.ksm.full_scans);
             let passes = sample.ksm.full_scans.saturating_sub(*scan);
-            if let Some(why) = loss(vm, passes, sample, room) {
+            if let Some(why) = loss(vm, passes, &mut room) {
                 known.dropped_until_ms = sample.at_ms + 1000 * config.merge.retry_s;
                 known.offered_at_scan = None;
                 known.burst_bytes = 0;
@@ -53,9 +125,15 @@ fn all(name: &str, domain: &str, merge: bool) -> Action {
     }
 }
 
-/// One domain a host: what another one still offers is withdrawn.
-fn withdraw_foreign(config: &Config, name: &str, vm: &Vm, domain: &str, decision: &mut Decision) {
-    if vm.advised_bytes > 0 {
+/// One domain a host: what another one still offers is withdrawn as soon as there is room; until then nothing is scanned.
+fn withdraw_foreign(
+    config: &Config,
+    name: &str,
+    (vm, domain): (&Vm, &str),
+    room: &mut Room,
+    decision: &mut Decision,
+) {
+    if vm.advised_bytes > 0 && room.take(vm) {
         let ours = config.merge.domain.as_deref().unwrap_or("none");
         let why = format!(
             "{} MiB of domain {domain} are open to merging, and this host merges domain {ours}",
@@ -66,11 +144,10 @@ fn withdraw_foreign(config: &Config, name: &str, vm: &Vm, domain: &str, decision
 }
 
 /// Why a VM is no longer worth the book that is kept on its pages. It stays where there is no room to take it apart.
-fn loss(vm: &Vm, passes: u64, sample: &Sample, room: u64) -> Option<String> {
+fn loss(vm: &Vm, passes: u64, room: &mut Room) -> Option<String> {
     let ksm = vm.ksm?;
-    let needed = ksm.merging_pages * PAGE + room;
     let is_loss = ksm.rmap_items > 0 && ksm.profit_bytes < 0 && passes >= TRIAL_PASSES;
-    (is_loss && sample.host.available_bytes > needed).then(|| {
+    (is_loss && room.take(vm)).then(|| {
         format!(
             "after {passes} passes {} of {} pages are merged: {} KiB lost",
             ksm.merging_pages,

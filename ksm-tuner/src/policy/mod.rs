@@ -20,7 +20,7 @@
 //! | PRESSURE | as BURST | taken from guests with memory to spare |
 //!
 //! In every state a guest that is short of memory gets some back in the step that shows it, memory of a foreign domain is
-//! taken out of merging, and the scanner's CPU is held to the budget by an account that is settled every step.
+//! taken out of merging as soon as there is room for it, and not scanned before; and the scanner's CPU is held to the budget by an account that is settled every step.
 //! Constant scanning costs the same for each page found and never ends; so it is run fast and then not at all.
 //!
 //! No clock, no I/O, no randomness: [`decide`] may be replayed. [`History`] is all that it remembers.
@@ -42,6 +42,7 @@ use serde::{Deserialize, Serialize};
 use crate::config::Config;
 use crate::sample::{Sample, Settings};
 
+pub use self::advice::farewell;
 use self::pressure::Windows;
 use self::scan::Scanner;
 

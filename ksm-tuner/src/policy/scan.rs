@@ -212,10 +212,11 @@ pub(super) fn change_state(
     decision: &mut Decision,
 ) {
     let news = news(config, next, sample);
-    let wanted = config.merge.domain.is_some() && offered(config, sample) > 0;
+    let foreign = foreign(config, sample);
+    let wanted = config.merge.domain.is_some() && offered(config, sample) > 0 && foreign.is_none();
     if !wanted {
-        next.scanner
-            .end("no memory of the domain is offered".to_owned());
+        let why = foreign.unwrap_or_else(|| "no memory of the domain is offered".to_owned());
+        next.scanner.end(why);
     } else if let Some(storm) = storm(config, next, sample) {
         next.scanner.end(storm);
         next.scanner.look_later(config, sample);
@@ -283,6 +284,21 @@ fn offered(config: &Config, sample: &Sample) -> u64 {
     vms.map(|vm| vm.advised_bytes).sum()
 }
 
+/// Memory of another domain that is offered: it would be merged with ours, so nothing is scanned before it is withdrawn.
+fn foreign(config: &Config, sample: &Sample) -> Option<String> {
+    let ours = &config.merge.domain;
+    let mut others = sample
+        .vms
+        .iter()
+        .filter(|(_, vm)| vm.advised_bytes > 0 && vm.domain.is_some() && vm.domain != *ours);
+    others.next().map(|(name, vm)| {
+        format!(
+            "{} MiB of VM {name}, of another domain, are still offered",
+            mib(vm.advised_bytes)
+        )
+    })
+}
+
 /// What there is to merge that was not there when the last burst began.
 fn news(config: &Config, next: &History, sample: &Sample) -> Option<String> {
     sample.vms.iter().find_map(|(name, vm)| {
@@ -341,11 +357,23 @@ pub(super) fn set(config: &Config, next: &History, sample: &Sample, decision: &m
             .use_zero_pages
             .map(|_| u64::from(config.merge.use_zero_pages));
         wanted.advisor_mode = now.advisor_mode.as_ref().map(|_| "none".to_owned());
+        wanted.max_page_sharing = sharing(config, sample);
     }
     if wanted != *now {
         let why = scanner.says();
         decision.add(Action::Scanner(wanted), why);
     }
+}
+
+/// How often a page may be mapped; the kernel takes another number only while no page is merged.
+fn sharing(config: &Config, sample: &Sample) -> Option<u64> {
+    let now = sample.ksm.settings.max_page_sharing?;
+    let wanted = config.merge.max_page_sharing;
+    Some(
+        wanted
+            .filter(|_| sample.ksm.pages_shared == 0)
+            .unwrap_or(now),
+    )
 }
 
 /// `pages_to_scan` and `sleep_millisecs` at which a page's cost makes a part of a core.

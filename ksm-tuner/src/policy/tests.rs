@@ -124,6 +124,104 @@ fn other_domains_are_not_offered_and_taken_out_where_they_are() {
     assert_eq!(host.state(), State::Off);
 }
 
+/// A VM whose merged pages come to so many bytes.
+fn merged(host: &mut Host, name: &str, bytes: u64) {
+    let vm = host.sample.vms.get_mut(name).unwrap();
+    vm.advised_bytes = vm.mergeable_bytes;
+    vm.ksm = Some(ProcessKsm {
+        rmap_items: vm.mergeable_bytes >> 12,
+        merging_pages: bytes >> 12,
+        zero_pages: 0,
+        profit_bytes: bytes as i64,
+    });
+}
+
+#[test]
+fn without_room_foreign_memory_stays_and_nothing_is_scanned() {
+    let mut host = Host::new(config());
+    host.add("a", DOMAIN, 4 * GIB);
+    host.add("b", "other", 4 * GIB);
+    merged(&mut host, "a", 3 * GIB);
+    merged(&mut host, "b", 3 * GIB);
+    host.sample.host.available_bytes = 2 * GIB;
+    host.run(5);
+    assert_eq!(
+        host.sample.vms["b"].advised_bytes,
+        4 * GIB,
+        "no room for it"
+    );
+    assert_eq!(host.sample.ksm.settings.run, 0, "or both would be merged");
+    let why = host.history.scanner_says();
+    assert!(why.contains("VM b, of another domain"), "{why}");
+    host.sample.host.available_bytes = 8 * GIB;
+    host.run(3);
+    assert_eq!(host.sample.vms["b"].advised_bytes, 0);
+    assert_eq!(host.sample.ksm.settings.run, 1);
+}
+
+#[test]
+fn at_the_end_as_much_is_withdrawn_as_there_is_room_for() {
+    let mut host = Host::new(config());
+    for (name, bytes) in [
+        ("big", 8 * GIB),
+        ("mid", 3 * GIB),
+        ("small", GIB),
+        ("other", GIB),
+    ] {
+        host.add(name, DOMAIN, 16 * GIB);
+        merged(&mut host, name, bytes);
+    }
+    let mut ours: BTreeMap<String, u32> = host
+        .sample
+        .vms
+        .iter()
+        .map(|(name, vm)| (name.clone(), vm.pid))
+        .collect();
+    // This one was started anew since: what it offers is not ours.
+    ours.insert("other".to_owned(), 1);
+    let withdrawn = |host: &Host| {
+        let (steps, stay) = farewell(&host.config, &host.sample, &ours);
+        let names: Vec<String> = steps
+            .iter()
+            .map(|step| match &step.action {
+                Action::Advise {
+                    vm, merge: false, ..
+                } => vm.clone(),
+                other => panic!("{other:?}"),
+            })
+            .collect();
+        (names, stay.len())
+    };
+    // A tenth of 64 GiB is kept.
+    let names = |names: &[&str]| {
+        names
+            .iter()
+            .map(|&name| name.to_owned())
+            .collect::<Vec<_>>()
+    };
+    host.sample.host.available_bytes = 48 * GIB;
+    assert_eq!(withdrawn(&host), (names(&["small", "mid", "big"]), 0));
+    host.sample.host.available_bytes = 12 * GIB;
+    assert_eq!(withdrawn(&host), (names(&["small", "mid"]), 1));
+    host.sample.host.available_bytes = 7 * GIB;
+    assert_eq!(withdrawn(&host), (Vec::new(), 3));
+}
+
+#[test]
+fn pages_are_shared_more_widely_only_while_none_is_shared() {
+    let mut host = Host::new(config());
+    host.config.merge.compare = false;
+    host.config.merge.max_page_sharing = Some(1000);
+    host.add("a", DOMAIN, GIB);
+    host.sample.ksm.pages_shared = 1;
+    host.run(3);
+    assert_eq!(host.sample.ksm.settings.run, 1);
+    assert_eq!(host.sample.ksm.settings.max_page_sharing, Some(256));
+    host.sample.ksm.pages_shared = 0;
+    host.step(1000);
+    assert_eq!(host.sample.ksm.settings.max_page_sharing, Some(1000));
+}
+
 #[test]
 fn the_scanner_never_takes_more_than_its_budget() {
     let mut numbers = Numbers(7);

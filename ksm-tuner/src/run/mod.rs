@@ -9,8 +9,9 @@
 //! `main` is the only one that reads the host, talks to VMs' balloons and writes to the kernel. `Published` is behind a
 //! lock that is held for copying only.
 //!
-//! The end: balloons and the kernel's settings go back to what they were. Memory that was offered stays so, as taking
-//! it apart would need all at once the memory that merging saved; with the scanner still, nothing more is merged.
+//! The end: the scanner stands still, memory that was offered is withdrawn where there is room to take it apart
+//! (`policy::farewell`), then the kernel's settings and balloons go back to what they were. What stays merged is in the notes, and so
+//! is everything after a kill; with the scanner still, nothing more is merged.
 
 mod serve;
 mod watch;
@@ -26,7 +27,7 @@ use crate::act::{self, Kernel, Saved};
 use crate::config::{self, Config};
 use crate::policy::{self, Action, Decision, History};
 use crate::report::{self, Explained, Published, Since};
-use crate::sample::{self, Roots, Run, Sample};
+use crate::sample::{self, Roots, Run, Sample, Settings};
 use crate::vms::{self, Directory, Hashes, Key, compare};
 
 pub use serve::{Question, ask, control_path};
@@ -267,7 +268,8 @@ impl Tuner {
         for step in &decision.steps {
             let what = report::action(&step.action);
             tracing::info!(state = %decision.state, why = step.why, "{what}");
-            if self.options.dry_run {
+            // To compare changes nothing, and a dry run is to say what would come of it.
+            if self.options.dry_run && !matches!(step.action, Action::Compare { .. }) {
                 continue;
             }
             if let Err(error) = self.carry_out(&step.action) {
@@ -279,6 +281,9 @@ impl Tuner {
     }
 
     fn carry_out(&mut self, action: &Action) -> Result<(), String> {
+        if let Action::Compare { vm } = action {
+            return self.compare(vm);
+        }
         let saved = self.saved.as_mut().ok_or("nothing is done in a dry run")?;
         let socket = |vm: &String| {
             self.directory
@@ -292,14 +297,29 @@ impl Tuner {
                     .set(saved, now, wanted)
                     .map_err(|error| crate::chain(&error))
             }
-            Action::Compare { vm } => self.compare(vm),
+            Action::Compare { .. } => Ok(()),
             Action::Advise {
                 vm,
                 domain,
                 merge,
                 ranges,
-            } => vms::advise(socket(vm)?, domain, *merge, ranges)
-                .map_err(|error| crate::chain(&error)),
+            } => {
+                let socket = socket(vm)?;
+                let pid = self.last.vms.get(vm).map(|vm| vm.pid);
+                if *merge {
+                    saved
+                        .note_offer(socket, pid)
+                        .map_err(|error| crate::chain(&error))?;
+                }
+                vms::advise(socket, domain, *merge, ranges)
+                    .map_err(|error| crate::chain(&error))?;
+                if !merge && ranges.is_empty() {
+                    saved
+                        .note_offer(socket, None)
+                        .map_err(|error| crate::chain(&error))?;
+                }
+                Ok(())
+            }
             Action::Balloon { vm, bytes } => {
                 let socket = socket(vm)?;
                 let now = self.last.vms.get(vm).and_then(|vm| vm.balloon);
@@ -427,10 +447,74 @@ impl Tuner {
     }
 
     fn end(&mut self) {
+        if self.saved.is_some() && self.config.merge.withdraw_at_end {
+            self.withdraw();
+        }
         if let Some(saved) = &mut self.saved {
             restore(&self.kernel, saved, "this tuner");
         }
         tracing::info!("berth-tuner ends");
+    }
+}
+
+impl Tuner {
+    /// Withdraws what this tuner has offered, as far as there is room.
+    fn withdraw(&mut self) {
+        let Some(saved) = self
+            .saved
+            .as_mut()
+            .filter(|saved| !saved.offers().is_empty())
+        else {
+            return;
+        };
+        let still = Settings {
+            run: 0,
+            ..self.last.ksm.settings.clone()
+        };
+        // Or it would merge again what is taken apart.
+        if let Err(error) = self.kernel.set(saved, &self.last.ksm.settings, &still) {
+            tracing::error!("{}", crate::chain(&error));
+        }
+        let offers = saved.offers().clone();
+        let ours: BTreeMap<String, u32> = self
+            .last
+            .vms
+            .keys()
+            .filter_map(|name| {
+                let pid = offers.get(self.directory.socket(name)?)?;
+                Some((name.clone(), *pid))
+            })
+            .collect();
+        let (steps, stay) = policy::farewell(&self.config, &self.last, &ours);
+        let decision = Decision {
+            state: self.history.state().0,
+            steps,
+            ..Decision::default()
+        };
+        self.act(&decision);
+        for why in stay {
+            tracing::warn!(why, "memory stays offered and merged");
+        }
+        self.forget_gone();
+    }
+
+    /// Offers of VMs that are not there any more went with them.
+    fn forget_gone(&mut self) {
+        let Some(saved) = &mut self.saved else { return };
+        let there: Vec<_> = self
+            .last
+            .vms
+            .iter()
+            .filter(|(_, vm)| vm.advised_bytes > 0)
+            .filter_map(|(name, vm)| Some((self.directory.socket(name)?.to_owned(), vm.pid)))
+            .collect();
+        for (socket, pid) in saved.offers().clone() {
+            if !there.contains(&(socket.clone(), pid))
+                && let Err(error) = saved.note_offer(&socket, None)
+            {
+                tracing::error!("{}", crate::chain(&error));
+            }
+        }
     }
 }
 

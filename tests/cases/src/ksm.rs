@@ -1,9 +1,10 @@
 //! berth-tuner with the kernel's own merging: micro-guests of equal content, which any KVM runs.
 //!
 //! ```text
-//!   a, b: trust_domain=farm ─┐ the same 16 MiB as initramfs
+//!   a, b: trust_domain=farm ─┐ the same 16 MiB as initramfs, and 32 MiB of which no other has more than a page in 32
 //!   c:    trust_domain=other ┘
-//!   berth-tuner (farm) ─▶ a and b share pages, c none ─▶ killed ─▶ started again without a domain: all is put back
+//!   berth-tuner --dry-run ─▶ (farm) a and b share pages, c none ─▶ killed ─▶ without a domain: all is put back
+//!   ─▶ the scanner runs already ─▶ (farm) again ─▶ told to end: all is put back, what was merged is taken apart
 //! ```
 //!
 //! KSM is the host's, so this is one story, and a lock keeps other runs of it on this host out. The kernel's settings are put
@@ -29,8 +30,10 @@ pub const STORIES: &[Story] = &[Story {
 }];
 
 const CHECKS: &[&str] = &[
+    "ksm.a_dry_run_changes_nothing",
     "ksm.guests_of_one_domain_share_pages",
     "ksm.status_explain_and_metrics_say_so",
+    "ksm.huge_pages_with_little_to_merge_stay_whole",
     "ksm.another_domain_shares_none",
     "ksm.what_a_killed_tuner_changed_is_put_back",
     "ksm.a_tuner_that_is_told_to_end_puts_back",
@@ -48,6 +51,10 @@ const SETTINGS: [&str; 6] = [
 ];
 /// What the guests have in common.
 const CONTENT_MIB: u64 = 16;
+/// What each has for itself.
+const OWN_MIB: u64 = 32;
+/// Of a huge page.
+const HUGE_MIB: u64 = 2;
 /// Merged pages of a guest from which it has been merged: most of the content.
 const MERGED_PAGES: u64 = CONTENT_MIB * 256 * 3 / 4;
 
@@ -73,8 +80,16 @@ fn ksm(context: &Context) -> Result<()> {
     lock.lock()?;
     let host = Host::take()?;
     let mut farm = Farm::start(context)?;
+    context.check("ksm.a_dry_run_changes_nothing", || farm.runs_dry(&host))?;
+    let huge = farm.huge_mib(0)?;
     context.check("ksm.guests_of_one_domain_share_pages", || farm.merges())?;
     context.check("ksm.status_explain_and_metrics_say_so", || farm.says_so())?;
+    let check = "ksm.huge_pages_with_little_to_merge_stay_whole";
+    if huge < OWN_MIB / 2 {
+        context.skip(check, "the host has made hardly any huge pages");
+    } else {
+        context.check(check, || farm.keeps_huge_pages(huge))?;
+    }
     context.check("ksm.another_domain_shares_none", || {
         farm.keeps_domains_apart()
     })?;
@@ -82,7 +97,7 @@ fn ksm(context: &Context) -> Result<()> {
         farm.puts_back(&host)
     })?;
     context.check("ksm.a_tuner_that_is_told_to_end_puts_back", || {
-        farm.ends_well(&host)
+        farm.ends_well()
     })
 }
 
@@ -150,18 +165,21 @@ impl<'a> Farm<'a> {
     fn start(context: &'a Context) -> Result<Self> {
         context.step("starting three guests with equal memory");
         fs::write(context.scratch("kernel"), kernel())?;
-        fs::write(context.scratch("content"), content())?;
         let vms = context.scratch("vms");
         fs::create_dir_all(&vms)?;
         let mut guests = Vec::new();
         for (name, domain) in [("a", "farm"), ("b", "farm"), ("c", "other")] {
             let socket = vms.join(format!("{name}.sock"));
+            let mut content = content(1, CONTENT_MIB);
+            content.extend(own_content(2 + guests.len() as u64));
+            let initramfs = context.scratch(&format!("content-{name}"));
+            fs::write(&initramfs, content)?;
             let mut command = Command::new(context.bin("berth-vmm"));
             command
                 .arg("--kernel")
                 .arg(context.scratch("kernel"))
                 .arg("--initramfs")
-                .arg(context.scratch("content"))
+                .arg(initramfs)
                 .args(["--memory", "size=64M,mergeable=on", "--serial", "null"])
                 .args(["--platform", &format!("trust_domain={domain}")])
                 .args(["--api-socket", &format!("path={}", socket.display())]);
@@ -180,6 +198,10 @@ impl<'a> Farm<'a> {
 
     /// Starts a tuner that merges this domain, or none.
     fn tune(&mut self, domain: Option<&str>) -> Result<()> {
+        self.start_tuner(domain, &[])
+    }
+
+    fn start_tuner(&mut self, domain: Option<&str>, more: &[&str]) -> Result<()> {
         let merge = domain.map_or_else(String::new, |domain| format!("domain = \"{domain}\"\n"));
         let text = format!(
             "[general]\nvms = \"{}\"\nrun_dir = \"{}\"\ninterval_ms = 500\n[merge]\n{merge}",
@@ -189,7 +211,7 @@ impl<'a> Farm<'a> {
         let config = self.context.scratch("tuner.toml");
         fs::write(&config, text)?;
         let mut command = Command::new(self.context.bin("berth-tuner"));
-        command.arg("run").arg("--config").arg(config);
+        command.arg("run").arg("--config").arg(config).args(more);
         command
             .arg("--metrics-socket")
             .arg(self.context.scratch("metrics"));
@@ -229,8 +251,75 @@ impl<'a> Farm<'a> {
         Ok(line.context("ksm_merging_pages")?.trim().parse()?)
     }
 
+    /// Memory of a guest that is in huge pages.
+    fn huge_mib(&self, index: usize) -> Result<u64> {
+        let path = format!("/proc/{}/smaps_rollup", self.guests[index].pid());
+        let text = fs::read_to_string(&path)?;
+        let line = text
+            .lines()
+            .find_map(|line| line.strip_prefix("AnonHugePages:"));
+        let kib = line.and_then(|rest| rest.split_whitespace().next()?.parse::<u64>().ok());
+        Ok(kib.context("AnonHugePages")? / 1024)
+    }
+
+    /// What a guest says that it offers, in bytes.
+    fn offered(&self, name: &str) -> Result<u64> {
+        let socket = self.vms.join(format!("{name}.sock"));
+        let api = berth_tests_framework::http::Api::new(&socket, seconds(30));
+        let sample = api.get("vm.memory-sample")?;
+        let ranges = sample["offered"]
+            .as_array()
+            .context("no list of what is offered")?;
+        Ok(ranges
+            .iter()
+            .filter_map(|range| range["len"].as_u64())
+            .sum())
+    }
+
+    /// It says what it would offer, and offers nothing.
+    fn runs_dry(&mut self, host: &Host) -> Result<()> {
+        self.start_tuner(Some("farm"), &["--dry-run"])?;
+        until("a dry run to say what it would offer", seconds(120), || {
+            let why = self.ask(&["explain", "500"])?;
+            Ok(["a", "b"]
+                .iter()
+                .all(|name| why.contains(&format!("runs of {name}: of ")))
+                .then_some(()))
+        })?;
+        ensure!(self.status()?["dry_run"] == true);
+        self.end()?;
+        host.check()?;
+        for name in ["a", "b", "c"] {
+            ensure!(self.offered(name)? == 0, "{name} offers memory");
+        }
+        ensure!(
+            !self.run_dir.join("state.json").exists(),
+            "it noted something"
+        );
+        Ok(())
+    }
+
+    /// Merging splits huge pages, and is not worth that for a page in 32.
+    fn keeps_huge_pages(&self, before: u64) -> Result<()> {
+        until("all that pays to be merged", seconds(240), || {
+            Ok((self.status()?["state"] == "TRICKLE").then_some(()))
+        })?;
+        // Those with common content, and the two that it begins and ends in.
+        let unique = before.saturating_sub(CONTENT_MIB + 2 * HUGE_MIB);
+        let after = self.huge_mib(0)?;
+        let figures =
+            format!("{before} MiB before, {after} MiB after, {unique} MiB with few equals\n");
+        fs::write(self.context.log("huge-pages"), &figures)?;
+        ensure!(after * 10 >= unique * 8, "{figures}");
+        Ok(())
+    }
+
     fn merges(&mut self) -> Result<()> {
         self.tune(Some("farm"))?;
+        self.wait_merged()
+    }
+
+    fn wait_merged(&self) -> Result<()> {
         until(
             "two guests to share most of their content",
             seconds(240),
@@ -314,13 +403,27 @@ impl<'a> Farm<'a> {
         host.check()
     }
 
-    fn ends_well(&mut self, host: &Host) -> Result<()> {
+    /// The scanner runs already when the tuner comes, and runs on when it has ended.
+    fn ends_well(&mut self) -> Result<()> {
+        set("pages_to_scan", "5000")?;
+        set("run", "1")?;
+        let host = Host::take()?;
         self.tune(Some("farm"))?;
-        until("the tuner to change something", seconds(120), || {
-            Ok(host.check().is_err().then_some(()))
-        })?;
+        self.wait_merged()?;
+        let foreign = (self.offered("c")?, self.merged(2)?);
+        ensure!(
+            foreign == (0, 0),
+            "bytes offered, pages merged: {foreign:?}"
+        );
         self.end()?;
         host.check()?;
+        for name in ["a", "b"] {
+            ensure!(self.offered(name)? == 0, "{name} still offers memory");
+        }
+        until("what was merged to be taken apart", seconds(240), || {
+            let left = self.merged(0)? + self.merged(1)?;
+            Ok((left == 0).then_some(()))
+        })?;
         ensure!(
             !self.run_dir.join("state.json").exists(),
             "it left its notes"
@@ -351,14 +454,25 @@ fn kernel() -> Vec<u8> {
     image
 }
 
-/// Pages of which no two are equal (xorshift64).
-fn content() -> Vec<u8> {
-    let mut number = 0x9e37_79b9_7f4a_7c15_u64;
+/// Pages of which no two are equal, others with another seed (xorshift64).
+fn content(seed: u64, mib: u64) -> Vec<u8> {
+    let mut number = 0x9e37_79b9_7f4a_7c15_u64.wrapping_mul(seed);
     let mut next = || {
         number ^= number << 13;
         number ^= number >> 7;
         number ^= number << 17;
         number.to_le_bytes()
     };
-    (0..CONTENT_MIB << 17).flat_map(|_| next()).collect()
+    (0..mib << 17).flat_map(|_| next()).collect()
+}
+
+/// Contents of one guest, but for a page in 32, which all have.
+fn own_content(seed: u64) -> Vec<u8> {
+    const PAGE: usize = 4096;
+    let (mut own, common) = (content(seed, OWN_MIB), content(99, OWN_MIB));
+    let pages = own.chunks_mut(PAGE).zip(common.chunks(PAGE));
+    pages
+        .step_by(32)
+        .for_each(|(own, common)| own.copy_from_slice(common));
+    own
 }
