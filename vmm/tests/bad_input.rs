@@ -111,12 +111,14 @@ fn kernels_that_are_none() {
     std::fs::write(at("text"), "#!/bin/sh\n").unwrap();
     std::fs::write(at("empty"), "").unwrap();
     std::fs::write(at("good"), &elf).unwrap();
+    std::fs::create_dir(at("folder")).unwrap();
     let tail = ["--serial", "null", "--memory", "32M"];
     for (name, part) in [
         ("missing", "No such file"),
         ("truncated", ""),
         ("text", ""),
         ("empty", ""),
+        ("folder", "a directory"),
     ] {
         let path = at(name);
         refused(
@@ -128,6 +130,9 @@ fn kernels_that_are_none() {
     let (good, missing) = (at("good"), at("missing"));
     let args = ["--kernel", good.as_str(), "--initramfs", missing.as_str()];
     refused(&[&args[..], &tail].concat(), 1, &[&missing]);
+    let folder = at("folder");
+    let args = ["--kernel", good.as_str(), "--initramfs", folder.as_str()];
+    refused(&[&args[..], &tail].concat(), 1, &["not a regular file"]);
     let big = at("big");
     std::fs::File::create(&big)
         .unwrap()

@@ -11,6 +11,8 @@ mod support;
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
+use std::process::Child;
+use std::time::Duration;
 
 use support::{Code, Guest, ask, eventually, has_kvm, vmm};
 use vmm_sys_util::tempdir::TempDir;
@@ -142,6 +144,76 @@ fn clients_that_cannot_be_taken_are_taken_later_and_fill_no_log() {
     assert_eq!(ask(waits, "GET", "vmm.ping").0, 200);
     let lines = log().matches("cannot take a client").count();
     assert!(lines < 50, "{lines} lines");
+}
+
+/// A VMM that is killed with its test.
+struct Vmm(Child);
+
+impl Vmm {
+    fn pid(&self) -> u32 {
+        self.0.id()
+    }
+
+    /// What it has used of the processors.
+    fn cpu_time(&self) -> Duration {
+        let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.pid())).unwrap();
+        let (_, rest) = stat.rsplit_once(')').unwrap();
+        let fields: Vec<_> = rest.split_whitespace().collect();
+        // The 14th and 15th of all, in hundredths of a second.
+        let ticks: u64 = [11, 12]
+            .map(|at| fields[at].parse::<u64>().unwrap())
+            .iter()
+            .sum();
+        Duration::from_millis(ticks * 10)
+    }
+}
+
+impl Drop for Vmm {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+#[test]
+fn listeners_that_cannot_take_a_client_rest_and_take_it_later() {
+    if !has_kvm() {
+        return;
+    }
+    let dir = TempDir::new().unwrap();
+    let at = |name: &str| dir.as_path().join(name).display().to_string();
+    std::fs::write(at("kernel"), Code::new().halt().elf()).unwrap();
+    let mut command = vmm();
+    command.args(["--kernel", &at("kernel"), "--memory", "size=32M"]);
+    command.args(["--serial", &format!("socket={}", at("serial"))]);
+    command.args(["--metrics-socket", &at("metrics"), "--log-file", &at("log")]);
+    let vmm = Vmm(command.spawn().unwrap());
+    let log = || std::fs::read_to_string(at("log")).unwrap_or_default();
+    eventually("it runs", || log().contains("the guest runs").then_some(()));
+    let open = files(vmm.pid());
+
+    let before = limit(vmm.pid() as i32, 3);
+    let connect = |name: &str| UnixStream::connect(at(name)).unwrap();
+    let (_serial, mut metrics) = (connect("serial"), connect("metrics"));
+    for what in ["serial socket", "metrics"] {
+        eventually("it cannot be taken", || {
+            let line = format!("cannot take a client of the {what}");
+            log().contains(&line).then_some(())
+        });
+    }
+    // A thread that only tried again would use all of this time, and one that rests next to nothing.
+    let (window, used) = (Duration::from_millis(1500), vmm.cpu_time());
+    std::thread::sleep(window);
+    let used = vmm.cpu_time() - used;
+    assert!(used < window / 3, "{used:?} of {window:?}");
+
+    limit(vmm.pid() as i32, before);
+    let mut text = String::new();
+    metrics.read_to_string(&mut text).unwrap();
+    assert!(text.contains("berth_vmm_state"), "{text}");
+    eventually("the serial port's client is taken", || {
+        (files(vmm.pid()) == open + 1).then_some(())
+    });
 }
 
 #[test]

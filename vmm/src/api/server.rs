@@ -19,16 +19,16 @@ use vmm_sys_util::eventfd::EventFd;
 use super::connection::{Connection, Fate, Served};
 use super::handlers::{Route, answer, route};
 use super::http::Request;
+use crate::event_loop::rest::{self, Rest};
 use crate::socket::Listener;
 use crate::telemetry::LogLimit;
 use crate::vm::requests::{self, Answer, ReplyTo, RequestSender};
 
-/// Clients at a time; one more takes the place of the one that has been idle for longest.
-const MAX_CLIENTS: usize = 32;
+/// Clients at a time. One more waits in the socket's queue, until one leaves or has been idle for
+/// [`IDLE_PATIENCE`]: a client that waits for an answer is never sent away.
+pub(super) const MAX_CLIENTS: usize = 32;
+const IDLE_PATIENCE: Duration = Duration::from_secs(1);
 
-/// How long no client is taken after one could not be, as where there are no descriptors: it waits in the
-/// socket's queue, and this thread is not to do nothing but try.
-const ACCEPT_PAUSE: Duration = Duration::from_secs(1);
 static NOT_TAKEN: LogLimit = LogLimit::new(Duration::from_secs(10));
 
 const LISTENER: u64 = 0;
@@ -45,8 +45,8 @@ pub(super) struct Server {
     answers: Receiver<Answer>,
     clients: BTreeMap<u64, Connection>,
     next_client: u64,
-    /// Until then no client is taken.
-    deaf_until: Option<Instant>,
+    /// Whether no client is taken.
+    rest: Rest,
 }
 
 /// The way to the driver and back.
@@ -90,7 +90,7 @@ impl Server {
             answers,
             clients: BTreeMap::new(),
             next_client: FIRST_CLIENT,
-            deaf_until: None,
+            rest: Rest::default(),
         })
     }
 
@@ -121,13 +121,17 @@ impl Server {
                 }
             }
             self.drop_late();
-            if self.deaf_until.is_some_and(|until| until <= Instant::now()) {
-                self.hear(None);
-            }
+            let listener = self.listener.as_raw_fd();
+            self.rest.end_if_due(&self.epoll, listener, LISTENER);
         }
     }
 
     fn accept(&mut self) {
+        if self.clients.len() >= MAX_CLIENTS
+            && let Err(until) = self.drop_longest_idle()
+        {
+            return self.rest(until);
+        }
         let stream = match self.listener.accept() {
             Ok(Some(stream)) => stream,
             Ok(None) => return,
@@ -135,13 +139,9 @@ impl Server {
                 if let Some(suppressed) = NOT_TAKEN.pass() {
                     tracing::warn!(%error, suppressed, "cannot take a client of the API");
                 }
-                self.hear(Some(Instant::now() + ACCEPT_PAUSE));
-                return;
+                return self.rest(Some(Instant::now() + rest::AFTER_A_FAILURE));
             }
         };
-        if self.clients.len() >= MAX_CLIENTS {
-            self.drop_longest_idle();
-        }
         let token = self.next_client;
         self.next_client += 1;
         let added = Connection::new(stream).and_then(|connection| {
@@ -156,17 +156,17 @@ impl Server {
         }
     }
 
-    /// Takes clients from now on, or none before that time.
-    fn hear(&mut self, not_before: Option<Instant>) {
-        let interest = match not_before {
-            None => EventSet::IN,
-            Some(_) => EventSet::empty(),
-        };
-        let event = EpollEvent::new(interest, LISTENER);
-        let fd = self.listener.as_raw_fd();
-        // It is in the set, and changing that takes nothing that could be missing.
-        let _ = self.epoll.ctl(ControlOperation::Modify, fd, event);
-        self.deaf_until = not_before;
+    /// Takes no client until then, or until one leaves.
+    fn rest(&mut self, until: Option<Instant>) {
+        let listener = self.listener.as_raw_fd();
+        self.rest.begin(&self.epoll, listener, LISTENER, until);
+    }
+
+    /// Lets go of a client: closing its stream takes it out of the epoll set, and makes room for another.
+    fn remove(&mut self, token: u64) {
+        self.clients.remove(&token);
+        let listener = self.listener.as_raw_fd();
+        self.rest.end(&self.epoll, listener, LISTENER);
     }
 
     fn process_client(&mut self, token: u64) {
@@ -201,37 +201,39 @@ impl Server {
         let fd = connection.as_raw_fd();
         let lost = self.epoll.ctl(ControlOperation::Modify, fd, event).is_err();
         if lost || fate == Fate::Closed {
-            // Closing the stream takes it out of the epoll set.
-            self.clients.remove(&token);
+            self.remove(token);
         }
     }
 
-    fn drop_longest_idle(&mut self) {
-        let longest = self
-            .clients
-            .iter()
-            .min_by_key(|(_, connection)| (!connection.is_idle(), connection.since()))
-            .map(|(token, _)| *token);
-        if let Some(token) = longest {
-            self.clients.remove(&token);
+    /// Makes room for a client, or says when there may be some, which is `None` while all are busy.
+    fn drop_longest_idle(&mut self) -> Result<(), Option<Instant>> {
+        let idle = self.clients.iter().filter(|(_, client)| client.is_idle());
+        let longest = idle.map(|(&token, client)| (client.since(), token)).min();
+        let (since, token) = longest.ok_or(None)?;
+        let until = since + IDLE_PATIENCE;
+        if until > Instant::now() {
+            return Err(Some(until));
         }
+        self.remove(token);
+        Ok(())
     }
 
     fn drop_late(&mut self) {
         let now = Instant::now();
-        self.clients
-            .retain(|_, connection| connection.deadline().is_none_or(|deadline| deadline > now));
+        let deadlines = self.clients.iter();
+        let late: Vec<_> = deadlines
+            .filter(|(_, client)| client.deadline().is_some_and(|deadline| deadline <= now))
+            .map(|(&token, _)| token)
+            .collect();
+        for token in late {
+            self.remove(token);
+        }
     }
 
     /// Until the next deadline; -1 without one.
     fn timeout_ms(&self) -> i32 {
         let deadlines = self.clients.values().filter_map(Connection::deadline);
-        let next = deadlines.chain(self.deaf_until).min();
-        next.map_or(-1, |deadline| {
-            let left = deadline.saturating_duration_since(Instant::now());
-            // Rounded up, so that it has passed when the wait is over.
-            i32::try_from(left.as_millis() + 1).unwrap_or(i32::MAX)
-        })
+        rest::timeout_ms(deadlines.chain(self.rest.deadline()).min())
     }
 }
 

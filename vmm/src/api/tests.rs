@@ -8,10 +8,11 @@ use std::time::Duration;
 
 use vmm_sys_util::tempdir::TempDir;
 
+use super::server::MAX_CLIENTS;
 use super::{Api, bind, start};
 use crate::event_loop::{EventLoop, Token};
 use crate::socket::ApiSocket;
-use crate::vm::requests::{Command, Failure, Reply, Request, Requests};
+use crate::vm::requests::{Command, CounterGroups, Failure, Reply, Request, Requests};
 use crate::vm::state::{Action, VmState, accept};
 
 struct Served {
@@ -37,7 +38,7 @@ fn serve() -> Served {
 
 fn drive(requests: &Requests) {
     let mut state = VmState::Running;
-    let mut counters = crate::vm::requests::CounterGroups::new();
+    let mut counters = CounterGroups::new();
     counters
         .entry("vcpu0".into())
         .or_default()
@@ -143,6 +144,54 @@ fn more_clients_than_fit_push_out_the_idle() {
     assert!(ask(&served.path, "GET", "vmm.ping").starts_with("HTTP/1.1 200"));
     drop(idle);
     end(served);
+}
+
+#[test]
+fn a_client_that_waits_for_an_answer_is_not_sent_away() {
+    let dir = TempDir::new().unwrap();
+    let path = dir.as_path().join("api");
+    let (sender, requests) = Requests::new().unwrap();
+    let _api = start(bind(&ApiSocket::Path(path.clone())).unwrap(), sender).unwrap();
+    let events = EventLoop::new().unwrap();
+    events.add(requests.event(), Token::Requests).unwrap();
+    let request = b"GET /api/v1/vm.counters HTTP/1.1\r\nConnection: close\r\n\r\n";
+    let mut replies = Vec::new();
+    let mut clients = Vec::new();
+    for count in 0..MAX_CLIENTS {
+        let mut client = client(&path);
+        client.write_all(request).unwrap();
+        clients.push(client);
+        // Answers are kept, and given below.
+        while replies.len() <= count {
+            events.wait().unwrap();
+            for request in requests.take() {
+                let Request::Command(_, reply) = request else {
+                    panic!("no command");
+                };
+                replies.push(reply);
+            }
+        }
+    }
+    // Those that came later wait in the queue: all who are served have a question.
+    let mut late = client(&path);
+    late.set_read_timeout(Some(Duration::from_millis(1500)))
+        .unwrap();
+    let ping = b"GET /api/v1/vmm.ping HTTP/1.1\r\nConnection: close\r\n\r\n";
+    late.write_all(ping).unwrap();
+    assert!(late.read(&mut [0]).is_err(), "nobody has gone yet");
+    for reply in replies {
+        reply.send(Ok(Reply::Counters(CounterGroups::new())));
+    }
+    for client in &mut clients {
+        let mut answer = String::new();
+        client.read_to_string(&mut answer).unwrap();
+        assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
+    }
+    late.set_read_timeout(Some(Duration::from_secs(60)))
+        .unwrap();
+    let mut answer = String::new();
+    late.read_to_string(&mut answer).unwrap();
+    assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
 }
 
 #[test]

@@ -79,6 +79,9 @@ pub fn load(
         path: path.to_owned(),
         source,
     };
+    if super::instead_of_a_file(path).is_some() {
+        return Err(Error::NotAFile(path.to_owned()));
+    }
     let mut file = File::open(path).map_err(open_error)?;
     let metadata = file.metadata().map_err(open_error)?;
     if !metadata.is_file() {

@@ -158,6 +158,9 @@ impl Kernel {
 /// Loads the payload's kernel.
 pub fn load(ram: &GuestRam, payload: &PayloadConfig) -> Result<Kernel, Error> {
     let loader = Loader { ram, payload };
+    if let Some(what) = super::instead_of_a_file(&payload.kernel) {
+        return Err(loader.foreign(what));
+    }
     let mut file = File::open(&payload.kernel).map_err(|error| loader.open_error(error))?;
     let metadata = file.metadata().map_err(|error| loader.open_error(error))?;
     if !metadata.is_file() {
@@ -612,6 +615,8 @@ mod tests {
         }
         let ram = testing::ram(4 << 20);
         let error = load(&ram, &payload(Path::new("/"), KernelEntry::Auto)).unwrap_err();
+        assert_eq!(error.to_string(), "/ is no kernel but a directory");
+        let error = load(&ram, &payload(Path::new("/dev/null"), KernelEntry::Auto)).unwrap_err();
         assert!(error.to_string().contains("not a regular file"));
         let missing = payload(Path::new("/nonexistent"), KernelEntry::Auto);
         let error = load(&ram, &missing).unwrap_err();

@@ -28,12 +28,25 @@ pub mod pvh;
 mod testing;
 pub mod zero_page;
 
+use std::path::Path;
+
 use vm_memory::{GuestAddress, GuestMemoryError};
 
 use crate::config::PayloadConfig;
 use crate::memory::GuestRam;
 use initramfs::Initramfs;
 use kernel::EntryPoint;
+
+/// What a path names that is no file to load, asked before it is opened: the sandbox lets nobody open a directory,
+/// and a permission that is denied would say less.
+fn instead_of_a_file(path: &Path) -> Option<&'static str> {
+    let kind = std::fs::metadata(path).ok()?.file_type();
+    match (kind.is_file(), kind.is_dir()) {
+        (true, _) => None,
+        (_, true) => Some("a directory"),
+        _ => Some("not a regular file"),
+    }
+}
 
 /// How the boot processor starts; for [`crate::cpu::regs::setup`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

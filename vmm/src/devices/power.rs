@@ -292,13 +292,16 @@ mod tests {
     #[test]
     fn both_reset_lines_reset() {
         let (sender, events) = channel();
-        let guest_events = GuestEvents::new(move |event| sender.send(event).unwrap());
-        let register = ResetRegister::new(guest_events.clone());
+        let guest_events = || {
+            let sender = sender.clone();
+            GuestEvents::new(move |event| sender.send(event).unwrap())
+        };
+        let register = ResetRegister::new(guest_events());
         register.write(0, &[2]);
         assert!(events.try_recv().is_err(), "bit 1 only chooses the kind");
         register.write(0, &[crate::memory::layout::RESET_VALUE]);
         assert_eq!(events.try_recv(), Ok(GuestEvent::Reset));
-        let keyboard = KeyboardController::new(guest_events);
+        let keyboard = KeyboardController::new(guest_events());
         keyboard.write(0, &[0xd1]);
         keyboard.write(0, &[I8042_RESET]);
         assert_eq!(events.try_recv(), Ok(GuestEvent::Reset));

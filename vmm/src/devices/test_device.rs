@@ -159,11 +159,12 @@ mod tests {
 
     #[test]
     fn a_value_ends_the_process_doubled_and_one_added() {
-        let board = board();
         for (value, code) in [(0u32, 1), (1, 3), (0x55, 0xab), (0x80, 1), (u32::MAX, 0xff)] {
+            let board = board();
             board.buses.pio.write(EXIT_PORT, &value.to_le_bytes());
             assert_eq!(board.events.try_recv(), Ok(GuestEvent::Exit(code)));
         }
+        let board = board();
         board.buses.pio.write(EXIT_PORT, &[2]);
         assert_eq!(board.events.try_recv(), Ok(GuestEvent::Exit(5)));
     }

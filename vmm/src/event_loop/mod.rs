@@ -5,9 +5,14 @@
 
 #![forbid(unsafe_code)]
 
-use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+pub mod rest;
 
+use std::cell::RefCell;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
+use std::time::Instant;
+
+use self::rest::Rest;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
 /// What has something to say.
@@ -40,6 +45,8 @@ const TOKENS: [Token; 6] = [
 /// An epoll set.
 pub struct EventLoop {
     epoll: Epoll,
+    /// The file that rests, if one does.
+    resting: RefCell<Option<(RawFd, Token, Rest)>>,
 }
 
 impl EventLoop {
@@ -47,7 +54,21 @@ impl EventLoop {
     pub fn new() -> io::Result<Self> {
         Ok(Self {
             epoll: Epoll::new()?,
+            resting: RefCell::default(),
         })
+    }
+
+    /// Reports a file that is in the set no more for a moment, in which what it waits for may become possible. One
+    /// at a time can rest.
+    pub fn rest(&self, file: &impl AsRawFd, token: Token) {
+        let mut rest = Rest::default();
+        let until = Instant::now() + rest::AFTER_A_FAILURE;
+        let file = file.as_raw_fd();
+        rest.begin(&self.epoll, file, token as u64, Some(until));
+        let before = self.resting.replace(Some((file, token, rest)));
+        if let Some((file, token, mut rest)) = before {
+            rest.end(&self.epoll, file, token as u64);
+        }
     }
 
     /// Reports `token` as long as `file` can be read (or its other side hung up).
@@ -59,19 +80,30 @@ impl EventLoop {
 
     /// Reports the file no more; harmless for one that is not in the set.
     pub fn remove(&self, file: &impl AsRawFd) {
+        let file = file.as_raw_fd();
+        self.resting
+            .borrow_mut()
+            .take_if(|(resting, ..)| *resting == file);
         // ENOENT is the only error an open file can meet here.
-        let _ = self.epoll.ctl(
-            ControlOperation::Delete,
-            file.as_raw_fd(),
-            EpollEvent::default(),
-        );
+        let _ = self
+            .epoll
+            .ctl(ControlOperation::Delete, file, EpollEvent::default());
     }
 
     /// Waits until something is ready.
     pub fn wait(&self) -> io::Result<Vec<Token>> {
         let mut events = [EpollEvent::default(); TOKENS.len()];
         loop {
-            match self.epoll.wait(-1, &mut events) {
+            let deadline = match &mut *self.resting.borrow_mut() {
+                Some((file, token, rest)) => {
+                    rest.end_if_due(&self.epoll, *file, *token as u64);
+                    rest.deadline()
+                }
+                None => None,
+            };
+            match self.epoll.wait(rest::timeout_ms(deadline), &mut events) {
+                // What rested may be due.
+                Ok(0) => {}
                 Ok(count) => {
                     let ready = events[..count]
                         .iter()
@@ -138,6 +170,25 @@ mod tests {
         events.remove(&ready);
         quiet.write(1).unwrap();
         assert_eq!(events.wait().unwrap(), [Token::Signal]);
+    }
+
+    #[test]
+    fn what_rests_holds_up_nobody_and_is_reported_again() {
+        let events = EventLoop::new().unwrap();
+        let (listener, other) = (EventFd::new(0).unwrap(), EventFd::new(0).unwrap());
+        events.add(&listener, Token::SerialListener).unwrap();
+        events.add(&other, Token::Requests).unwrap();
+        listener.write(1).unwrap();
+        other.write(1).unwrap();
+        events.rest(&listener, Token::SerialListener);
+        assert_eq!(events.wait().unwrap(), [Token::Requests]);
+        other.read().unwrap();
+        // Nothing else happens: it waits until the rest is over.
+        assert_eq!(events.wait().unwrap(), [Token::SerialListener]);
+        events.rest(&listener, Token::SerialListener);
+        events.remove(&listener);
+        other.write(1).unwrap();
+        assert_eq!(events.wait().unwrap(), [Token::Requests]);
     }
 
     #[test]

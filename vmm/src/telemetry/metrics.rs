@@ -13,13 +13,14 @@ use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::sync::mpsc::channel;
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-use super::{balloon_metrics, events};
+use super::{LogLimit, balloon_metrics, events};
 use crate::devices::virtio::balloon;
+use crate::event_loop::rest::{self, Rest};
 use crate::event_loop::{Interest, poll_one};
 use crate::sandbox::{self, ThreadKind};
 use crate::socket::Listener;
@@ -33,6 +34,10 @@ const PLAIN_AFTER_MS: i32 = 100;
 /// How long the driver may take.
 const DRIVER_PATIENCE: Duration = Duration::from_secs(10);
 const PAGE: u64 = 4096;
+
+const LISTENER: u64 = 0;
+const STOP: u64 = 1;
+static NOT_TAKEN: LogLimit = LogLimit::new(Duration::from_secs(10));
 
 /// The metrics thread. Dropped, it ends and the socket is removed.
 pub struct Metrics {
@@ -64,8 +69,12 @@ pub fn start(listener: Listener, statm: File, requests: RequestSender) -> io::Re
     let stop = EventFd::new(EFD_CLOEXEC)?;
     let epoll = Epoll::new()?;
     let readable = |token| EpollEvent::new(EventSet::IN, token);
-    epoll.ctl(ControlOperation::Add, listener.as_raw_fd(), readable(0))?;
-    epoll.ctl(ControlOperation::Add, stop.as_raw_fd(), readable(1))?;
+    epoll.ctl(
+        ControlOperation::Add,
+        listener.as_raw_fd(),
+        readable(LISTENER),
+    )?;
+    epoll.ctl(ControlOperation::Add, stop.as_raw_fd(), readable(STOP))?;
     let server = Server {
         listener,
         requests,
@@ -93,8 +102,10 @@ impl Drop for Metrics {
 impl Server {
     fn run(&self, epoll: &Epoll) {
         let mut events = [EpollEvent::default(); 2];
+        let (mut rest, listener) = (Rest::default(), self.listener.as_raw_fd());
         loop {
-            let count = match epoll.wait(-1, &mut events) {
+            rest.end_if_due(epoll, listener, LISTENER);
+            let count = match epoll.wait(rest::timeout_ms(rest.deadline()), &mut events) {
                 Ok(count) => count,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
                 Err(error) => {
@@ -102,14 +113,20 @@ impl Server {
                     return;
                 }
             };
-            if events[..count].iter().any(|event| event.data() == 1) {
+            if events[..count].iter().any(|event| event.data() == STOP) {
                 return;
             }
             match self.listener.accept() {
                 // A client that goes or is slow is its own concern.
                 Ok(Some(client)) => drop(self.answer(client)),
                 Ok(None) => {}
-                Err(error) => tracing::debug!(%error, "a client of the metrics"),
+                Err(error) => {
+                    if let Some(suppressed) = NOT_TAKEN.pass() {
+                        tracing::warn!(%error, suppressed, "cannot take a client of the metrics");
+                    }
+                    let until = Instant::now() + rest::AFTER_A_FAILURE;
+                    rest.begin(epoll, listener, LISTENER, Some(until));
+                }
             }
         }
     }

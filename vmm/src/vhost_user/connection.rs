@@ -5,6 +5,7 @@ use std::convert::Infallible;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use super::config_writes::ConfigWrites;
 use super::kind::{Found, Offer};
 use super::peer::{Error, Peer};
 use super::session::{DAEMON_LOG, End, REQUESTS, RING_ERROR, SOCKET, Session, WAKE, waiting};
@@ -33,7 +34,7 @@ pub(super) struct Connection {
 struct Work {
     quit: bool,
     wanted: Option<Arc<Rings>>,
-    config_writes: Vec<(usize, Vec<u8>)>,
+    config_writes: ConfigWrites,
     new_calls: BTreeSet<u16>,
 }
 
@@ -180,8 +181,16 @@ impl Connection {
             }
             return Ok(true);
         }
-        for (offset, data) in work.config_writes {
-            self.write_config(offset, data, session)?;
+        let mut writes = work.config_writes.into_iter();
+        while let Some((offset, data)) = writes.next() {
+            let written = self.write_config(offset, data, session);
+            if written.is_err() {
+                // The successor has to hear of the others too.
+                for (offset, data) in writes.by_ref() {
+                    session.written.push(offset, data);
+                }
+            }
+            written?;
         }
         if let Some((rings, running)) = &self.running {
             for queue in work.new_calls {
@@ -202,7 +211,7 @@ impl Connection {
         let written = self.peer.write_config(offset, &data);
         // Also where the backend went before it answered: its successor has to hear of it.
         if !matches!(written, Err(Error::Refused { .. })) {
-            session.written.insert(offset, data);
+            session.written.push(offset, data);
         }
         match written {
             Ok(()) => Ok(()),
@@ -271,13 +280,11 @@ impl Work {
         let mut work = Self {
             quit: state.quit,
             wanted,
-            config_writes: Vec::new(),
+            config_writes: ConfigWrites::default(),
             new_calls: BTreeSet::new(),
         };
         if as_wished {
-            work.config_writes = std::mem::take(&mut state.config_writes)
-                .into_iter()
-                .collect();
+            work.config_writes = std::mem::take(&mut state.config_writes);
             work.new_calls = std::mem::take(&mut state.new_calls);
         }
         work

@@ -73,7 +73,7 @@ impl VirtioDevice for Device {
         let kind = &self.shared.kind;
         if kind.config_writable(offset, data.len(), offer) {
             offer.config[offset..offset + data.len()].copy_from_slice(data);
-            state.config_writes.insert(offset, data.to_vec());
+            state.config_writes.push(offset, data.to_vec());
             drop(state);
             self.shared.wake();
         }

@@ -25,6 +25,7 @@
 //! Reference: vhost-user protocol, QEMU docs/interop/vhost-user.rst; virtio 1.3, 5.1 and 5.2.
 
 mod backend_requests;
+mod config_writes;
 mod connection;
 mod deadline;
 mod device;

@@ -20,12 +20,12 @@
 //! A backend that comes back gets the rings again from the used index on, with the region that says
 //! what its predecessor had in flight, if what it offers still holds what the driver chose.
 
-use std::collections::BTreeMap;
 use std::io::{self, ErrorKind};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use super::config_writes::ConfigWrites;
 use super::connection::Connection;
 use super::deadline::Deadlines;
 use super::dial::{Dialer, Dialled};
@@ -79,7 +79,7 @@ pub(super) struct Session {
     /// What backends have in flight of these rings.
     pub(super) inflight: Option<Inflight>,
     /// What the driver wrote to configuration space, for the next backend.
-    pub(super) written: BTreeMap<usize, Vec<u8>>,
+    pub(super) written: ConfigWrites,
     /// What was last said about a backend that will not serve, so that it is said once.
     pub(super) said: Option<String>,
     /// The daemon that was started for this connection.
@@ -109,7 +109,7 @@ impl Session {
             idle,
             begun: None,
             inflight: None,
-            written: BTreeMap::new(),
+            written: ConfigWrites::default(),
             said: None,
             daemon: None,
             served: false,
@@ -267,7 +267,7 @@ impl Session {
         let (mut peer, mut found) =
             Peer::handshake(stream, kind, &self.deadlines, self.limit, self.discards)?;
         if let Some(config) = &mut found.config {
-            for (&offset, data) in &self.written {
+            for (offset, data) in self.written.iter() {
                 peer.write_config(offset, data)?;
                 config[offset..offset + data.len()].copy_from_slice(data);
             }

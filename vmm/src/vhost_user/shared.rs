@@ -4,7 +4,7 @@
 //! wants now, and the session's thread makes it so when it can. One lock, held for a few assignments;
 //! the transport's notifications are made under it, which take no lock but the interrupt's.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::fmt::Display;
 use std::path::Path;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -13,10 +13,15 @@ use std::time::{Duration, Instant};
 use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::eventfd::EventFd;
 
+use super::config_writes::ConfigWrites;
 use super::kind::{Kind, Offer};
 use super::reach::Reach;
 use crate::devices::virtio::device::{QueueSetup, TransportNotify};
+use crate::telemetry::LogLimit;
 use crate::telemetry::events::event;
+
+/// A driver can have its rings refused as often as it sets them up.
+static REFUSED: LogLimit = LogLimit::new(Duration::from_secs(10));
 
 /// Where a session is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -91,8 +96,8 @@ pub(super) struct State {
     pub(super) wanted: Option<Arc<Rings>>,
     /// Whether a backend that is connected may be using rings.
     pub(super) held: bool,
-    /// Writes to configuration space that the backend has not seen, by offset.
-    pub(super) config_writes: BTreeMap<usize, Vec<u8>>,
+    /// Writes to configuration space that the backend has not seen.
+    pub(super) config_writes: ConfigWrites,
     /// Queues that got another interrupt while they ran. A set: a driver may change it as often as it likes
     /// while the backend is stopped.
     pub(super) new_calls: BTreeSet<u16>,
@@ -110,7 +115,7 @@ impl Shared {
             offer: None,
             wanted: None,
             held: false,
-            config_writes: BTreeMap::new(),
+            config_writes: ConfigWrites::default(),
             new_calls: BTreeSet::new(),
             notify: None,
             quit: false,
@@ -172,7 +177,10 @@ impl Shared {
 
     /// Rings that no backend can run: the driver is told to start over.
     pub(super) fn refuse(&self, rings: &Arc<Rings>, reason: &str) {
-        tracing::warn!(device = self.id(), reason, "the device needs a reset");
+        if let Some(suppressed) = REFUSED.pass() {
+            let device = self.id();
+            tracing::warn!(device, reason, suppressed, "the device needs a reset");
+        }
         let mut state = self.state();
         state.wanted.take_if(|wanted| Arc::ptr_eq(wanted, rings));
         if let Some(notify) = &state.notify {

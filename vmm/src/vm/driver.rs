@@ -108,6 +108,8 @@ pub struct Driver {
     pub(super) plugging: Vec<Plugging>,
     /// Devices that the guest was asked to let go of, and where they are.
     pub(super) leaving: BTreeMap<String, String>,
+    /// What the guest did in the moment in which it was paused: it is seen when it runs again.
+    held_back: Option<GuestEvent>,
     /// Tells the boot thread that nobody waits for its machine any more.
     cancel: Arc<AtomicBool>,
     /// Set once the process is to end.
@@ -144,6 +146,7 @@ impl Driver {
             booting_for: None,
             plugging: Vec::new(),
             leaving: BTreeMap::new(),
+            held_back: None,
             cancel: Arc::default(),
             exit: None,
         })
@@ -298,7 +301,7 @@ impl Driver {
                     return Ok(());
                 }
             }
-            (Action::Resume, Some(machine)) => machine.resume(),
+            (Action::Resume, Some(machine)) if self.held_back.is_none() => machine.resume(),
             (Action::Shutdown, _) => drop(self.stop_machine()?),
             (Action::Delete, _) => self.delete()?,
             // Sets the state itself, and is answered when it has come to something.
@@ -310,11 +313,18 @@ impl Driver {
         self.state = next;
         report_some(done);
         reply.send(Ok(Reply::Done));
-        Ok(())
+        match self.held_back.take_if(|_| next == VmState::Running) {
+            Some(event) => self.guest_event(event),
+            None => Ok(()),
+        }
     }
 
     fn guest_event(&mut self, event: GuestEvent) -> Result<(), Error> {
         if self.exit.is_some() {
+            return Ok(());
+        }
+        if self.state == VmState::Paused && !event.goes_on() {
+            self.held_back = Some(event);
             return Ok(());
         }
         match event {
@@ -428,6 +438,7 @@ impl Driver {
             client.send(Err(Failure::Failed("the boot was given up".to_owned())));
         }
         self.give_up_plugging();
+        self.held_back = None;
         let Some(machine) = self.machine.take() else {
             return Ok(None);
         };

@@ -207,11 +207,12 @@ impl SerialHost {
         let stream = match listener.accept() {
             Ok(Some(stream)) => stream,
             Ok(None) => return Ok(()),
-            // As without descriptors to spare: no reason for the guest to end. It is tried again.
+            // As without descriptors to spare: no reason for the guest to end. It is tried again, later.
             Err(error) => {
                 if let Some(suppressed) = NO_CLIENT.pass() {
                     tracing::warn!(%error, suppressed, "cannot take a client of the serial socket");
                 }
+                events.rest(listener, Token::SerialListener);
                 return Ok(());
             }
         };
