@@ -122,6 +122,10 @@ pub struct RunArgs {
     #[arg(long, value_name = "DIR")]
     pub out: Option<PathBuf>,
 
+    /// Add to the run that is in --out already, in place of its scenarios of the same name
+    #[arg(long, requires = "out")]
+    pub add: bool,
+
     /// Only cells of this name, or with these parts in it (zram, qd32, poll; to-tap, 64); repeatable
     #[arg(long, value_name = "NAME")]
     pub cell: Vec<String>,

@@ -72,6 +72,8 @@ pub struct Figure {
     pub median: f64,
     /// Of all of these.
     pub unit: String,
+    /// Whose it is.
+    pub scenario: String,
 }
 
 /// Who could not be measured.
@@ -284,6 +286,14 @@ impl Results {
             .with_context(|| format!("cannot write {}", path.display()))
     }
 
+    /// Forgets what it has of some scenarios, which are measured anew.
+    pub fn forget(&mut self, scenarios: &[&str]) {
+        let kept = |name: &str| !scenarios.contains(&name);
+        self.scenarios.retain(|scenario| kept(&scenario.name));
+        self.results.retain(|figure| kept(&figure.scenario));
+        self.noise.retain(|look| kept(&look.when));
+    }
+
     /// Adds a scenario and its lines in Cloud Hypervisor's shape. `names` maps cell and metric to theirs.
     pub fn add(&mut self, scenario: ScenarioResult, names: &BTreeMap<(String, String), String>) {
         for cell in &scenario.cells {
@@ -292,7 +302,11 @@ impl Results {
                     let name = names.get(&(cell.name.clone(), metric.name.clone()));
                     let own = || format!("{}_{}_{}", scenario.name, cell.name, metric.name);
                     let name = name.cloned().unwrap_or_else(own);
-                    self.results.extend(figure(name, series, metric));
+                    let figure = figure(name, series, metric).map(|figure| Figure {
+                        scenario: scenario.name.clone(),
+                        ..figure
+                    });
+                    self.results.extend(figure);
                 }
             }
         }
@@ -319,5 +333,6 @@ fn figure(name: String, series: &Series, metric: &MetricInfo) -> Option<Figure> 
         min: spread.min,
         median: spread.median,
         unit: metric.unit.clone(),
+        scenario: String::new(),
     })
 }

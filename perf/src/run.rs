@@ -40,14 +40,7 @@ pub fn run(args: &RunArgs) -> Result<bool> {
     interrupt::install()?;
     let mut context = context(args, builds)?;
     let in_lab = context.in_lab;
-    let mut results = Results {
-        format: results::VERSION,
-        date: now(),
-        quick: args.quick,
-        host: Facts::gather(args.awake.to_string(), in_lab),
-        ..Results::default()
-    };
-    git(&mut results);
+    let mut results = begun(args, &chosen, &out, in_lab)?;
     eprintln!("host: {}", results.host.line());
     let mut keeper = Keeper {
         results: &mut results,
@@ -70,6 +63,32 @@ pub fn run(args: &RunArgs) -> Result<bool> {
         bail!("stopped before the end; what was measured is kept");
     }
     Ok(failures(&chosen, &results))
+}
+
+/// A run without anything measured yet, or with what `--add` finds.
+fn begun(args: &RunArgs, chosen: &[Chosen], out: &Path, in_lab: bool) -> Result<Results> {
+    let mut results = Results {
+        format: results::VERSION,
+        date: now(),
+        quick: args.quick,
+        host: Facts::gather(args.awake.to_string(), in_lab),
+        ..Results::default()
+    };
+    git(&mut results);
+    if !args.add {
+        return Ok(results);
+    }
+    let mut earlier = Results::read(out)?;
+    if earlier.host != results.host || earlier.quick != args.quick {
+        bail!(
+            "--add: the run in {} is of another host, or was made in another way",
+            out.display()
+        );
+    }
+    let names: Vec<&str> = chosen.iter().map(|one| one.entry.name).collect();
+    earlier.forget(&names);
+    earlier.interrupted = false;
+    Ok(earlier)
 }
 
 /// Whether nothing of ours failed, and nothing that was asked for by its name.
