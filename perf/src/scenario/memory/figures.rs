@@ -15,6 +15,8 @@ pub(super) struct Outcome {
     pub(super) found_pct: f64,
     /// CPU seconds of scanner and merger.
     pub(super) cpu_s: f64,
+    /// Of that, without the scanner.
+    pub(super) own_cpu_s: f64,
     /// Seconds from the moment at which the first guests had settled until nine tenths of what can merge were.
     pub(super) t90_s: Option<f64>,
     /// CPU once settled, in percent of a core.
@@ -53,6 +55,7 @@ pub(super) fn of(plan: &Plan, story: &Story, maps: &Maps) -> Outcome {
         saved_mib_s,
         found_pct: 100.0 * saved_mib_s / can_mib_s.max(1.0),
         cpu_s: last.cpu_s,
+        own_cpu_s: last.own_cpu_s,
         t90_s: t90(plan, seen),
         settled_cpu_pct: 100.0 * (cpu_at(seen, to) - cpu_at(seen, from)) / (to - from),
         cow: last.cow as f64,

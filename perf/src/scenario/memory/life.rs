@@ -125,6 +125,8 @@ pub(super) struct Seen {
     pub(super) can: u64,
     /// CPU seconds of scanner, merger and holders' APIs.
     pub(super) cpu_s: f64,
+    /// Of that, without the scanner.
+    pub(super) own_cpu_s: f64,
     /// Merged pages that were copied.
     pub(super) cow: u64,
     /// No guest is loading.
@@ -175,13 +177,14 @@ impl Host<'_> {
                 still &= holder.poll()?;
                 api.insert(holder.name.clone(), holder.api_cpu());
             }
-            let cpu = now.cpu.saturating_sub(first.cpu) + merger.cpu();
-            let cpu = cpu + api.values().sum::<Duration>();
+            let own = merger.cpu() + api.values().sum::<Duration>();
+            let cpu = now.cpu.saturating_sub(first.cpu) + own;
             story.seen.push(Seen {
                 at_s,
                 saved: now.saved,
                 can,
                 cpu_s: cpu.as_secs_f64(),
+                own_cpu_s: own.as_secs_f64(),
                 cow: now.cow - first.cow,
                 still,
             });
