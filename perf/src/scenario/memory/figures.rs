@@ -142,3 +142,72 @@ fn mean(story: &Story, mark: &str, of: impl Fn(&super::holder::Work) -> f64) -> 
         .collect();
     working.iter().sum::<f64>() / working.len().max(1) as f64
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::life::{END, Event};
+    use super::*;
+
+    fn plan() -> Plan {
+        let marks = [(6.0, BURST), (8.0, SETTLED), (10.0, END)];
+        Plan {
+            events: marks.map(|(at, mark)| (at, Event::Mark(mark))).to_vec(),
+            end_s: 10.0,
+            started_s: 2.0,
+        }
+    }
+
+    /// A look a second; the last guest starts at 2 s and loads until 4 s; a tenth is saved each second.
+    fn seen() -> Vec<Seen> {
+        let at = |s: u64| Seen {
+            at_s: s as f64,
+            saved: 256 * s.min(7) * 10,
+            can: 256 * 70,
+            cpu_s: 0.5 * s.min(6) as f64,
+            cow: s,
+            still: s >= 4 || s == 1,
+            ..Seen::default()
+        };
+        (0..=10).map(at).collect()
+    }
+
+    #[test]
+    fn a_life_in_numbers() {
+        let folder =
+            std::env::temp_dir().join(format!("berth-perf-figures-{}", std::process::id()));
+        crate::scenario::memory::dumps::made::make(&folder, 1, 2).unwrap();
+        let reader = crate::scenario::memory::dumps::store::Reader::open(&folder).unwrap();
+        let maps = Maps::read(&reader).unwrap();
+        std::fs::remove_dir_all(&folder).unwrap();
+        let story = Story {
+            seen: seen(),
+            ..Story::default()
+        };
+        let outcome = of(&plan(), &story, &maps);
+        // A triangle up to 70 MiB at 7 s, and 3 s of 70 MiB.
+        assert_eq!(outcome.saved_mib_s, 245.0 + 210.0);
+        assert_eq!(outcome.cpu_s, 3.0);
+        assert_eq!(outcome.settled_cpu_pct, 0.0);
+        // Quiet from 4 s on, 63 of 70 MiB at 7 s.
+        assert_eq!(outcome.t90_s, Some(3.0));
+        assert_eq!((outcome.end_mib, outcome.end_can_mib), (70.0, 70.0));
+        assert_eq!(outcome.huge_kept_pct, None);
+    }
+
+    #[test]
+    fn what_never_comes_has_no_time() {
+        let mut seen = seen();
+        for look in &mut seen {
+            look.can *= 2;
+        }
+        assert_eq!(t90(&plan(), &seen), None);
+        // Nine tenths while a guest still loads do not count.
+        let mut seen = self::seen();
+        for look in &mut seen {
+            look.saved = look.can;
+        }
+        assert_eq!(t90(&plan(), &seen), Some(0.0));
+        seen.iter_mut().for_each(|look| look.still = false);
+        assert_eq!(t90(&plan(), &seen), None);
+    }
+}
