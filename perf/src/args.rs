@@ -78,11 +78,14 @@ pub struct ReportArgs {
     /// Where the page goes [default: report.html in the run's folder]
     #[arg(long, value_name = "FILE")]
     pub html: Option<PathBuf>,
-    /// Tables as Markdown, nothing else
+    /// Write only the picture of the main table, as SVG
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["html", "markdown"])]
+    pub svg: Option<PathBuf>,
+    /// Tables as Markdown, the main one first, and nothing else
     #[arg(long)]
     pub markdown: bool,
     /// Only check that the run is complete and its file has the shape that others read
-    #[arg(long, conflicts_with_all = ["html", "markdown"])]
+    #[arg(long, conflicts_with_all = ["html", "markdown", "svg"])]
     pub check: bool,
 }
 

@@ -117,11 +117,11 @@ pub fn cell(
             progress.step(&format!("{} {}: {text}", cell.name, runner.series.subject));
         }
     }
-    for runner in &mut runners {
-        let silent = !order.count || runner.series.failure.is_some() || interrupt::requested();
-        match silent {
-            true => progress.skip(),
-            false => count(scenario, cell, runner, progress),
+    for runner in runners.iter_mut().filter(|_| order.count) {
+        if runner.series.failure.is_some() || interrupt::requested() {
+            progress.skip();
+        } else {
+            count(scenario, cell, runner, progress);
         }
     }
     finish(cell, runners, subjects, metrics, order)

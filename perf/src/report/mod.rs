@@ -3,6 +3,7 @@
 
 mod check;
 mod page;
+mod summary;
 mod svg;
 mod table;
 
@@ -25,8 +26,13 @@ pub fn run(args: &ReportArgs) -> Result<()> {
         println!("{}", check::check(&results)?);
         return Ok(());
     }
+    if let Some(path) = &args.svg {
+        fs::write(path, summary::picture(&results))
+            .with_context(|| format!("cannot write {}", path.display()))?;
+        return Ok(());
+    }
     if args.markdown {
-        print!("{}", markdown(&results));
+        print!("{}\n{}", summary::table(&results), markdown(&results));
         return Ok(());
     }
     print!("{}", text(&results));
