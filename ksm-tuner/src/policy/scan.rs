@@ -346,7 +346,7 @@ pub(super) fn set(config: &Config, next: &History, sample: &Sample, decision: &m
         ..now.clone()
     };
     if runs {
-        let (pages, sleep_ms) = pace(scanner.budget, scanner.cost_us);
+        let (pages, sleep_ms) = pace(scanner.budget, scanner.cost_us, now.sleep_millisecs);
         let off = (pages as f64 - now.pages_to_scan as f64).abs() / pages as f64;
         if off > TOLERANCE || now.sleep_millisecs != sleep_ms {
             wanted.pages_to_scan = pages;
@@ -376,10 +376,15 @@ fn sharing(config: &Config, sample: &Sample) -> Option<u64> {
     )
 }
 
-/// `pages_to_scan` and `sleep_millisecs` at which a page's cost makes a part of a core.
-fn pace(budget: f64, cost_us: f64) -> (u64, u64) {
+/// `pages_to_scan` and `sleep_millisecs` at which a page's cost makes a part of a core. Around a tenth of a core the sleep stays what it is.
+fn pace(budget: f64, cost_us: f64, sleep_now_ms: u64) -> (u64, u64) {
     let aim = (AIM * budget).min(0.9);
-    let sleep_ms = if aim >= 0.1 { 10 } else { 100 };
+    let sleep_ms = match sleep_now_ms {
+        10 if aim >= 0.08 => 10,
+        100 if aim <= 0.12 => 100,
+        _ if aim >= 0.1 => 10,
+        _ => 100,
+    };
     let work_us = 1000.0 * sleep_ms as f64 * aim / (1.0 - aim);
     ((work_us / cost_us).max(1.0) as u64, sleep_ms)
 }
