@@ -19,7 +19,6 @@ macro_rules! both_modes {
 
 mod doorbell;
 mod edge_msi;
-#[allow(dead_code, reason = "examples/costs.rs uses all of it")]
 mod guest;
 mod hold;
 mod ipi;

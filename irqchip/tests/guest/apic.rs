@@ -50,7 +50,6 @@ const IOAPIC_REMOTE_IRR: u32 = 1 << 14;
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Ipi {
     Fixed(u8),
-    Nmi,
     Init,
     /// Start in real mode on this page.
     Startup(u8),
@@ -143,7 +142,6 @@ impl Cpu {
         const ASSERT: u64 = 1 << 14;
         let command = match ipi {
             Ipi::Fixed(vector) => u64::from(vector),
-            Ipi::Nmi => 4 << 8,
             Ipi::Init => 5 << 8,
             Ipi::Startup(page) => 6 << 8 | u64::from(page),
         };

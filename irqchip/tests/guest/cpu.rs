@@ -22,8 +22,7 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 use vmm_sys_util::signal::{SIGRTMIN, register_signal_handler};
 
 use super::monitor::{
-    COMMAND_PORT, IGNORED_GPA, IGNORED_PORT, MAILBOX_PORT, Mailbox, NO_VECTOR, Operation, START,
-    mailbox_of,
+    COMMAND_PORT, MAILBOX_PORT, Mailbox, NO_VECTOR, Operation, START, mailbox_of,
 };
 use super::{DEADLINE, Exit, Exits, Host};
 
@@ -33,7 +32,6 @@ const IOAPIC: Range<u64> = 0xfec0_0000..0xfec0_0000 + IOAPIC_LEN;
 /// A vCPU that does as it is told.
 pub(crate) struct Cpu {
     id: u16,
-    tsc_khz: u32,
     commands: Option<Sender<Command>>,
     results: Receiver<Result<Mailbox, String>>,
     arrived: Receiver<u32>,
@@ -54,7 +52,6 @@ impl Cpu {
 
     /// Runs a vCPU that has its registers, and perhaps a command that it has not done.
     pub(super) fn start(host: &Host, index: u8, id: u16, (vcpu, busy): (VcpuFd, bool)) -> Self {
-        let tsc_khz = vcpu.get_tsc_khz().unwrap();
         let (commands, next) = channel();
         let (done, results) = channel();
         let (arriving, arrived) = channel();
@@ -80,7 +77,6 @@ impl Cpu {
             .unwrap();
         Self {
             id,
-            tsc_khz,
             commands: Some(commands),
             results,
             arrived,
@@ -243,20 +239,6 @@ impl Cpu {
         self.execute(Operation::TimedWriteMsr, msr, value, 1)
     }
 
-    /// Frequency of its TSC.
-    pub(crate) fn tsc_khz(&self) -> u32 {
-        self.tsc_khz
-    }
-
-    /// Writes so often where a write leaves the kernel and comes to nothing.
-    pub(crate) fn exits_by_port(&self, times: u32) {
-        self.execute(Operation::Out16, IGNORED_PORT.into(), 0, times);
-    }
-
-    pub(crate) fn exits_by_memory(&self, times: u32) {
-        self.write32_times(IGNORED_GPA as u32, 0, times);
-    }
-
     /// How often this vCPU has entered KVM; each command makes it once.
     pub(crate) fn runs(&self) -> u64 {
         self.runs.load(Ordering::SeqCst)
@@ -410,7 +392,6 @@ impl Runner {
                 VcpuExit::IoIn(MAILBOX_PORT, data) => {
                     data.copy_from_slice(&(self.mailbox.0 as u32).to_le_bytes());
                 }
-                VcpuExit::IoOut(IGNORED_PORT, _) | VcpuExit::MmioWrite(IGNORED_GPA, _) => {}
                 VcpuExit::IoOut(port, data) => {
                     let exit = Exit::Pio {
                         port,

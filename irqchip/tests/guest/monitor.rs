@@ -33,9 +33,6 @@ const IDT: u64 = 0x1000;
 const MAILBOXES: u64 = 0x4_0000;
 const MAILBOX_STRIDE: u64 = 0x1000;
 
-/// Writes here leave the kernel and are not recorded: what an exit costs.
-pub(super) const IGNORED_PORT: u16 = 0xe8;
-pub(super) const IGNORED_GPA: u64 = 0xd200_0000;
 /// Read when the vCPU is ready for a command.
 pub(super) const COMMAND_PORT: u16 = 0xe0;
 /// Read once at the start: the address of the vCPU's mailbox.
