@@ -134,11 +134,11 @@ fn killed_under_a_mount(
     context.check("fs.killed_under_a_mount", || {
         vm.sh("mount -t virtiofs home /home && ls /home >/dev/null")?;
         fs.kill();
-        connected(vm, 0)?;
+        connected(vm, "_fs0", 0)?;
         // Nobody serves it: this one waits.
         vm.sh("(stat /home/from-guest >/tmp/stat 2>&1; echo done >>/tmp/stat) >/dev/null 2>&1 &")?;
         fs.start_again()?;
-        connected(vm, 1)?;
+        connected(vm, "_fs0", 1)?;
         until("an answer to what waited", seconds(60), || {
             let text = vm.sh("cat /tmp/stat 2>/dev/null; true")?;
             Ok(text.contains("done").then_some(()))
@@ -151,17 +151,18 @@ fn killed_under_a_mount(
     })
 }
 
-/// Waits until the VMM says whether virtiofsd serves the folder.
-fn connected(vm: &mut Vm, whether: u64) -> Result<()> {
-    until("virtiofsd's connection", seconds(60), || {
+/// Waits until the VMM says that a device's daemon serves it (1), or does not (0).
+pub(crate) fn connected(vm: &Vm, id: &str, whether: u64) -> Result<()> {
+    let what = format!("{id} to say backend_connected {whether}");
+    until(&what, seconds(60), || {
         let counters = vm.counters()?;
-        let now = counters["_fs0"]["backend_connected"].as_u64();
+        let now = counters[id]["backend_connected"].as_u64();
         Ok((now == Some(whether)).then_some(()))
     })
 }
 
 /// The same bytes here and in the guest.
-fn same(vm: &mut Vm, there: &str, here: &Path) -> Result<()> {
+pub(crate) fn same(vm: &mut Vm, there: &str, here: &Path) -> Result<()> {
     let sum = image::md5(here)?;
     let seen = vm.sh(&format!("md5sum <{there}"))?;
     ensure!(seen.starts_with(&sum), "{there}: {seen}, not {sum}");
@@ -169,16 +170,7 @@ fn same(vm: &mut Vm, there: &str, here: &Path) -> Result<()> {
 }
 
 fn network(context: &Context, vm: &mut Vm) -> Result<()> {
-    context.check("passt.address_by_dhcp", || {
-        vm.sh(&format!(
-            "cat >/tmp/dhcp <<'END'\n{DHCP_SCRIPT}END
-             chmod 755 /tmp/dhcp && ip link set eth0 up &&
-             udhcpc -i eth0 -n -q -t 20 -T 1 -s /tmp/dhcp"
-        ))?;
-        let addresses = vm.sh("ip -4 addr show dev eth0")?;
-        ensure!(addresses.contains("inet 169.254.2.1/"), "{addresses}");
-        Ok(())
-    })?;
+    context.check("passt.address_by_dhcp", || address_by_dhcp(vm, "eth0"))?;
     context.check("passt.fetches_a_file", || {
         let page = context.scratch("page");
         image::random(&page, 8 << 20, 32)?;
@@ -188,4 +180,16 @@ fn network(context: &Context, vm: &mut Vm) -> Result<()> {
         vm.sh(&format!("wget -q -O /tmp/page {url}"))?;
         same(vm, "/tmp/page", &page)
     })
+}
+
+/// The guest takes the address that passt offers.
+pub(crate) fn address_by_dhcp(vm: &mut Vm, interface: &str) -> Result<()> {
+    vm.sh(&format!(
+        "cat >/tmp/dhcp <<'END'\n{DHCP_SCRIPT}END
+         chmod 755 /tmp/dhcp && ip link set {interface} up &&
+         udhcpc -i {interface} -n -q -t 20 -T 1 -s /tmp/dhcp"
+    ))?;
+    let addresses = vm.sh(&format!("ip -4 addr show dev {interface}"))?;
+    ensure!(addresses.contains("inet 169.254.2.1/"), "{addresses}");
+    Ok(())
 }

@@ -100,7 +100,7 @@ fn come_and_go(context: &Context) -> Result<()> {
     context.check("hotplug.created_by_the_api", || created(context, &mut vm))
 }
 
-fn put(vm: &Vm, name: &str, body: &serde_json::Value, status: u16) -> Result<String> {
+pub(crate) fn put(vm: &Vm, name: &str, body: &serde_json::Value, status: u16) -> Result<String> {
     let answer = vm.api.put_json(name, body)?;
     ensure!(
         answer.status == status,
@@ -157,7 +157,7 @@ fn one_round(vm: &mut Vm, spare: &Spare, round: u32) -> Result<Duration> {
 }
 
 /// Writes pieces of the first disk and reads them back, until told to be calm.
-fn load(console: &mut Console) -> Result<()> {
+pub(crate) fn load(console: &mut Console) -> Result<()> {
     console
         .sh("rm -f /tmp/calm
              (i=0; while [ ! -e /tmp/calm ]; do
@@ -170,7 +170,7 @@ fn load(console: &mut Console) -> Result<()> {
         .map(drop)
 }
 
-fn calm(console: &mut Console) -> Result<()> {
+pub(crate) fn calm(console: &mut Console) -> Result<()> {
     let end = "touch /tmp/calm; until grep -q end /tmp/load; do usleep 50000; done; sort /tmp/load | uniq -c";
     let load = console.sh_within(end, seconds(120))?;
     let same = load.lines().any(|line| line.ends_with(" same"));

@@ -64,6 +64,24 @@ fn testpmd(context: &Context) -> Result<()> {
 
 /// Starts testpmd on the daemon; it forwards until SIGTERM.
 fn start(context: &Context, name: &str, daemon: &Daemon, more: &[&str]) -> Result<Process> {
+    let mut command = command(context);
+    let device = format!(
+        "--vdev=net_virtio_user0,path={},queues=1",
+        daemon.socket().display()
+    );
+    command.args([&device, "--"]).args(WORK).args(more);
+    Process::spawn(name, command, &context.log(name))
+}
+
+/// How any testpmd of ours works: few buffers, no questions to a terminal.
+pub(crate) const WORK: [&str; 3] = [
+    "--total-num-mbufs=4096",
+    "--no-lsc-interrupt",
+    "--stats-period=1",
+];
+
+/// testpmd on one CPU and without large pages; what it drives, and `--`, come next.
+pub(crate) fn command(context: &Context) -> Command {
     let installed = Path::new("/usr/bin/dpdk-testpmd");
     let mut command = if installed.exists() {
         Command::new(installed)
@@ -73,27 +91,18 @@ fn start(context: &Context, name: &str, daemon: &Daemon, more: &[&str]) -> Resul
             folder.join("lib"),
             Command::new(folder.join("dpdk-testpmd")),
         );
-        let preload = ["driver.so", "mempool.so"].map(|name| lib.join(name).display().to_string());
+        let drivers = ["driver.so", "vhost.so", "mempool.so"];
+        let preload = drivers.map(|name| lib.join(name).display().to_string());
         // Not --vdev's plugins by -d: DPDK takes none from below a folder that others may write.
         command
             .env("LD_PRELOAD", preload.join(" "))
             .env("LD_LIBRARY_PATH", lib);
         command
     };
-    let device = format!(
-        "--vdev=net_virtio_user0,path={},queues=1",
-        daemon.socket().display()
-    );
     command
         .args(["--lcores", "0@0,1@0", "--no-huge", "-m", "64", "--no-pci"])
-        .args(["--no-telemetry", "--no-shconf", &device, "--"])
-        .args([
-            "--total-num-mbufs=4096",
-            "--no-lsc-interrupt",
-            "--stats-period=1",
-        ])
-        .args(more);
-    Process::spawn(name, command, &context.log(name))
+        .args(["--no-telemetry", "--no-shconf"]);
+    command
 }
 
 /// Ends it; the `TX-packets` of its summary.

@@ -14,6 +14,7 @@ pub mod boot;
 pub mod counters;
 mod cpu;
 pub mod disk;
+mod foreign;
 pub mod hotplug;
 pub mod interop_dpdk;
 pub mod interop_qemu;
@@ -61,6 +62,7 @@ pub fn stories() -> Vec<Story> {
         migration::STORIES,
         upgrade::STORIES,
         any_device::STORIES,
+        foreign::STORIES,
         window::STORIES,
         shadow::STORIES,
         merging::STORIES,

@@ -3,7 +3,8 @@
 
 use std::fs;
 use std::net::Ipv4Addr;
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::time::Instant;
 
 use anyhow::{Context as _, Result, ensure};
 use berth_tests_framework::image;
@@ -12,10 +13,11 @@ use berth_tests_framework::process::run;
 use berth_tests_framework::story::{Context, Story, Tier};
 use berth_tests_framework::vmm::{self, Vm, VmBuilder};
 use berth_tests_framework::wait::{seconds, until};
+use serde_json::json;
 
-use crate::disk;
 use crate::kill_storm::guest::{add_program, finish_load, start_load};
 use crate::net::ping;
+use crate::{any_device, disk, hotplug};
 
 /// Stories of this file.
 pub(crate) const STORIES: &[Story] = &[Story {
@@ -27,6 +29,9 @@ pub(crate) const STORIES: &[Story] = &[Story {
         "own_daemons.read_only_refused",
         "own_daemons.disk_killed_3_times_under_load",
         "own_daemons.card_killed",
+        "own_daemons.disk_added_to_a_running_guest",
+        "own_daemons.added_disk_killed",
+        "own_daemons.added_disk_removed",
         "own_daemons.after_a_reboot",
         "own_daemons.end_with_a_killed_vmm",
     ],
@@ -84,6 +89,7 @@ fn own_daemons(context: &Context) -> Result<()> {
             Ok(ping(&mut vm.console, HOST).is_ok().then_some(()))
         })
     })?;
+    added_disk(context, &mut vm)?;
     context.check("own_daemons.after_a_reboot", || {
         let before = pid_of(&blk).context("no daemon before the reboot")?;
         vm.reboot()?;
@@ -95,6 +101,82 @@ fn own_daemons(context: &Context) -> Result<()> {
     context.check("own_daemons.end_with_a_killed_vmm", || {
         gone_with(&mut vm, &[&blk, "--tap=own0"])?;
         image_is_free(&image)
+    })
+}
+
+/// An image that comes by the API: it gets a daemon of its own, which goes with it.
+fn added_disk(context: &Context, vm: &mut Vm) -> Result<()> {
+    let image = context.scratch("added.img");
+    image::sparse(&image, 48 << 20)?;
+    let blk = format!("--blk-file={}", image.display());
+    context.check("own_daemons.disk_added_to_a_running_guest", || {
+        let body = json!({"id": "extra", "path": image});
+        hotplug::put(vm, "vm.add-disk", &body, 200)?;
+        let added = Instant::now();
+        let there = "until [ -b /dev/vdc ]; do usleep 10000; done; cat /sys/block/vdc/size";
+        let sectors = vm.console.sh_within(there, seconds(60))?;
+        let text = format!(
+            "from the answer to the guest's device node: {:?}\n",
+            added.elapsed()
+        );
+        fs::write(context.log("own-daemons").with_extension("times"), text)?;
+        ensure!(
+            sectors.trim() == "98304",
+            "sectors in the guest: {sectors:?}"
+        );
+        vm.sh("mke2fs -F /dev/vdc && mkdir -p /extra && mount -t ext4 /dev/vdc /extra")?;
+        vm.sh(
+            "dd if=/dev/urandom of=/extra/first bs=1M count=4 conv=fsync 2>/dev/null
+             md5sum </extra/first >/tmp/first",
+        )
+        .map(drop)
+    })?;
+    context.check("own_daemons.added_disk_killed", || {
+        // One that writes meanwhile waits, and goes on.
+        vm.sh("rm -f /tmp/second.done
+             (dd if=/dev/urandom of=/extra/second bs=64k count=256 oflag=direct &&
+              md5sum </extra/second >/tmp/second && touch /tmp/second.done) >/tmp/second.log 2>&1 &")?;
+        kill(&blk)?;
+        let done = "until [ -e /tmp/second.done ]; do usleep 50000; done";
+        vm.console.sh_within(done, seconds(60))?;
+        for name in ["first", "second"] {
+            let seen = vm.sh(&format!(
+                "echo 3 >/proc/sys/vm/drop_caches; md5sum </extra/{name} | cmp - /tmp/{name} && echo same"
+            ))?;
+            ensure!(seen == "same\n", "{name} after the kill: {seen}");
+        }
+        Ok(())
+    })?;
+    context.check("own_daemons.added_disk_removed", || {
+        vm.sh("umount /extra")?;
+        let pid = pid_of(&blk).context("no daemon of the disk that was added")?;
+        hotplug::put(vm, "vm.remove-device", &json!({"id": "extra"}), 204)?;
+        // Linux waits five seconds for a second press of the button.
+        let gone = "while [ -e /sys/block/vdc ]; do usleep 50000; done";
+        vm.console.sh_within(gone, seconds(60))?;
+        ended(pid)?;
+        image_is_free(&image)?;
+        image::require_clean(&image)?;
+        for name in ["first", "second"] {
+            let copy = context.scratch(name);
+            image::extract(&image, name, &copy)?;
+            any_device::same(vm, &format!("/tmp/{name}"), &sum_file(&copy)?)?;
+        }
+        Ok(())
+    })
+}
+
+/// A file beside it that holds what md5sum says of it in the guest.
+fn sum_file(path: &Path) -> Result<PathBuf> {
+    let sums = path.with_extension("sum");
+    fs::write(&sums, format!("{}  -\n", image::md5(path)?))?;
+    Ok(sums)
+}
+
+/// Waits for the end of a process that somebody else takes leave of.
+fn ended(pid: i32) -> Result<()> {
+    until(&format!("end of process {pid}"), seconds(60), || {
+        Ok((!Path::new(&format!("/proc/{pid}")).exists()).then_some(()))
     })
 }
 
@@ -116,12 +198,7 @@ fn gone_with(vm: &mut Vm, arguments: &[&str]) -> Result<()> {
     let mut pids = pids.context("not all daemons are there")?;
     pids.push(parent_of(pids[0])?);
     vm.process.kill();
-    for pid in pids {
-        until(&format!("end of process {pid}"), seconds(60), || {
-            Ok((!Path::new(&format!("/proc/{pid}")).exists()).then_some(()))
-        })?;
-    }
-    Ok(())
+    pids.into_iter().try_for_each(ended)
 }
 
 /// Nobody holds a lock on it any more: another daemon can have it.
