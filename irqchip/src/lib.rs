@@ -22,15 +22,15 @@
 //! and two things come out of KVM: accesses of the IOAPIC's page ([`Chip::ioapic_write`]) and ends
 //! of level interrupts ([`Chip::end_of_interrupt`]).
 //!
-//! **State.** [`Chip::save`] and [`VcpuState::save`] take all of it, wherever an interrupt is on its
-//! way; another VM goes on from there.
+//! **State.** [`Chip::hold`] sees to it that no interrupt is between two places; [`VcpuState::save`] and
+//! [`Held::save`] take all of it then, and another VM goes on from there.
 //!
 //! **Threads.** Everything takes `&self` and may be called from any thread. One mutex in [`Chip`]
-//! protects the routing table and what each vector wants of it, one the split mode's pins; a
-//! [`Doorbell`] has one of its own. The pins' is taken before the table's; no other is taken while
+//! protects the routing table and what each vector wants of it, one the split mode's pins or what leads to
+//! those of KVM; a [`Doorbell`] has one of its own. The pins' is taken before the table's; no other is taken while
 //! one is held. On the way of an interrupt none is taken, but by [`Line::raise`] in split mode.
 //!
-//! **Invariants.** A vector's irqfd is attached exactly if it has a message and is not masked, and
+//! **Invariants.** A vector's irqfd is attached exactly if it has a message and is neither masked nor held, and
 //! then KVM routes it to that message; of a vector that is masked or gone KVM may have an old route,
 //! to which nothing leads. The same goes for the lines of a pin in split mode. A message that KVM
 //! refuses is never in the table when another vector changes. A failed call leaves the routes as
