@@ -267,7 +267,7 @@ impl GuestRam {
     }
 
     /// Makes `[gpa, gpa + len)` read as zeros by giving its pages back to the host: memory that was
-    /// never touched stays untouched.
+    /// never touched stays untouched. What was prefaulted stays there.
     pub fn zero(&self, gpa: u64, len: u64) -> Result<(), Error> {
         let error = |source| Error::Zero { gpa, len, source };
         if len == 0 {
@@ -276,6 +276,9 @@ impl GuestRam {
         let (region, offset) = self
             .region(gpa, len)
             .ok_or_else(|| error(io::ErrorKind::InvalidInput.into()))?;
+        if self.config.prefault {
+            return self.write_zeros(gpa, gpa + len);
+        }
         if kind(region) == Kind::Shared {
             // Zeroes parts of pages too.
             return drop_contents(region, offset, len).map_err(error);

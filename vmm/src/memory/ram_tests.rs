@@ -201,6 +201,29 @@ fn private_memory_is_zeroed_to_the_byte_too() {
 }
 
 #[test]
+fn prefaulted_memory_stays_there_when_it_is_zeroed() {
+    use std::os::unix::fs::FileExt as _;
+    let pagemap = std::fs::File::open("/proc/self/pagemap").unwrap();
+    for mode in [Mode::Private, Mode::Shared] {
+        let config = MemoryConfig {
+            prefault: true,
+            ..MemoryConfig::of(2 * MIB)
+        };
+        let ram = made(mode, config);
+        ram.zero(0x1800, 0x8000).unwrap();
+        let first = ram.ranges().next().unwrap().host / 4096;
+        let absent = (0..2 * MIB / 4096).filter(|page| {
+            let mut entry = [0; 8];
+            pagemap
+                .read_exact_at(&mut entry, (first + page) * 8)
+                .unwrap();
+            u64::from_le_bytes(entry) >> 63 == 0
+        });
+        assert_eq!(absent.count(), 0, "{mode:?}");
+    }
+}
+
+#[test]
 fn a_private_page_is_never_unmapped_with_what_is_in_it() {
     let ram = made(Mode::Private, MemoryConfig::of(2 * MIB));
     let at = GuestAddress(0x5000);
