@@ -16,6 +16,7 @@ mod cpu;
 pub mod disk;
 mod foreign;
 pub mod hotplug;
+pub mod huge_pages;
 pub mod interop_dpdk;
 pub mod interop_qemu;
 pub mod interop_qemu_img;
@@ -26,6 +27,7 @@ pub mod kvm_unit_tests;
 mod memory;
 pub mod merging;
 pub mod migration;
+pub mod modes;
 pub mod net;
 pub mod net_control;
 mod own_daemons;
@@ -66,8 +68,10 @@ pub fn stories() -> Vec<Story> {
         window::STORIES,
         shadow::STORIES,
         merging::STORIES,
+        modes::STORIES,
         own_daemons::STORIES,
         balloon::STORIES,
+        huge_pages::STORIES,
         bad_input::STORIES,
     ]
     .concat()
