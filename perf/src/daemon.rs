@@ -7,14 +7,19 @@ use std::process::{Child, Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
+use berth_tests_framework::process::Process;
 
-use crate::sys;
+use crate::{interrupt, sys};
 
 /// How long it may take to come up or to go.
 const PATIENCE: Duration = Duration::from_secs(10);
 /// Between two looks for an event that nothing announces.
 const GLANCE: Duration = Duration::from_millis(5);
+
+/// The same where nothing else waits for us, and where the machine may be busy.
+const SHORT_GLANCE: Duration = Duration::from_micros(200);
+const LONG_PATIENCE: Duration = Duration::from_secs(60);
 
 /// A running daemon.
 pub struct Daemon {
@@ -85,6 +90,26 @@ impl Drop for Daemon {
             thread::sleep(GLANCE);
         }
     }
+}
+
+/// Waits until a daemon listens, and looks often, as the time counts; an error where it ends instead.
+pub fn wait_listens(process: &Process, socket: &Path) -> Result<()> {
+    let deadline = Instant::now() + LONG_PATIENCE;
+    while !listens(socket)? {
+        interrupt::check()?;
+        if !process.is_running() {
+            let said = process.output()?;
+            let last = said.lines().last().unwrap_or("it said nothing");
+            bail!("{} ended: {last}", process.name());
+        }
+        ensure!(
+            Instant::now() < deadline,
+            "{} does not listen",
+            process.name()
+        );
+        thread::sleep(SHORT_GLANCE);
+    }
+    Ok(())
 }
 
 /// Whether a unix socket at `path` accepts connections; asking by a connection would be a session.

@@ -13,9 +13,11 @@
 
 pub mod blk;
 pub mod crash;
+mod guest;
 pub mod irq;
 pub mod memory;
 pub mod net;
+pub mod scale;
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -34,6 +36,7 @@ pub const ALL: &[Entry] = &[
     irq::ENTRY,
     crash::ENTRY,
     memory::ENTRY,
+    scale::ENTRY,
 ];
 
 /// A scenario that can be run.

@@ -30,7 +30,7 @@ struct Slot {
 }
 
 /// The driver.
-pub(super) struct Client {
+pub(in crate::scenario) struct Client {
     memory: Arc<Memory>,
     rings: [Ring; 1],
     slots: Vec<Slot>,
@@ -46,7 +46,7 @@ pub(super) struct Client {
 
 impl Client {
     /// One that keeps `depth` requests in flight on a disk of `blocks` blocks.
-    pub(super) fn new(depth: usize, writes: bool, blocks: u64) -> Result<Client> {
+    pub(in crate::scenario) fn new(depth: usize, writes: bool, blocks: u64) -> Result<Client> {
         let memory = Memory::new(4 << 20)?;
         let slots = (0..depth).map(|_| {
             Ok(Slot {
@@ -71,7 +71,7 @@ impl Client {
 
     /// Connects to a daemon that listens, and gives it the rings where the last one left them. What is in flight is
     /// tracked by all who offer that; the others are asked again for all that was not answered.
-    pub(super) fn connect(&mut self, socket: &Path) -> Result<()> {
+    pub(in crate::scenario) fn connect(&mut self, socket: &Path) -> Result<()> {
         self.link = None;
         let wanted = Wanted {
             features: features::VERSION_1 | features::PROTOCOL_FEATURES | features::EVENT_IDX,
@@ -99,12 +99,12 @@ impl Client {
     }
 
     /// Whether the daemon says what it had in flight.
-    pub(super) fn is_tracked(&self) -> bool {
+    pub(in crate::scenario) fn is_tracked(&self) -> bool {
         self.inflight.is_some()
     }
 
     /// Keeps all slots busy until `count` more requests have come back.
-    pub(super) fn work(&mut self, count: u64) -> Result<()> {
+    pub(in crate::scenario) fn work(&mut self, count: u64) -> Result<()> {
         let mut done = 0;
         while done < count {
             self.fill()?;
@@ -143,7 +143,7 @@ impl Client {
     }
 
     /// Waits until there is a used entry, and no longer than it is worth.
-    pub(super) fn wait_used(&mut self) -> Result<()> {
+    pub(in crate::scenario) fn wait_used(&mut self) -> Result<()> {
         let deadline = Instant::now() + PATIENCE;
         let link = self.link.as_ref().context("not connected")?;
         loop {
@@ -159,7 +159,7 @@ impl Client {
     }
 
     /// Takes what has come back; how many.
-    pub(super) fn collect(&mut self) -> Result<u64> {
+    pub(in crate::scenario) fn collect(&mut self) -> Result<u64> {
         let mut done = 0;
         loop {
             match self.rings[0].take_used() {
@@ -185,7 +185,7 @@ impl Client {
     }
 
     /// Waits for all that is in flight, where none of it can have been lost.
-    pub(super) fn drain(&mut self) -> Result<()> {
+    pub(in crate::scenario) fn drain(&mut self) -> Result<()> {
         while self.is_tracked() && self.rings[0].in_flight() > 0 {
             self.wait_used()?;
             self.collect()?;

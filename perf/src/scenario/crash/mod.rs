@@ -12,7 +12,7 @@
 //! that, and makes the rest of its requests again where not. The successor is started at once. A daemon that
 //! gives up where the lock is taken (qemu-storage-daemon) is started when the lock is free.
 
-mod client;
+pub(super) mod client;
 mod lock;
 
 use std::fs::File;
@@ -20,7 +20,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, Result, bail, ensure};
+use anyhow::{Context as _, Result, bail};
 use berth_tests_framework::process::Process;
 
 use self::client::Client;
@@ -66,9 +66,8 @@ const BEFORE: u64 = 2000;
 const AFTER: u64 = 200;
 /// The goal, of `after_lock_ms`.
 const AFTER_LOCK_MS: f64 = 50.0;
-/// How long a daemon may take to listen.
+/// How long a killed daemon's lock may last.
 const PATIENCE: Duration = Duration::from_secs(60);
-const GLANCE: Duration = Duration::from_micros(200);
 
 fn cells() -> Vec<Cell> {
     let cell = |name, title| {
@@ -187,26 +186,6 @@ impl Crash {
     }
 }
 
-/// Waits until a daemon listens; an error where it ends instead.
-fn wait_listens(process: &Process, socket: &Path) -> Result<()> {
-    let deadline = Instant::now() + PATIENCE;
-    while !daemon::listens(socket)? {
-        interrupt::check()?;
-        if !process.is_running() {
-            let said = process.output()?;
-            let last = said.lines().last().unwrap_or("it said nothing");
-            bail!("{} ended: {last}", process.name());
-        }
-        ensure!(
-            Instant::now() < deadline,
-            "{} does not listen",
-            process.name()
-        );
-        std::thread::sleep(GLANCE);
-    }
-    Ok(())
-}
-
 impl Scenario for Crash {
     fn subjects(&self) -> Vec<Subject> {
         self.victims
@@ -216,12 +195,13 @@ impl Scenario for Crash {
     }
 
     fn measure(&mut self, cell: &Cell, subject: usize, _round: u32) -> Result<Sample> {
+        interrupt::check()?;
         let (depth, writes) = load(&cell.name)?;
         let image = File::open(&self.image)?;
         let mut client = Client::new(depth, writes, BLOCKS)?;
         lock::wait_free(&image)?;
         let (mut first, socket) = self.start(subject)?;
-        wait_listens(&first, &socket)?;
+        daemon::wait_listens(&first, &socket)?;
         client.connect(&socket)?;
         client.work(BEFORE)?;
         let held = Held::look(&image)?;
@@ -239,7 +219,7 @@ impl Scenario for Crash {
         let (second, socket) = self.start(subject)?;
         // What came back before the kill was no answer of the successor.
         client.collect()?;
-        wait_listens(&second, &socket)?;
+        daemon::wait_listens(&second, &socket)?;
         client.connect(&socket)?;
         client.wait_used()?;
         let answered = Instant::now();
@@ -292,7 +272,7 @@ mod tests {
         let mut command = Command::new("sh");
         command.args(["-c", "echo no such image"]);
         let process = Process::spawn("daemon", command, &folder.join("log")).unwrap();
-        let error = wait_listens(&process, &folder.join("sock")).unwrap_err();
+        let error = daemon::wait_listens(&process, &folder.join("sock")).unwrap_err();
         std::fs::remove_dir_all(&folder).unwrap();
         assert!(error.to_string().contains("no such image"), "{error:#}");
     }
