@@ -68,8 +68,13 @@ impl Ksm {
             }
         }
         let before = there().map(|(name, _)| Ok((*name, setting(name)?)));
+        let before: Vec<_> = before.collect::<Result<_>>()?;
+        // Said now rather than in the middle: whether we may.
+        if let Some((name, value)) = before.first() {
+            set(name, value)?;
+        }
         Ok(Self {
-            before: before.collect::<Result<_>>()?,
+            before,
             ksmd: ksmd().context("no kernel thread ksmd: this kernel has no KSM")?,
             _lock: lock,
         })
