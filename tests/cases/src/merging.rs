@@ -13,17 +13,26 @@ use berth_tests_framework::vmm::{Vm, VmBuilder};
 use berth_tests_framework::wait::{seconds, until};
 
 /// Stories of this file.
-pub const STORIES: &[Story] = &[Story {
-    name: "merging",
-    tier: Tier::Guest,
-    long: false,
-    checks: &[
-        "merging.two_guests_with_disks_share_pages",
-        "merging.eligible_is_not_advised",
-        "merging.a_write_stays_in_its_guest",
-    ],
-    run: two_guests,
-}];
+pub const STORIES: &[Story] = &[
+    Story {
+        name: "merging",
+        tier: Tier::Guest,
+        long: false,
+        checks: &[
+            "merging.two_guests_with_disks_share_pages",
+            "merging.eligible_is_not_advised",
+            "merging.a_write_stays_in_its_guest",
+        ],
+        run: two_guests,
+    },
+    Story {
+        name: "merging-kernel",
+        tier: Tier::Guest,
+        long: true,
+        checks: &["merging.kernel_above_the_window_is_shared"],
+        run: kernels,
+    },
+];
 
 const KSM: &str = "/sys/kernel/mm/ksm";
 /// Contents that both guests have in memory beside their kernels: pages of it are all different.
@@ -122,4 +131,62 @@ fn two_guests(context: &Context) -> Result<()> {
         ensure!(before > 0, "nothing was merged to write to");
         Ok(())
     })
+}
+
+/// Passes of KSM over all memory from now on that make what is merged stay the same: it takes two to find a page, and one
+/// more for what the guests did meanwhile.
+const PASSES: u64 = 4;
+
+fn passes() -> Result<u64> {
+    let path = format!("{KSM}/full_scans");
+    let text = fs::read_to_string(&path).context(path)?;
+    Ok(text.trim().parse()?)
+}
+
+/// Two guests that do nothing, with kernel and initramfs loaded above the window, and two with both in it (`entry=pvh`): what
+/// of each is merged, once KSM has seen all of it.
+fn kernels(context: &Context) -> Result<()> {
+    let data = context.scratch("data");
+    image::random(&data, 1 << 20, 3)?;
+    let ksm = Ksm::hurry()?;
+    let merged = |entry: &str| -> Result<[u64; 2]> {
+        context.step("boot");
+        let boot = |number: usize| -> Result<(Vm, Daemon)> {
+            let name = format!("{entry}-{number}");
+            let read_only = BlkSettings {
+                read_only: true,
+                ..Default::default()
+            };
+            let daemon = Daemon::blk(context, &format!("blk-{name}"), &data, read_only)?;
+            let vm = VmBuilder::new(context, &name)
+                .kernel(format!(
+                    "{},entry={entry}",
+                    context.asset("vmlinux").display()
+                ))
+                .memory("512M,mergeable=always")
+                .disk(daemon.socket(), ",readonly=on")
+                .boot(context)?;
+            Ok((vm, daemon))
+        };
+        let guests = [boot(1)?, boot(2)?];
+        context.step("let KSM see all of it");
+        let end = passes()? + PASSES;
+        until("passes of KSM", seconds(300), || {
+            Ok((passes()? >= end).then_some(()))
+        })?;
+        let [one, two] = &guests;
+        Ok([merged_pages(&one.0.process)?, merged_pages(&two.0.process)?])
+    };
+    context.check("merging.kernel_above_the_window_is_shared", || {
+        let above = merged("linux64")?;
+        let below = merged("pvh")?;
+        let figures = serde_json::json!({"above_the_window": above, "in_the_window": below});
+        crate::balloon::note(context, "kernel", &figures)?;
+        // Text, constants and initramfs of two equal guests: 10 MiB at the least.
+        let more = above[0].saturating_sub(below[0]);
+        ensure!(more > (10 << 20) / PAGE, "{figures}");
+        Ok(())
+    })?;
+    drop(ksm);
+    Ok(())
 }
