@@ -3,7 +3,8 @@
 #![allow(clippy::unwrap_used, reason = "tests fail by panicking")]
 
 use std::fs;
-use std::io::{BufRead, BufReader};
+use std::io::{BufRead, BufReader, Write};
+use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -367,4 +368,55 @@ fn the_page_fits_a_phone_in_a_real_browser() {
         return;
     }
     assert!(dom.contains("fits s2"), "{dom}");
+}
+
+/// When a process began, as the janitor is told.
+fn start_time(pid: u32) -> String {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
+    let rest = stat.rsplit(')').next().unwrap();
+    rest.split_whitespace().nth(19).unwrap().to_owned()
+}
+
+#[test]
+fn the_janitor_ends_processes_and_puts_settings_back_last_first() {
+    let dir = TempDir::new();
+    let file = dir.0.join("setting");
+    fs::write(&file, "changed").unwrap();
+    let (folder, path) = (dir.0.join("folder"), file.display().to_string());
+    fs::create_dir(&folder).unwrap();
+    let mut ours = Command::new("sleep").arg("600").spawn().unwrap();
+    let mut others = Command::new("sleep").arg("600").spawn().unwrap();
+    let mut janitor = bench(&["janitor"])
+        .stdin(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let told = format!(
+        "setting {path} before\nsetting {path} between\nprocess {} {}\nprocess {} 1\ndirectory {}\ndirectory {}/gone\nnonsense\n",
+        ours.id(),
+        start_time(ours.id()),
+        // Its number is somebody else's by now.
+        others.id(),
+        folder.display(),
+        folder.display(),
+    );
+    let sent = janitor.stdin.take().unwrap().write_all(told.as_bytes());
+    // It waits until a process is gone, and a child of ours is when we have waited for it.
+    let status = ours.wait().unwrap();
+    let output = janitor.wait_with_output().unwrap();
+    let survivor = others.try_wait().unwrap();
+    others.kill().unwrap();
+    others.wait().unwrap();
+    sent.unwrap();
+    assert_eq!(status.signal(), Some(9));
+    assert!(survivor.is_none(), "{survivor:?}");
+    assert_eq!(fs::read_to_string(&file).unwrap(), "before");
+    assert!(!folder.exists());
+    let text = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(1), "{text}");
+    assert!(
+        text.contains("cannot clear up nonsense: unknown kind"),
+        "{text}"
+    );
+    assert_eq!(text.lines().count(), 2, "{text}");
 }

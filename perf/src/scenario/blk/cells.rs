@@ -133,7 +133,7 @@ impl Cell {
     }
 
     fn entry(&self) -> scenario::Cell {
-        let mut cell = scenario::Cell::new(self.name(), self.title());
+        let mut cell = scenario::Cell::new(self.name(), self.title()).rounds(5, 2);
         cell.quick = self.quick;
         if let Some(goal) = self.goal {
             cell = cell.goal("rate", Of::Limit, Bound::AtLeast(goal));

@@ -57,7 +57,7 @@ impl Cell {
 /// All cells as the engine knows them.
 pub(super) fn all() -> Vec<scenario::Cell> {
     let entry = |cell: &Cell| {
-        let entry = scenario::Cell::new(cell.name(), cell.title());
+        let entry = scenario::Cell::new(cell.name(), cell.title()).rounds(5, 2);
         let entry = entry.goal("rate", Of::Limit, Bound::AtLeast(cell.goal));
         if cell.frame == 64 {
             entry.quick()
