@@ -3,7 +3,7 @@
 //! The VMM boots the guest, runs its vCPUs, answers configuration space and a few slow devices, and
 //! keeps the life cycle. Disks and network cards are other processes that speak vhost-user: a doorbell
 //! goes from the vCPU to the daemon by ioeventfd, an interrupt comes back by irqfd, and neither enters
-//! this process.
+//! this process, but where the daemon may not have the guest's memory.
 //!
 //! ```text
 //!   main thread ── event loop: signals, serial input, requests; the one writer of VM state (vm::driver)
@@ -14,6 +14,7 @@
 //!   balloon     ── gives back to the host what the guest lends it; rng ── fills its buffers of entropy
 //!   serial-out  ── writes what the guest prints, so that a slow reader holds up no vCPU
 //!   vu-diskN, vu-netN ── one vhost-user session each, off the main loop, with deadlines
+//!   shN-diskN   ── copies for a queue of a device whose daemon has none of the guest's memory
 //! ```
 //!
 //! Map, in the order to read: [`vm`] (assembly and life of the guest), [`config`] and [`args`], [`kvm`],
