@@ -345,24 +345,39 @@ fn backends(text: &mut String, counters: &CounterGroups) {
     }
 }
 
+const SHADOW: [(&str, &str, &str); 5] = [
+    (
+        "shadow_requests",
+        "_total",
+        "Requests that shadow queues passed on.",
+    ),
+    (
+        "shadow_copied_in_bytes",
+        "_total",
+        "Bytes that shadow queues copied out of guest memory.",
+    ),
+    (
+        "shadow_copied_out_bytes",
+        "_total",
+        "Bytes that shadow queues copied into guest memory.",
+    ),
+    (
+        "shadow_stalls",
+        "_total",
+        "Requests that had to wait for bounce memory.",
+    ),
+    (
+        "shadow_bounce_bytes",
+        "",
+        "What bounce memory takes of the host's.",
+    ),
+];
+
 fn shadow(text: &mut String, counters: &CounterGroups) {
-    for (name, help) in [
-        ("shadow_requests", "Requests that shadow queues passed on."),
-        (
-            "shadow_copied_in_bytes",
-            "Bytes that shadow queues copied out of guest memory.",
-        ),
-        (
-            "shadow_copied_out_bytes",
-            "Bytes that shadow queues copied into guest memory.",
-        ),
-        (
-            "shadow_stalls",
-            "Requests that had to wait for bounce memory.",
-        ),
-    ] {
-        let family_name = format!("{name}_total");
-        family(text, &family_name, "counter", help);
+    for (name, total, help) in SHADOW {
+        let family_name = format!("{name}{total}");
+        let kind = if total.is_empty() { "gauge" } else { "counter" };
+        family(text, &family_name, kind, help);
         for (device, values) in counters {
             if let Some(value) = values.get(name) {
                 line(text, &family_name, &format!("device=\"{device}\""), *value);
@@ -404,6 +419,7 @@ mod tests {
         add("vcpu0", "doorbells", 5);
         add("_disk0", "backend_connected", 1);
         add("_disk0", "shadow_copied_in_bytes", 11);
+        add("_disk0", "shadow_bounce_bytes", 12);
         add("irqchip", "routing_updates", 2);
         add("irqchip", "msis", 4);
         add("vmm", "boots", 1);
@@ -424,6 +440,7 @@ mod tests {
             "berth_vmm_vcpu_kvm_total{vcpu=\"0\",stat=\"halt_exits\"} 3",
             "berth_vmm_vcpu_doorbells_total{vcpu=\"0\"} 5",
             "berth_vmm_backend_connected{device=\"_disk0\"} 1",
+            "berth_vmm_shadow_bounce_bytes{device=\"_disk0\"} 12",
             "berth_vmm_shadow_copied_in_bytes_total{device=\"_disk0\"} 11",
             "berth_vmm_irqchip_routing_updates_total 2",
             "berth_vmm_irqchip_msis 4",

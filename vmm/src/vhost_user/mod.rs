@@ -168,7 +168,7 @@ pub struct SessionInfo {
     /// Where the session is.
     pub state: SessionState,
     /// What its shadow queues have done, where it may have some.
-    pub shadow: Option<[(&'static str, u64); 4]>,
+    pub shadow: Option<Vec<(&'static str, u64)>>,
 }
 
 /// One session, for a thread that waits for it.

@@ -24,7 +24,7 @@ use std::time::Duration;
 use vm_memory::GuestMemoryMmap;
 
 use super::kind::{Kind, Offer};
-use super::shadow::{Bounce, Counters, Workers};
+use super::shadow::{Bounce, Workers};
 use super::shared::{Ring, Rings, Shared};
 use super::window::{ADVICE, Window};
 use crate::config::Dma;
@@ -237,9 +237,8 @@ impl Reach {
     }
 
     /// What shadow queues have come to, where there may be some.
-    pub(super) fn counters(&self) -> Option<[(&'static str, u64); 4]> {
-        self.bounce()
-            .map(|bounce| Counters::named(&bounce.counters))
+    pub(super) fn counters(&self) -> Option<Vec<(&'static str, u64)>> {
+        self.bounce().map(|bounce| bounce.counters())
     }
 }
 

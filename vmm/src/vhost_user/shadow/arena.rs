@@ -18,6 +18,9 @@ pub(super) struct Arena {
     taken: Box<[u64]>,
     /// No page below this one is free.
     first_free: u64,
+    /// How many are taken, and how many may be by more than one run.
+    in_use: u64,
+    most: u64,
 }
 
 /// A run of pages.
@@ -37,7 +40,16 @@ impl Arena {
             pages,
             taken: vec![0; words as usize].into(),
             first_free: 0,
+            in_use: 0,
+            most: pages,
         }
+    }
+
+    /// The same, of which so many bytes are used at a time and no more, but for one run that is alone: for users that give
+    /// everything back by themselves. What is never used takes no memory.
+    pub(super) fn sparing(mut self, bytes: u64) -> Self {
+        self.most = bytes / PAGE;
+        self
     }
 
     /// The most that there can be room for.
@@ -48,6 +60,9 @@ impl Arena {
     /// Room for so many bytes in one piece, if there is now.
     pub(super) fn take(&mut self, bytes: u64) -> Option<Run> {
         let pages = bytes.div_ceil(PAGE).max(1);
+        if self.in_use > 0 && self.in_use.saturating_add(pages) > self.most {
+            return None;
+        }
         let mut first = self.next_free(self.first_free)?;
         self.first_free = first;
         loop {
@@ -96,6 +111,10 @@ impl Arena {
     }
 
     fn mark(&mut self, run: Run, taken: bool) {
+        match taken {
+            true => self.in_use += run.pages,
+            false => self.in_use -= run.pages,
+        }
         for page in run.first..run.first + run.pages {
             let bit = 1 << (page % BITS);
             let word = &mut self.taken[(page / BITS) as usize];
@@ -138,6 +157,20 @@ mod tests {
             assert_eq!(arena.take(bytes), None);
         }
         assert!(arena.take(70 * PAGE).is_some());
+    }
+
+    #[test]
+    fn a_sparing_one_gives_little_at_a_time_and_all_of_it_to_one() {
+        let mut arena = Arena::new(0, 64 * PAGE).sparing(8 * PAGE);
+        let (one, two) = (arena.take(4 * PAGE).unwrap(), arena.take(4 * PAGE).unwrap());
+        assert_eq!(arena.take(1), None);
+        arena.give_back(one);
+        assert_eq!(arena.take(5 * PAGE), None);
+        let three = arena.take(PAGE).unwrap();
+        assert_eq!(arena.address(three), 0);
+        arena.give_back(two);
+        arena.give_back(three);
+        assert!(arena.take(64 * PAGE).is_some(), "alone");
     }
 
     /// Against a list of what was given: nothing overlaps, nothing is lost.

@@ -40,6 +40,7 @@ mod tests;
 mod worker;
 
 use std::io;
+use std::os::unix::fs::MetadataExt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread::JoinHandle;
@@ -47,7 +48,7 @@ use std::time::Duration;
 
 use virtio_bindings::virtio_ids::{VIRTIO_ID_BLOCK, VIRTIO_ID_FS, VIRTIO_ID_NET};
 use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
-use vm_memory::GuestMemoryMmap;
+use vm_memory::{GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use self::arena::Arena;
@@ -64,8 +65,13 @@ use crate::sandbox::{self, ThreadKind};
 use crate::telemetry::LogLimit;
 
 const PAGE: u64 = 4096;
+/// What `st_blocks` counts.
+const BLOCK: u64 = 512;
 /// The most that the buffers of a queue take. All of it is address space, and memory only where it was ever used.
 const MOST: u64 = 64 << 20;
+/// The most that a disk's queue uses of it at a time: as much as keeps a disk busy. All its requests come back by
+/// themselves, so one that is larger waits until it is alone.
+const DISK: u64 = 16 << 20;
 /// The same for devices whose requests are small: frames of 64 KiB, or a mebibyte of a file.
 const LESS: u64 = 16 << 20;
 /// Longest name that a thread may have.
@@ -117,7 +123,7 @@ impl Counters {
         counter.fetch_add(more, Ordering::Relaxed);
     }
 
-    pub(super) fn named(&self) -> [(&'static str, u64); 4] {
+    fn named(&self) -> [(&'static str, u64); 4] {
         [
             ("shadow_requests", &self.requests),
             ("shadow_copied_in_bytes", &self.in_bytes),
@@ -137,7 +143,7 @@ pub(super) struct Bounce {
     has_status: bool,
     /// Where workers run: not where the vCPU that starts them is kept to.
     cpus: Option<HostCpus>,
-    pub(super) counters: Arc<Counters>,
+    counters: Arc<Counters>,
 }
 
 /// A queue's part of it.
@@ -179,6 +185,15 @@ impl Bounce {
             cpus: affinity::of_this_process().ok(),
             counters: Arc::default(),
         })
+    }
+
+    /// What its queues have done, and how much memory it takes now.
+    pub(super) fn counters(&self) -> Vec<(&'static str, u64)> {
+        let mut counters = self.counters.named().to_vec();
+        let files = self.memory.iter().filter_map(GuestRegionMmap::file_offset);
+        let blocks = files.filter_map(|file| Some(file.file().metadata().ok()?.blocks()));
+        counters.push(("shadow_bounce_bytes", blocks.sum::<u64>() * BLOCK));
+        counters
     }
 
     /// What a backend maps.
@@ -312,7 +327,10 @@ fn prepare(
     let queue = Queue::new(
         GuestRing::new(memory.clone(), guest_at, event_idx),
         backend.map_err(io::Error::other)?,
-        Arena::new(part.start, part.len),
+        match bounce.has_status {
+            true => Arena::new(part.start, part.len).sparing(DISK),
+            false => Arena::new(part.start, part.len),
+        },
         bounce.has_status,
         Arc::clone(&bounce.counters),
     );

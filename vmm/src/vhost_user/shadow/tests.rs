@@ -457,7 +457,11 @@ fn a_long_run_loses_and_repeats_nothing() {
     let mut held: Vec<(u16, Vec<Desc>)> = Vec::new();
     let mut free: Vec<u16> = vec![0, 2, 4, 6];
     let (mut sent, mut done) = (0_u64, 0_u64);
-    while done < 70_000 {
+    for pass in 0.. {
+        if done >= 70_000 {
+            break;
+        }
+        assert!(pass < 1_000_000, "stuck after {done}");
         while !free.is_empty() && !next(&mut random).is_multiple_of(4) {
             let head = free.swap_remove(next(&mut random) as usize % free.len());
             let base = HIGH + 0x8000 * u64::from(head);
