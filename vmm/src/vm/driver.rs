@@ -16,12 +16,12 @@ use std::collections::BTreeMap;
 use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
+use super::booting::take_apart;
 use super::builder;
-use super::events::{GuestEvent, GuestEvents};
+use super::events::GuestEvent;
 use super::hotplug::Plugging;
 use super::machine::Machine;
 use super::requests::{
@@ -29,21 +29,20 @@ use super::requests::{
 };
 use super::signals::Signals;
 use super::state::{Action, Refusal, VmState, accept};
+use crate::config::VmConfig;
 use crate::config::validate::Host;
-use crate::config::{SerialConfig, VmConfig};
 use crate::devices::serial::host::{self, SerialHost};
 use crate::event_loop::{EventLoop, Token};
 use crate::launcher::Launcher;
 use crate::sandbox::{self, ThreadKind};
 use crate::telemetry::events::event;
-use crate::telemetry::startup;
 use crate::tuning;
 
 /// How long the end of the process waits for the machine to be taken apart.
 const TEARDOWN_PATIENCE: Duration = Duration::from_secs(2);
 
 /// Resets that follow a boot closer than this are not logged.
-const RESET_LOG_INTERVAL: Duration = Duration::from_secs(1);
+pub(super) const RESET_LOG_INTERVAL: Duration = Duration::from_secs(1);
 
 /// Why the process ends other than by intent.
 #[derive(Debug, thiserror::Error)]
@@ -97,23 +96,23 @@ pub struct Driver {
     /// Number of this boot.
     pub(super) boot: u64,
     /// When it began to run.
-    booted: Instant,
+    pub(super) booted: Instant,
     /// There was a machine before this boot.
-    again: bool,
+    pub(super) again: bool,
     /// A client of the API asked for this boot: where it fails, the process stays for the next try.
-    stays_if_unbuilt: bool,
+    pub(super) stays_if_unbuilt: bool,
     /// The client that asked for this boot, until it is done.
-    booting_for: Option<ReplyTo>,
+    pub(super) booting_for: Option<ReplyTo>,
     /// Devices whose backends are waited for.
     pub(super) plugging: Vec<Plugging>,
     /// Devices that the guest was asked to let go of, and where they are.
     pub(super) leaving: BTreeMap<String, String>,
     /// What the guest did in the moment in which it was paused: it is seen when it runs again.
-    held_back: Option<GuestEvent>,
+    pub(super) held_back: Option<GuestEvent>,
     /// Tells the boot thread that nobody waits for its machine any more.
-    cancel: Arc<AtomicBool>,
+    pub(super) cancel: Arc<AtomicBool>,
     /// Set once the process is to end.
-    exit: Option<Result<u8, Error>>,
+    pub(super) exit: Option<Result<u8, Error>>,
 }
 
 impl Driver {
@@ -349,108 +348,6 @@ impl Driver {
         Ok(())
     }
 
-    /// Takes the machine apart, if there is one, and has a new one built from scratch, perhaps for a client,
-    /// who is answered when that has come to something.
-    fn start_boot(&mut self, client: Option<ReplyTo>) -> Result<(), Error> {
-        self.again = self.machine.is_some();
-        report(if self.again { "rebooting" } else { "booting" });
-        let gone = self.stop_machine()?;
-        let (Some(config), Some(host)) = (&self.config, &self.host) else {
-            return Ok(());
-        };
-        self.state = VmState::Booting;
-        self.stays_if_unbuilt = client.is_some();
-        self.booting_for = client;
-        let new_vm = match builder::NewVm::create(&config.platform) {
-            Ok(new_vm) => new_vm,
-            Err(error) => return self.built(Err(error)),
-        };
-        let boot = self.boot;
-        let sender = self.sender.clone();
-        let events = {
-            let sender = sender.clone();
-            GuestEvents::new(move |event| sender.send(Request::Guest(boot, event)))
-        };
-        let parts = builder::Parts {
-            new_vm,
-            config: Arc::clone(config),
-            serial: (config.serial != SerialConfig::Off).then(|| (host.output(), host.input())),
-            events,
-            launcher: self.limits.launcher.clone(),
-            cancel: Arc::clone(&self.cancel),
-        };
-        startup::mark("KVM's VM");
-        let spawned = sandbox::spawn(ThreadKind::Boot, "boot", move || {
-            // The backends serve one connection at a time: the old ones must have ended.
-            if let Some(gone) = gone {
-                let _ = gone.recv();
-            }
-            let built = builder::build(&parts).map(Box::new);
-            sender.send(Request::Built(boot, built));
-        });
-        match spawned {
-            Ok(_) => Ok(()),
-            Err(error) => self.built(Err(builder::Error::Thread(error))),
-        }
-    }
-
-    fn built(&mut self, built: Result<Box<Machine>, builder::Error>) -> Result<(), Error> {
-        match built {
-            Ok(machine) => {
-                if let Some(resample) = machine.sci_resample() {
-                    self.events
-                        .add(resample, Token::SciResample)
-                        .map_err(failed("cannot watch the ACPI interrupt"))?;
-                }
-                machine.serial_input();
-                machine.resume();
-                self.machine = Some(machine);
-                self.state = VmState::Running;
-                report(if self.again { "rebooted" } else { "booted" });
-                if self.boot == 1 || self.booted.elapsed() > RESET_LOG_INTERVAL {
-                    tracing::info!(boot = self.boot, "the guest runs");
-                }
-                self.booted = Instant::now();
-                if let Some(client) = self.booting_for.take() {
-                    client.send(Ok(Reply::Done));
-                }
-            }
-            Err(error) if self.stays_if_unbuilt => {
-                self.state = VmState::Shutdown;
-                let error = error_chain(&error);
-                tracing::error!(error, "the guest cannot be booted");
-                if let Some(client) = self.booting_for.take() {
-                    client.send(Err(Failure::Failed(error)));
-                }
-            }
-            Err(error) => self.exit = Some(Err(error.into())),
-        }
-        Ok(())
-    }
-
-    /// Stops the guest of this boot at once, and leaves the rest to a thread whose end is reported
-    /// through what is returned.
-    pub(super) fn stop_machine(&mut self) -> Result<Option<Receiver<()>>, Error> {
-        self.cancel.store(true, Ordering::Release);
-        self.cancel = Arc::default();
-        self.boot += 1;
-        if let Some(client) = self.booting_for.take() {
-            client.send(Err(Failure::Failed("the boot was given up".to_owned())));
-        }
-        self.give_up_plugging();
-        self.held_back = None;
-        let Some(machine) = self.machine.take() else {
-            return Ok(None);
-        };
-        if let Some(resample) = machine.sci_resample() {
-            self.events.remove(resample);
-        }
-        if let Err(error) = machine.pause() {
-            tracing::warn!(%error, "while stopping the guest");
-        }
-        take_apart(machine).map(Some)
-    }
-
     fn info(&self) -> Result<Reply, Failure> {
         let config = self.config.as_deref().ok_or(Refusal::NotCreated)?;
         let pty = self.host.as_ref().and_then(SerialHost::pty_path);
@@ -476,7 +373,7 @@ impl Driver {
 }
 
 /// Reports an event of the guest.
-fn report(name: &'static str) {
+pub(super) fn report(name: &'static str) {
     event("vm", name, &[]);
 }
 
@@ -504,15 +401,4 @@ pub(super) fn error_chain(error: &dyn std::error::Error) -> String {
         format!("{text}: {source}")
     });
     text.replace('\n', " ")
-}
-
-fn take_apart(machine: Box<Machine>) -> Result<Receiver<()>, Error> {
-    let (done, gone): (SyncSender<()>, _) = sync_channel(1);
-    sandbox::spawn(ThreadKind::Teardown, "teardown", move || {
-        drop(machine);
-        // The driver may have stopped listening.
-        let _ = done.try_send(());
-    })
-    .map_err(failed("cannot start the teardown thread"))?;
-    Ok(gone)
 }

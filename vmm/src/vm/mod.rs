@@ -3,6 +3,7 @@
 //! [`builder`] assembles a [`Machine`], [`Driver`] owns it and is the only one to change its state,
 //! [`state`] says what is accepted when, [`requests`] is the way to the driver.
 
+mod booting;
 pub mod builder;
 mod creation;
 pub mod devices;
