@@ -37,6 +37,9 @@ tier_static() {
     check clippy cargo clippy --quiet --workspace --all-targets --locked -- -D warnings
     check arrows cargo test --quiet --locked -p berth-tests-cases --test arrows
     RUSTDOCFLAGS='-D warnings -A rustdoc::private-intra-doc-links' check rustdoc cargo doc --quiet --workspace --no-deps --document-private-items --locked
+    # A workspace of its own, which nothing else here compiles. Nothing is linked, so libFuzzer need not be built.
+    CUSTOM_LIBFUZZER_PATH=/unbuilt/libfuzzer.a check fuzz-compiles cargo check --quiet --locked --all-targets \
+        --manifest-path tests/fuzz/Cargo.toml --target-dir target
     check shell-syntax shell_syntax
 }
 
