@@ -35,6 +35,7 @@ pub mod pci;
 pub mod power;
 pub mod shadow;
 pub mod storm;
+pub mod tuner;
 pub mod upgrade;
 pub mod window;
 
@@ -72,6 +73,7 @@ pub fn stories() -> Vec<Story> {
         own_daemons::STORIES,
         balloon::STORIES,
         huge_pages::STORIES,
+        tuner::STORIES,
         bad_input::STORIES,
     ]
     .concat()

@@ -29,6 +29,7 @@ pub struct VmBuilder {
     cpus: u32,
     memory: String,
     devices: Vec<String>,
+    api: Option<PathBuf>,
 }
 
 impl VmBuilder {
@@ -43,6 +44,7 @@ impl VmBuilder {
             cpus: 1,
             memory: "512M".to_owned(),
             devices: Vec::new(),
+            api: None,
         }
     }
 
@@ -119,9 +121,19 @@ impl VmBuilder {
         self
     }
 
+    /// The socket of the API at this path, for who looks for VMs in a folder.
+    #[must_use]
+    pub fn api_socket(mut self, path: PathBuf) -> Self {
+        self.api = Some(path);
+        self
+    }
+
     /// The command line but for the serial line, and the socket of the API.
     fn command(&self, context: &Context) -> (Command, PathBuf) {
-        let api = context.scratch(&format!("{}.api", self.name));
+        let api = match &self.api {
+            Some(path) => path.clone(),
+            None => context.scratch(&format!("{}.api", self.name)),
+        };
         let mut command = Command::new(context.bin("berth-vmm"));
         command.args(["--kernel", &self.kernel, "--cmdline", &self.cmdline]);
         if let Some(initramfs) = &self.initramfs {
