@@ -154,7 +154,7 @@ pub(super) fn table(results: &Results) -> String {
 
 const WIDTH: f64 = 760.0;
 const ROW: f64 = 34.0;
-const LEFT: f64 = 250.0;
+const LEFT: f64 = 280.0;
 /// What a full bar is.
 const MOST: f64 = 1.5;
 
@@ -172,7 +172,7 @@ pub(super) fn picture(results: &Results) -> String {
         })
         .collect();
     let height = 64.0 + ROW * rows.len() as f64;
-    let x = |ratio: f64| LEFT + ratio.clamp(0.0, MOST) / MOST * (WIDTH - LEFT - 20.0);
+    let x = |ratio: f64| LEFT + ratio.clamp(0.0, MOST) / MOST * (WIDTH - LEFT - 48.0);
     let mut out = format!(
         "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 {WIDTH} {height}\" font-family=\"system-ui, sans-serif\" font-size=\"13\">\n\
          <rect width=\"{WIDTH}\" height=\"{height}\" fill=\"#ffffff\"/>\n\
