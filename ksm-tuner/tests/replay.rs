@@ -174,3 +174,44 @@ fn a_replay_is_the_same_every_time() {
     let config = config(FARM);
     assert_eq!(replay(&config, &samples), replay(&config, &samples));
 }
+
+#[test]
+fn a_guest_in_need_has_memory_back_within_a_second() {
+    let samples = trace("guest-in-need.jsonl");
+    let short = config("[pressure]\navailable_low = 0.99\navailable_high = 0.995\n");
+    let decisions = replay(&short, &samples);
+    let balloon = |sample: &Sample| sample.vms["guest"].balloon.unwrap();
+    let moved = |decision: &Decision| {
+        actions(decision).find_map(|action| match action {
+            Action::Balloon { bytes, .. } => Some(*bytes),
+            _ => None,
+        })
+    };
+    let needs = |sample: &Sample| {
+        let guest = balloon(sample).guest.unwrap();
+        guest.available_bytes < guest.total_bytes / 20
+    };
+    let at = samples.iter().position(needs).unwrap();
+    // Until then it was asked for more and more, and for less in the sample that shows its need.
+    assert!(balloon(&samples[at]).target_bytes > 200 << 20);
+    let back = moved(&decisions[at]).unwrap();
+    assert!(
+        back + (100 << 20) <= balloon(&samples[at]).target_bytes,
+        "{back}"
+    );
+    assert!(
+        samples[at].at_ms - samples[at - 1].at_ms <= 1000,
+        "samples are not older"
+    );
+    // It has all of it back soon after, is not asked again, and ended no process.
+    let all = samples
+        .iter()
+        .skip(at)
+        .find(|sample| balloon(sample).actual_bytes == 0);
+    assert!(all.unwrap().at_ms - samples[at].at_ms <= 2000);
+    for (sample, decision) in samples.iter().zip(&decisions).skip(at) {
+        let target = balloon(sample).target_bytes;
+        assert!(moved(decision).is_none_or(|bytes| bytes <= target));
+        assert_eq!(balloon(sample).guest.unwrap().oom_kills, Some(0));
+    }
+}
