@@ -4,14 +4,45 @@
 
 use std::collections::BTreeMap;
 
-use super::{Action, Decision, History, Step, VmHistory, mib, part};
+use super::{Action, Decision, History, Step, mib, part};
 use crate::config::Config;
 use crate::sample::{PAGE, Sample, Vm};
 
 /// Passes of the scanner after which a VM must have brought something.
 const TRIAL_PASSES: u64 = 3;
-/// First wait between two comparisons of a VM's pages.
-const COMPARE_MS: u64 = 20_000;
+/// First wait between two comparisons.
+const COMPARE_MS: u64 = 10_000;
+/// Least wait, whoever has come in between.
+const COMPARE_LEAST_MS: u64 = 4_000;
+
+/// When pages are compared. That is done with all VMs of the domain at once, and each time the whole of them is read.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Rhythm {
+    at_ms: u64,
+    wait_ms: u64,
+    /// None before the first.
+    last_ms: Option<u64>,
+}
+
+impl Rhythm {
+    /// Whether it is time; a VM that was never compared starts the waits over.
+    fn is_due(&mut self, at_ms: u64, is_new: bool, most_ms: u64) -> bool {
+        let first_ms = COMPARE_MS.min(most_ms);
+        let rested = self
+            .last_ms
+            .is_none_or(|last| at_ms >= last + COMPARE_LEAST_MS.min(most_ms));
+        let due = rested && (is_new || at_ms >= self.at_ms);
+        if due {
+            self.wait_ms = match is_new {
+                true => first_ms,
+                false => (2 * self.wait_ms).clamp(first_ms, most_ms),
+            };
+            self.at_ms = at_ms + self.wait_ms;
+            self.last_ms = Some(at_ms);
+        }
+        due
+    }
+}
 
 /// Memory of the host that pages which are taken apart may fill, beyond what has to be kept.
 #[derive(Debug)]
@@ -88,6 +119,7 @@ pub(super) fn advise(
     decision: &mut Decision,
 ) {
     let mut room = Room::beyond(next.windows.room_for_storm(sample), sample);
+    let mut wanted: Option<(&String, bool)> = None;
     for (name, vm) in &sample.vms {
         let (Some(domain), Some(known)) = (&vm.domain, next.vms.get_mut(name)) else {
             continue;
@@ -110,9 +142,34 @@ pub(super) fn advise(
                 continue;
             }
         }
-        if sample.at_ms >= known.dropped_until_ms && vm.running {
-            offer(config, name, vm, domain, (known, sample.at_ms), decision);
+        if sample.at_ms >= known.dropped_until_ms
+            && vm.running
+            && offer(config, name, vm, domain, decision)
+        {
+            let is_new = !known.compared;
+            wanted = match wanted {
+                Some((_, true)) => wanted,
+                _ if is_new || wanted.is_none() => Some((name, is_new)),
+                _ => wanted,
+            };
         }
+    }
+    let Some((name, is_new)) = wanted else {
+        return;
+    };
+    let most = 1000 * config.merge.probe_last_s;
+    if next.compare.is_due(sample.at_ms, is_new, most) {
+        next.vms
+            .values_mut()
+            .for_each(|known| known.compared = true);
+        let left: u64 = sample
+            .vms
+            .values()
+            .map(|vm| vm.mergeable_bytes.saturating_sub(vm.advised_bytes))
+            .sum();
+        let action = Action::Compare { vm: name.clone() };
+        let why = format!("{} MiB are not offered for merging", mib(left));
+        decision.add(action, why);
     }
 }
 
@@ -157,16 +214,10 @@ fn loss(vm: &Vm, passes: u64, room: &mut Room) -> Option<String> {
     })
 }
 
-fn offer(
-    config: &Config,
-    name: &str,
-    vm: &Vm,
-    domain: &str,
-    (known, at_ms): (&mut VmHistory, u64),
-    decision: &mut Decision,
-) {
+/// Offers what was found to have equals. Whether the VM has memory of which that is not known.
+fn offer(config: &Config, name: &str, vm: &Vm, domain: &str, decision: &mut Decision) -> bool {
     if vm.advised_bytes >= vm.mergeable_bytes {
-        return;
+        return false;
     }
     if !config.merge.compare {
         let why = format!(
@@ -174,7 +225,7 @@ fn offer(
             mib(vm.mergeable_bytes)
         );
         decision.add(all(name, domain, true), why);
-        return;
+        return false;
     }
     if let Some(runs) = &vm.compared {
         let chosen = runs.iter().filter(|run| {
@@ -200,19 +251,7 @@ fn offer(
                 why,
             );
         }
-        return;
+        return false;
     }
-    if at_ms >= known.compare_at_ms {
-        let most = 1000 * config.merge.probe_last_s;
-        known.compare_wait_ms = (2 * known.compare_wait_ms).clamp(COMPARE_MS.min(most), most);
-        known.compare_at_ms = at_ms + known.compare_wait_ms;
-        let left = vm.mergeable_bytes - vm.advised_bytes;
-        let action = Action::Compare {
-            vm: name.to_owned(),
-        };
-        decision.add(
-            action,
-            format!("{} MiB are not offered for merging", mib(left)),
-        );
-    }
+    true
 }

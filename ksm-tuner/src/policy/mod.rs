@@ -152,6 +152,7 @@ pub struct History {
     last: Option<Sample>,
     scanner: Scanner,
     windows: Windows,
+    compare: advice::Rhythm,
     vms: BTreeMap<String, VmHistory>,
 }
 
@@ -171,9 +172,8 @@ impl History {
 #[derive(Debug, Clone, Default)]
 struct VmHistory {
     pid: u32,
-    /// When its pages are to be compared, and after how long again.
-    compare_at_ms: u64,
-    compare_wait_ms: u64,
+    /// Its pages were compared at least once.
+    compared: bool,
     /// Bytes offered when the last burst began.
     burst_bytes: u64,
     /// Full scans of the kernel when the first memory was offered.

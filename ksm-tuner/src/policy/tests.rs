@@ -47,6 +47,31 @@ fn a_new_vm_is_compared_offered_merged_and_left_alone() {
     }
 }
 
+/// A comparison reads the memory of all guests: a start of many is no reason to do it once for each.
+#[test]
+fn guests_that_start_together_are_compared_together() {
+    let mut host = Host::new(config());
+    let compares = |host: &Host| {
+        let steps = host.log.iter().flat_map(|decision| &decision.steps);
+        let is_one = |step: &&Step| matches!(step.action, Action::Compare { .. });
+        steps.filter(is_one).count()
+    };
+    for index in 0..8 {
+        host.add(&format!("vm{index}"), DOMAIN, GIB);
+        host.run(1);
+    }
+    host.run(52);
+    let in_a_minute = compares(&host);
+    assert!((3..=7).contains(&in_a_minute), "{in_a_minute} in a minute");
+    host.run(600);
+    let later = compares(&host) - in_a_minute;
+    assert!(later <= 6, "{later} in the ten minutes after it");
+    // One that comes much later waits for none of that.
+    host.add("late", DOMAIN, GIB);
+    host.run(2);
+    assert_eq!(compares(&host), in_a_minute + later + 1);
+}
+
 #[test]
 fn a_settled_host_is_left_alone_for_longer_and_longer() {
     let mut host = Host::new(config());
