@@ -34,7 +34,7 @@ const CHECKS: &[&str] = &[
 ];
 
 /// Where a passt without an interface to imitate puts itself; to its guest it is the host's loopback.
-const PASST: Ipv4Addr = Ipv4Addr::new(169, 254, 2, 2);
+pub(crate) const PASST: Ipv4Addr = Ipv4Addr::new(169, 254, 2, 2);
 
 /// Takes what the server offers.
 const DHCP_SCRIPT: &str = "#!/bin/sh

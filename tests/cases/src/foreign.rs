@@ -11,13 +11,15 @@ use std::process::{Command, Stdio};
 use anyhow::{Context as _, Result, ensure};
 use berth_tests_framework::daemons::Daemon;
 use berth_tests_framework::image;
+use berth_tests_framework::net::PageServer;
 use berth_tests_framework::process::Process;
 use berth_tests_framework::story::{Context, Story, Tier};
 use berth_tests_framework::vmm::{self, Vm, VmBuilder};
 use berth_tests_framework::wait::{seconds, until};
 
+use crate::any_device::{self, PASST};
 use crate::net::ping;
-use crate::{any_device, disk, hotplug, interop_dpdk};
+use crate::{disk, hotplug, interop_dpdk};
 
 /// Stories of this file.
 pub(crate) const STORIES: &[Story] = &[Story {
@@ -28,6 +30,7 @@ pub(crate) const STORIES: &[Story] = &[Story {
         "dial_in.testpmd_answers_the_guest",
         "dial_in.testpmd_killed_and_back",
         "dial_in.passt_on_a_connection",
+        "dial_in.passt_killed_and_back",
         "generic.stock_disk_holds_what_was_written",
         "generic.stock_disk_killed_3_times_under_load",
         "generic.stock_disk_clean_from_outside",
@@ -86,9 +89,15 @@ fn foreign(context: &Context) -> Result<()> {
     })?;
     if let Some(why) = absent {
         context.skip("dial_in.passt_on_a_connection", &why);
+        context.skip("dial_in.passt_killed_and_back", &why);
     } else {
         context.check("dial_in.passt_on_a_connection", || {
-            any_device::address_by_dhcp(&mut vm, "eth1")
+            any_device::address_by_dhcp(&mut vm, "eth1")?;
+            fetches(context, &mut vm)
+        })?;
+        context.check("dial_in.passt_killed_and_back", || {
+            passt.killed_and_back(&mut vm, "_net1")?;
+            fetches(context, &mut vm)
         })?;
     }
     stock_disk(context, &mut vm, &mut stock, &image)
@@ -175,6 +184,16 @@ fn answers(vm: &mut Vm) -> Result<()> {
     until("testpmd's answer to a ping", seconds(60), || {
         Ok(ping(&mut vm.console, ECHO).is_ok().then_some(()))
     })
+}
+
+fn fetches(context: &Context, vm: &mut Vm) -> Result<()> {
+    let page = context.scratch("page");
+    image::random(&page, 1 << 20, 33)?;
+    let server = PageServer::start(Ipv4Addr::LOCALHOST, &page)?;
+    let url = server.url().replace("127.0.0.1", &PASST.to_string());
+    vm.console
+        .sh_within(&format!("wget -q -O /tmp/page {url}"), seconds(90))?;
+    any_device::same(vm, "/tmp/page", &page)
 }
 
 /// It has no region of requests in flight: what it took and did not finish, its successor gets again.

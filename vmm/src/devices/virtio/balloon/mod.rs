@@ -17,7 +17,7 @@
 //! held over a system call that can wait.
 //!
 //! Free page hinting (VIRTIO_BALLOON_F_FREE_PAGE_HINT) is not offered: a hinted page may be in use again when we see the
-//! hint, so its one use is to leave pages out of a migration (docs/adr/0005-no-free-page-hinting.md).
+//! hint, so its one use is to leave pages out of a migration (docs/adr/0006-no-free-page-hinting.md).
 
 mod device;
 mod fuzz;
