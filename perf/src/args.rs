@@ -65,7 +65,7 @@ pub struct ListArgs {
     /// For machines
     #[arg(long)]
     pub json: bool,
-    /// Where a peer is [repeatable]
+    /// Where a peer is (repeatable)
     #[arg(long, value_name = "NAME=PROGRAM", value_parser = named)]
     pub peer: Vec<(String, PathBuf)>,
 }

@@ -8,7 +8,7 @@
 //!   guest n                   │                   │             │ boot …    │            │
 //! ```
 //!
-//! A plan is a list of events by time; [`run`] follows it with one merger and notes what comes of it.
+//! A plan is a list of events by time; [`Host::run`] follows it with one merger and notes what comes of it.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
