@@ -71,6 +71,11 @@ impl Janitor {
         self.tell(&format!("mount {}", path.display()))
     }
 
+    /// An instance of the kernel's trace to be removed; gone is fine.
+    pub fn trace(&mut self, path: &Path) -> Result<()> {
+        self.tell(&format!("trace {}", path.display()))
+    }
+
     /// A control group to be removed, its processes killed.
     pub fn cgroup(&mut self, path: &Path) -> Result<()> {
         self.tell(&format!("cgroup {}", path.display()))
@@ -132,6 +137,7 @@ fn remove(thing: &str) -> Result<()> {
         "tap" => tap(rest),
         "mount" => insist(|| sys::unmount(Path::new(rest))),
         "cgroup" => cgroup(Path::new(rest)),
+        "trace" => gone_is_fine(fs::remove_dir(rest)),
         "setting" => {
             let (path, value) = rest.split_once(' ').context("a setting without a value")?;
             Ok(fs::write(path, value)?)

@@ -33,19 +33,13 @@ pub const PEERS: &[Peer] = &[
     Peer {
         name: "qemu-q35",
         found_by: FoundBy::Program(&["qemu-system-x86_64"]),
-        scenarios: &["boot", "overhead", "exits", "scale"],
-        how: QEMU,
-    },
-    Peer {
-        name: "qemu-microvm",
-        found_by: FoundBy::Program(&["qemu-system-x86_64"]),
-        scenarios: &["boot", "overhead", "exits", "scale"],
+        scenarios: &["boot", "overhead", "exits"],
         how: QEMU,
     },
     Peer {
         name: "qemu-storage-daemon",
         found_by: FoundBy::Program(&["qemu-storage-daemon"]),
-        scenarios: &["blk", "overhead", "crash"],
+        scenarios: &["blk", "overhead", "exits", "crash"],
         how: "install Debian's qemu-utils (qemu-system-common before trixie)",
     },
     Peer {
@@ -69,7 +63,7 @@ pub const PEERS: &[Peer] = &[
     Peer {
         name: "cloud-hypervisor",
         found_by: FoundBy::Program(&["cloud-hypervisor"]),
-        scenarios: &["boot", "overhead", "exits", "scale"],
+        scenarios: &["boot", "overhead", "exits"],
         how: CLOUD_HYPERVISOR,
     },
     Peer {
@@ -87,7 +81,7 @@ pub const PEERS: &[Peer] = &[
     Peer {
         name: "firecracker",
         found_by: FoundBy::Program(&["firecracker"]),
-        scenarios: &["boot", "overhead", "exits", "scale"],
+        scenarios: &["boot", "overhead", "exits"],
         how: "put a release's binary on the PATH as firecracker, or name it with --peer",
     },
     Peer {

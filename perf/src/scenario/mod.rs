@@ -12,11 +12,14 @@
 //! `Context::janitor` before it is made. What takes longer than a second asks `crate::interrupt`.
 
 pub mod blk;
+pub mod boot;
 pub mod crash;
+pub mod exits;
 mod guest;
 pub mod irq;
 pub mod memory;
 pub mod net;
+pub mod overhead;
 pub mod scale;
 
 use std::collections::BTreeMap;
@@ -37,6 +40,9 @@ pub const ALL: &[Entry] = &[
     crash::ENTRY,
     memory::ENTRY,
     scale::ENTRY,
+    boot::ENTRY,
+    overhead::ENTRY,
+    exits::ENTRY,
 ];
 
 /// A scenario that can be run.
