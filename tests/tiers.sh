@@ -104,10 +104,16 @@ tier_demo() {
     check dedup-json target/release/berth-demo-dedup --check target/demo/dedup.json
 }
 
-# All scenarios in their short form, and what they leave behind. What a figure is, is no matter here.
+# All scenarios in their short form, and what they leave behind. What a figure is, is no matter here. Those with
+# guests take as long again where they need the lab, so that --full has them there.
 tier_perf() {
-    local run=$LOGS/perf
-    check quick limited 480 target/release/berth-perf run --quick --out "$run"
+    local run=$LOGS/perf scenarios=() limit=480
+    if [ -n "$FULL" ]; then
+        limit=1200
+    elif [ "$(tests/lab/where)" != host ]; then
+        scenarios=(blk net irq crash memory scale)
+    fi
+    check quick limited "$limit" target/release/berth-perf run "${scenarios[@]}" --quick --out "$run"
     check report target/release/berth-perf report "$run"
     check compare target/release/berth-perf compare "$run" "$run"
     check shape target/release/berth-perf report --check "$run"
