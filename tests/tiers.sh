@@ -105,8 +105,8 @@ tier_demo() {
 }
 
 # All scenarios in their short form, and what they leave behind. What a figure is, is no matter here. Those with
-# guests take as long again where they need the lab, so that --full has them there; and `crash`, of which one run in
-# two once had a signal that did not come within a minute: not explained yet.
+# guests take as long again where they need the lab, so that --full has them there; and `crash`, in which
+# a daemon's signal once did not come within a minute: not explained yet.
 tier_perf() {
     local run=$LOGS/perf scenarios=() limit=480
     if [ -n "$FULL" ]; then
