@@ -105,16 +105,15 @@ tier_demo() {
 }
 
 # All scenarios in their short form, and what they leave behind. What a figure is, is no matter here. Those with
-# guests take as long again where they need the lab, so that --full has them there; and `crash`, in which
-# a daemon's signal once did not come within a minute: not explained yet.
+# guests take as long again where they need the lab, so that --full has them there.
 tier_perf() {
-    local run=$LOGS/perf scenarios=() limit=480
+    local run=$LOGS/perf without=() limit=480
     if [ -n "$FULL" ]; then
         limit=1200
     elif [ "$(tests/lab/where)" != host ]; then
-        scenarios=(blk net irq memory scale)
+        without=('--without=boot,overhead,exits')
     fi
-    check quick limited "$limit" target/release/berth-perf run "${scenarios[@]}" --quick --out "$run"
+    check quick limited "$limit" target/release/berth-perf run --quick "${without[@]}" --out "$run"
     check report target/release/berth-perf report "$run"
     check compare target/release/berth-perf compare "$run" "$run"
     check shape target/release/berth-perf report --check "$run"

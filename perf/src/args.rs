@@ -109,6 +109,15 @@ pub struct RunArgs {
     #[arg(value_name = "SCENARIO")]
     pub scenarios: Vec<String>,
 
+    /// Not these scenarios, of all that can run here; several with commas
+    #[arg(
+        long,
+        value_name = "SCENARIO",
+        value_delimiter = ',',
+        conflicts_with = "scenarios"
+    )]
+    pub without: Vec<String>,
+
     /// Only these peers, beside the limit; several with commas, none with 'none'
     #[arg(long, value_name = "PEER", value_delimiter = ',')]
     pub against: Option<Vec<String>>,

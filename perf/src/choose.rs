@@ -35,7 +35,7 @@ pub struct Chosen {
 /// What `run` is to run.
 pub fn choose(args: &RunArgs) -> Result<Vec<Chosen>> {
     let scenarios: Vec<&str> = ALL.iter().map(|entry| entry.name).collect();
-    for name in &args.scenarios {
+    for name in args.scenarios.iter().chain(&args.without) {
         if !scenarios.contains(&name.as_str()) {
             return Err(Usage(unknown("scenario", name, &scenarios)).into());
         }
@@ -44,7 +44,8 @@ pub fn choose(args: &RunArgs) -> Result<Vec<Chosen>> {
     let mut chosen = Vec::new();
     for entry in ALL {
         let named = args.scenarios.iter().any(|name| name == entry.name);
-        if named || args.scenarios.is_empty() {
+        let unwanted = args.without.iter().any(|name| name == entry.name);
+        if named || (args.scenarios.is_empty() && !unwanted) {
             let cells = cells((entry.cells)(), &args.cell, args.quick);
             chosen.push(Chosen {
                 entry,

@@ -97,6 +97,10 @@ fn what_is_not_there_is_refused_in_one_line_with_the_nearest_name() {
             "no scenario 'bkl': did you mean 'blk'?",
         ),
         (
+            &["run", "--without=net,bot"],
+            "no scenario 'bot': did you mean 'boot'?",
+        ),
+        (
             &["run", "--against=qemu-storage"],
             "no peer 'qemu-storage': did you mean 'qemu-storage-daemon'?",
         ),

@@ -114,8 +114,8 @@ impl Client {
         self.fill()
     }
 
-    /// Makes requests in all free slots.
-    fn fill(&mut self) -> Result<()> {
+    /// Makes requests in all free slots, whether or not a daemon is there.
+    pub(in crate::scenario) fn fill(&mut self) -> Result<()> {
         while let Some(n) = self.free.pop() {
             let slot = self.slots[n];
             // A stride that meets every block of a power of two once.

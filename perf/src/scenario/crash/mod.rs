@@ -217,8 +217,9 @@ impl Scenario for Crash {
             );
         }
         let (second, socket) = self.start(subject)?;
-        // What came back before the kill was no answer of the successor.
+        // What came back before the kill was no answer of the successor. It may have been all: the load goes on.
         client.collect()?;
+        client.fill()?;
         daemon::wait_listens(&second, &socket)?;
         client.connect(&socket)?;
         client.wait_used()?;
