@@ -3,6 +3,7 @@
 
 #![allow(clippy::unwrap_used, reason = "test code outside of test functions")]
 
+mod bench;
 mod ring;
 mod stock;
 
@@ -12,20 +13,18 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use berth_vmm::config::{DiskConfig, Dma, Link, MemoryConfig, VhostUserConfig};
-use berth_vmm::devices::virtio::device::{
-    Activation, ResetProgress, TransportNotify, VirtioDevice,
-};
+use bench::{Bench, PATIENCE, disk};
+use berth_vmm::config::MemoryConfig;
+use berth_vmm::devices::virtio::device::{Activation, ResetProgress, TransportNotify};
 use berth_vmm::memory::GuestRam;
-use berth_vmm::vhost_user::{Frontends, Kind, SessionState};
+use berth_vmm::vhost_user::{Frontends, SessionState};
 use ring::wait;
-use stock::{Driver, FEATURES, QUEUES, Stock};
+use stock::{FEATURES, QUEUES, Stock};
 use vhost::vhost_user::message::VhostUserProtocolFeatures as Protocol;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use vmm_sys_util::tempdir::TempDir;
 
 const LIMIT: Duration = Duration::from_millis(300);
-const PATIENCE: Duration = Duration::from_secs(20);
 const VERSION_1: u64 = 1 << 32;
 
 /// Tells a test what the device told the transport.
@@ -44,14 +43,6 @@ impl TransportNotify for Notes {
     }
 }
 
-struct Bench {
-    _dir: TempDir,
-    path: PathBuf,
-    ram: GuestRam,
-    frontends: Frontends,
-    device: Box<dyn VirtioDevice>,
-}
-
 fn protocol() -> Protocol {
     Protocol::MQ | Protocol::CONFIG | Protocol::REPLY_ACK | Protocol::BACKEND_REQ
 }
@@ -62,71 +53,13 @@ fn bench() -> Bench {
 }
 
 fn bench_with(size_bytes: u64) -> Bench {
-    let dir = TempDir::new().unwrap();
-    let path = dir.as_path().join("disk.sock");
     let ram = GuestRam::new(&MemoryConfig::of(size_bytes)).unwrap();
-    let mut frontends = Frontends::with_operation_limit(LIMIT).unwrap();
-    let mut device = frontends.connect(disk(&path)).unwrap();
-    device.attach(Arc::new(Notes {
+    let frontends = Frontends::with_operation_limit(LIMIT).unwrap();
+    let notes = Notes {
         config: EventFd::new(EFD_NONBLOCK).unwrap(),
         reset: EventFd::new(EFD_NONBLOCK).unwrap(),
-    }));
-    Bench {
-        _dir: dir,
-        path,
-        ram,
-        frontends,
-        device,
-    }
-}
-
-fn disk(path: &Path) -> Kind {
-    Kind::Blk(DiskConfig {
-        id: "_disk0".to_owned(),
-        backend: VhostUserConfig {
-            link: Link::Connect(path.to_owned()),
-            num_queues: 2,
-            queue_size: 128,
-            dma: Dma::Auto,
-        },
-        readonly: false,
-    })
-}
-
-impl Bench {
-    fn activate(&mut self, drivers: &[&Driver]) {
-        let features = self.device.features();
-        assert!(self.device.accepts(features));
-        let queues = drivers.iter().zip(0..).map(|(driver, i)| driver.setup(i));
-        self.device
-            .activate(Activation {
-                features,
-                queues: queues.collect(),
-                memory: self.ram.memory().clone(),
-            })
-            .unwrap();
-    }
-
-    fn driver(&self, base: u64) -> Driver {
-        Driver::new(self.ram.memory(), base, 128)
-    }
-
-    fn reset(&mut self) {
-        self.device.reset();
-        let begin = Instant::now();
-        while self.device.reset_progress() == ResetProgress::Pending {
-            assert!(begin.elapsed() < PATIENCE, "the reset never ends");
-            std::thread::yield_now();
-        }
-    }
-
-    fn wait_for(&self, state: SessionState) {
-        let begin = Instant::now();
-        while self.frontends.sessions()[0].state != state {
-            assert!(begin.elapsed() < PATIENCE, "never {state:?}");
-            std::thread::yield_now();
-        }
-    }
+    };
+    Bench::new(ram, frontends, Arc::new(notes))
 }
 
 #[test]

@@ -3,23 +3,22 @@
 
 #![allow(clippy::unwrap_used, reason = "test code outside of test functions")]
 
+mod bench;
 mod ring;
 mod stock;
 mod support;
 
 use std::os::unix::fs::FileExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::{Duration, Instant};
 
-use berth_vmm::config::{DiskConfig, Dma, Link, MemoryConfig, VhostUserConfig};
-use berth_vmm::devices::virtio::device::{
-    Activation, ResetProgress, TransportNotify, VirtioDevice,
-};
+use bench::{Bench, PATIENCE};
+use berth_vmm::config::MemoryConfig;
+use berth_vmm::devices::virtio::device::TransportNotify;
 use berth_vmm::memory::{GuestRam, Mode};
-use berth_vmm::vhost_user::{Frontends, Kind, SessionState};
-use stock::{Driver, Stock};
+use berth_vmm::vhost_user::{Frontends, SessionState};
+use stock::Stock;
 use support::daemons::{daemon, has_daemons, image, kill};
 use support::virtio::{Access, BUFFER};
 use support::{Code, Guest, eventually};
@@ -27,7 +26,6 @@ use vhost::vhost_user::message::VhostUserProtocolFeatures as Protocol;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use vmm_sys_util::tempdir::TempDir;
 
-const PATIENCE: Duration = Duration::from_secs(60);
 const MIB: u64 = 1 << 20;
 
 struct Deaf;
@@ -39,86 +37,22 @@ impl TransportNotify for Deaf {
     }
 }
 
-struct Bench {
-    _dir: TempDir,
-    path: PathBuf,
-    ram: GuestRam,
-    frontends: Frontends,
-    device: Box<dyn VirtioDevice>,
-}
-
 fn protocol() -> Protocol {
     Protocol::MQ | Protocol::CONFIG | Protocol::REPLY_ACK
 }
 
 /// A disk with two queues, in a guest with memory on both sides of the PCI hole and none of it shared.
 fn bench() -> Bench {
-    let dir = TempDir::new().unwrap();
-    let path = dir.as_path().join("disk.sock");
     let memory = MemoryConfig::of((3 << 30) + 4 * MIB);
     let ram = GuestRam::with_mode(&memory, Mode::Private).unwrap();
-    let mut frontends = Frontends::new().unwrap().reaching(&ram);
-    let disk = Kind::Blk(DiskConfig {
-        id: "_disk0".to_owned(),
-        backend: VhostUserConfig {
-            link: Link::Connect(path.clone()),
-            num_queues: 2,
-            queue_size: 128,
-            dma: Dma::Auto,
-        },
-        readonly: false,
-    });
-    let mut device = frontends.connect(disk).unwrap();
-    device.attach(Arc::new(Deaf));
-    Bench {
-        _dir: dir,
-        path,
-        ram,
-        frontends,
-        device,
-    }
+    let frontends = Frontends::new().unwrap().reaching(&ram);
+    Bench::new(ram, frontends, Arc::new(Deaf))
 }
 
-impl Bench {
-    fn activate(&mut self, drivers: &[&Driver]) {
-        let features = self.device.features();
-        assert!(self.device.accepts(features));
-        let queues = drivers.iter().zip(0..).map(|(driver, i)| driver.setup(i));
-        self.device
-            .activate(Activation {
-                features,
-                queues: queues.collect(),
-                memory: self.ram.memory().clone(),
-            })
-            .unwrap();
-    }
-
-    fn driver(&self, base: u64) -> Driver {
-        Driver::new(self.ram.memory(), base, 128)
-    }
-
-    fn reset(&mut self) {
-        self.device.reset();
-        let begin = Instant::now();
-        while self.device.reset_progress() == ResetProgress::Pending {
-            assert!(begin.elapsed() < PATIENCE, "the reset never ends");
-            std::thread::yield_now();
-        }
-    }
-
-    fn wait_for(&self, state: SessionState) {
-        let begin = Instant::now();
-        while self.frontends.sessions()[0].state != state {
-            assert!(begin.elapsed() < PATIENCE, "never {state:?}");
-            std::thread::yield_now();
-        }
-    }
-
-    fn count(&self, name: &str) -> u64 {
-        let counters = self.frontends.sessions()[0].shadow.clone().unwrap();
-        let found = counters.iter().find(|(of, _)| *of == name);
-        found.unwrap().1
-    }
+fn count(bench: &Bench, name: &str) -> u64 {
+    let counters = bench.frontends.sessions()[0].shadow.clone().unwrap();
+    let found = counters.iter().find(|(of, _)| *of == name);
+    found.unwrap().1
 }
 
 #[test]
@@ -141,8 +75,8 @@ fn rings_that_the_device_does_not_have_are_served_and_again_after_a_reset() {
         // Nobody looks at it any more.
         low.submit();
     }
-    assert_eq!(bench.count("shadow_requests"), 1200);
-    assert_eq!(bench.count("shadow_copied_out_bytes"), 1200 * 64);
+    assert_eq!(count(&bench, "shadow_requests"), 1200);
+    assert_eq!(count(&bench, "shadow_copied_out_bytes"), 1200 * 64);
     assert!(bench.frontends.stop(PATIENCE).is_empty());
     assert_eq!(stock.seen.requests.load(Ordering::SeqCst), 1200);
 }
@@ -168,7 +102,7 @@ fn a_device_that_died_goes_on_where_it_stopped() {
         let expected = 100 + usize::from(death > 0);
         assert_eq!(seen.requests.load(Ordering::SeqCst), expected);
     }
-    assert_eq!(bench.count("shadow_requests"), 303);
+    assert_eq!(count(&bench, "shadow_requests"), 303);
     bench.reset();
 }
 

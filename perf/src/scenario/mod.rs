@@ -21,6 +21,7 @@ pub mod memory;
 pub mod net;
 pub mod overhead;
 pub mod scale;
+pub mod setup;
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -112,6 +113,22 @@ pub struct Metric {
     pub better: Better,
     /// In one line.
     pub about: &'static str,
+}
+
+impl Metric {
+    pub(super) const fn new(
+        name: &'static str,
+        unit: &'static str,
+        better: Better,
+        about: &'static str,
+    ) -> Self {
+        Self {
+            name,
+            unit,
+            better,
+            about,
+        }
+    }
 }
 
 /// One thing to measure, as all subjects do it.

@@ -7,8 +7,8 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 use serde_json::Value;
 
+use super::super::setup::Setup;
 use super::backing::Disk;
-use super::measure::Setup;
 use super::subject::Subject;
 use super::target::{Direction, Load};
 use crate::scenario::Sample;

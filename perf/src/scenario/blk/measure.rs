@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 
+use super::super::setup::Setup;
 use super::backing::{self, Disk};
 use super::cells::Cell;
 use super::fio;
@@ -16,7 +17,6 @@ use super::target::uring::UringTarget;
 use super::target::virtio::VirtioTarget;
 use super::target::{self, Load, Outcome, Target};
 use crate::client;
-use crate::clock::Window;
 use crate::counts::Counter;
 use crate::daemon::Daemon;
 use crate::proc;
@@ -25,21 +25,6 @@ use crate::sys;
 
 /// How much longer than its window a run may take.
 const PATIENCE: Duration = Duration::from_secs(15);
-
-/// Where and how long.
-#[derive(Clone, Debug)]
-pub struct Setup {
-    /// CPU of the client.
-    pub client_cpu: usize,
-    /// CPU of daemon and limit.
-    pub daemon_cpu: usize,
-    /// Per run.
-    pub window: Window,
-    /// Whether a run more counts system calls.
-    pub count: bool,
-    /// For sockets and logs.
-    pub directory: PathBuf,
-}
 
 /// CPU time of a run.
 #[derive(Clone, Copy, Debug)]

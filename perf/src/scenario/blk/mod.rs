@@ -17,11 +17,11 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result};
 
+use super::setup::Setup;
 use crate::awake::Awake;
 use crate::context::Context;
 use crate::scenario::{self, Better, Cell, Entry, Metric, Sample, Scenario};
 use backing::{Backing, Disk};
-use measure::Setup;
 use subject::Subject;
 
 /// See the module.
@@ -36,55 +36,41 @@ pub const ENTRY: Entry = Entry {
     expected: |quick| Duration::from_secs(if quick { 100 } else { 40 * 60 }),
 };
 
-const fn metric(
-    name: &'static str,
-    unit: &'static str,
-    better: Better,
-    about: &'static str,
-) -> Metric {
-    Metric {
-        name,
-        unit,
-        better,
-        about,
-    }
-}
-
 const METRICS: &[Metric] = &[
-    metric("rate", "1/s", Better::More, "requests a second"),
-    metric(
+    Metric::new("rate", "1/s", Better::More, "requests a second"),
+    Metric::new(
         "p50",
         "µs",
         Better::Less,
         "latency as the client sees it, median",
     ),
-    metric("p99", "µs", Better::Less, "latency, 99th percentile"),
-    metric("p999", "µs", Better::Less, "latency, 99.9th percentile"),
-    metric(
+    Metric::new("p99", "µs", Better::Less, "latency, 99th percentile"),
+    Metric::new("p999", "µs", Better::Less, "latency, 99.9th percentile"),
+    Metric::new(
         "cpu",
         "µs",
         Better::Less,
         "CPU time of the daemon per request, its kernel workers included",
     ),
-    metric(
+    Metric::new(
         "calls",
         "per request",
         Better::Less,
         "system calls of the daemon",
     ),
-    metric(
+    Metric::new(
         "hands",
         "per request",
         Better::Neither,
         "io_uring requests that the kernel handed to a worker thread",
     ),
-    metric(
+    Metric::new(
         "idle_cpu",
         "ms",
         Better::Less,
         "CPU time of an idle daemon in five seconds",
     ),
-    metric(
+    Metric::new(
         "idle_private",
         "KiB",
         Better::Less,
@@ -101,18 +87,7 @@ struct Blk {
 
 fn prepare(context: &mut Context) -> Result<Box<dyn Scenario>> {
     let subjects = subject::all(context)?;
-    let setup = Setup {
-        client_cpu: context.client_cpu,
-        daemon_cpu: context.daemon_cpu,
-        window: context.window,
-        count: context
-            .tool(
-                "perf",
-                "install Debian's linux-perf: nobody counts system calls",
-            )
-            .is_some(),
-        directory: context.directory.clone(),
-    };
+    let setup = Setup::of(context);
     let disks = disks(context)?;
     let awake = Awake::keep(&[setup.client_cpu, setup.daemon_cpu], context.awake)?;
     Ok(Box::new(Blk {

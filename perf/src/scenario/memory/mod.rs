@@ -108,25 +108,11 @@ const METRICS: &[Metric] = &[
 ];
 
 const fn more(name: &'static str, unit: &'static str, about: &'static str) -> Metric {
-    metric(name, unit, Better::More, about)
+    Metric::new(name, unit, Better::More, about)
 }
 
 const fn less(name: &'static str, unit: &'static str, about: &'static str) -> Metric {
-    metric(name, unit, Better::Less, about)
-}
-
-const fn metric(
-    name: &'static str,
-    unit: &'static str,
-    better: Better,
-    about: &'static str,
-) -> Metric {
-    Metric {
-        name,
-        unit,
-        better,
-        about,
-    }
+    Metric::new(name, unit, Better::Less, about)
 }
 
 const LIFE: &str = "life";

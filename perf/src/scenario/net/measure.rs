@@ -1,17 +1,16 @@
 //! One subject in one cell: frames that the tap counts in a window.
 #![forbid(unsafe_code)]
 
-use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, bail};
 
+use super::super::setup::Setup;
 use super::cells::{Cell, Way};
 use super::limit::{self, CIRCULATING};
 use super::subject::{Kind, Subject};
 use super::tap::{self, Counters, Sender};
 use super::testpmd::Guest;
-use crate::clock::Window;
 use crate::counts::Counter;
 use crate::daemon::Daemon;
 use crate::interrupt;
@@ -24,16 +23,6 @@ const PATIENCE: Duration = Duration::from_secs(20);
 const GLANCE: Duration = Duration::from_millis(20);
 /// So many in one glance are a flow.
 const FLOW: u64 = 500;
-
-/// Where and how long.
-#[derive(Clone, Debug)]
-pub(super) struct Setup {
-    pub(super) client_cpu: usize,
-    pub(super) daemon_cpu: usize,
-    pub(super) window: Window,
-    pub(super) count: bool,
-    pub(super) directory: PathBuf,
-}
 
 /// One run.
 pub(super) fn run(setup: &Setup, cell: &Cell, subject: &Subject) -> Result<Sample> {

@@ -24,11 +24,11 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result};
 
+use super::setup::Setup;
 use crate::awake::Awake;
 use crate::context::Context;
 use crate::scenario::{self, Better, Cell, Entry, Metric, Need, Sample, Scenario};
 use crate::sys;
-use measure::Setup;
 use subject::Subject;
 
 /// See the module.
@@ -43,19 +43,19 @@ pub const ENTRY: Entry = Entry {
         },
     ],
     metrics: &[
-        metric(
+        Metric::new(
             "rate",
             "1/s",
             Better::More,
             "frames a second, as the kernel counts them on the tap",
         ),
-        metric(
+        Metric::new(
             "cpu",
             "µs",
             Better::Less,
             "CPU time of the daemon per frame",
         ),
-        metric(
+        Metric::new(
             "calls",
             "per frame",
             Better::Less,
@@ -67,20 +67,6 @@ pub const ENTRY: Entry = Entry {
     expected: |quick| Duration::from_secs(if quick { 40 } else { 4 * 60 }),
 };
 
-const fn metric(
-    name: &'static str,
-    unit: &'static str,
-    better: Better,
-    about: &'static str,
-) -> Metric {
-    Metric {
-        name,
-        unit,
-        better,
-        about,
-    }
-}
-
 struct Net {
     setup: Setup,
     subjects: Vec<Subject>,
@@ -89,18 +75,7 @@ struct Net {
 
 fn prepare(context: &mut Context) -> Result<Box<dyn Scenario>> {
     let subjects = subject::all(context)?;
-    let setup = Setup {
-        client_cpu: context.client_cpu,
-        daemon_cpu: context.daemon_cpu,
-        window: context.window,
-        count: context
-            .tool(
-                "perf",
-                "install Debian's linux-perf: nobody counts system calls",
-            )
-            .is_some(),
-        directory: context.directory.clone(),
-    };
+    let setup = Setup::of(context);
     // Before the first thread: all that follow, and all children, are in it.
     sys::own_network().context("cannot make a network namespace (as root)")?;
     let awake = Awake::keep(&[setup.client_cpu, setup.daemon_cpu], context.awake)?;
